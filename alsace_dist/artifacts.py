@@ -1,0 +1,217 @@
+"""Atomic files, manifests and fingerprints: how the stages know that an output is whole and up to date.
+
+A stage's output directory is complete if and only if it holds a ``manifest.json``; that file is written last.
+While the stage runs, ``started.json`` holds its fingerprint, so that partial work is never continued under another
+configuration.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from alsace_dist import __version__
+from alsace_dist.errors import UserError
+
+MANIFEST = "manifest.json"
+STARTED = "started.json"
+FORMAT_VERSION = 1
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside ``path``; on success fsync it and rename it over ``path``, else remove it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        sync_file(temporary)
+        temporary.chmod(0o644)  # mkstemp makes it private; outputs are shared within a group's project space
+        temporary.replace(path)
+        sync_file(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def sync_file(path: Path) -> None:
+    """Flush a file or a directory to stable storage."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON atomically, with sorted keys so that equal values give equal bytes."""
+    write_text(path, json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read JSON. Raises ``UserError`` if the file is missing or broken."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; run the stage that writes it first") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(
+            f"{path}: not readable as JSON ({error}); delete its directory and run the stage again"
+        ) from None
+
+
+def digest_bytes(data: bytes) -> str:
+    """sha256 of bytes, hexadecimal."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def digest_file(path: Path) -> str:
+    """sha256 of a file, hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digest_json(value: Any) -> str:
+    """sha256 of a JSON value in canonical form, hexadecimal."""
+    return digest_bytes(json.dumps(value, sort_keys=True, ensure_ascii=False, allow_nan=False).encode())
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a complete output directory says of itself.
+
+    ``fingerprint``: everything the output depends on. ``files``: relative path -> {"bytes", "sha256"}.
+    ``details``: facts for readers of the directory (counts, languages, ...).
+    """
+
+    kind: str
+    fingerprint: dict[str, Any]
+    files: dict[str, dict[str, Any]]
+    details: dict[str, Any] = field(default_factory=dict)
+    code_version: str = __version__
+    format_version: int = FORMAT_VERSION
+
+    @property
+    def digest(self) -> str:
+        """Identity of the content: what a later stage puts into its own fingerprint."""
+        return digest_json([self.kind, self.files, self.details])
+
+
+def write_manifest(
+    directory: Path,
+    kind: str,
+    fingerprint: dict[str, Any],
+    files: Iterable[Path],
+    details: dict[str, Any] | None = None,
+    entries: dict[str, dict[str, Any]] | None = None,
+) -> Manifest:
+    """Hash ``files`` (below ``directory``), then write the manifest that makes the directory complete.
+
+    ``entries``: hashes that are known already (of files that other ranks wrote), by relative path.
+    """
+    entries = dict(entries or {})
+    for file in files:
+        entries[file.relative_to(directory).as_posix()] = file_entry(file)
+    entries = dict(sorted(entries.items()))
+    # Through JSON and back, so that the manifest in memory is the one that a later stage reads.
+    manifest = Manifest(kind, json.loads(json.dumps(fingerprint)), entries, json.loads(json.dumps(details or {})))
+    write_json(directory / MANIFEST, asdict(manifest))
+    (directory / STARTED).unlink(missing_ok=True)
+    return manifest
+
+
+def file_entry(path: Path) -> dict[str, Any]:
+    """How a manifest lists a file."""
+    return {"bytes": path.stat().st_size, "sha256": digest_file(path)}
+
+
+def load_manifest(directory: Path, kind: str) -> Manifest:
+    """Read a directory's manifest.
+
+    Raises ``UserError`` if it is missing (the stage has not finished), broken, or of another kind.
+    """
+    path = directory / MANIFEST
+    if not path.exists():
+        raise UserError(f"{directory}: not complete ({MANIFEST} is missing); run the stage that writes it first")
+    value = read_json(path)
+    if not isinstance(value, dict) or value.get("format_version") != FORMAT_VERSION:
+        raise UserError(f"{path}: not of manifest format {FORMAT_VERSION}; delete {directory} and run its stage again")
+    if value.get("kind") != kind:
+        raise UserError(f"{path}: holds {value.get('kind')!r} where {kind!r} is needed; name the right directory")
+    return Manifest(**value)
+
+
+def verify_files(directory: Path, manifest: Manifest, hashes: bool = True) -> None:
+    """Check that every file of the manifest is there with its size and (``hashes``) its sha256.
+
+    Raises ``UserError`` naming the first file that is not.
+    """
+    for name in manifest.files:
+        verify_file(directory, manifest, name, hashes)
+
+
+def verify_file(directory: Path, manifest: Manifest, name: str, hashes: bool = True) -> None:
+    """Check one file of a manifest. Raises ``UserError`` if it is missing or not as listed."""
+    entry, path = manifest.files[name], directory / name
+    remedy = f"restore it, or delete {directory} and run its stage again"
+    if not path.exists():
+        raise UserError(f"{path}: missing, though {MANIFEST} lists it; {remedy}")
+    if path.stat().st_size != entry["bytes"]:
+        raise UserError(f"{path}: {path.stat().st_size} bytes where {MANIFEST} says {entry['bytes']}; {remedy}")
+    if hashes and digest_file(path) != entry["sha256"]:
+        raise UserError(f"{path}: content differs from the sha256 in {MANIFEST}; {remedy}")
+
+
+def differences(old: Any, new: Any, name: str = "") -> list[str]:
+    """Dotted names at which two JSON values differ, each with both values, for people to read."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        rows: list[str] = []
+        for key in sorted(old.keys() | new.keys()):
+            rows += differences(old.get(key), new.get(key), f"{name}.{key}" if name else key)
+        return rows
+    if old == new:
+        return []
+    return [f"{name}: {_shorten(old)} -> {_shorten(new)}"]
+
+
+def _shorten(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def is_complete(directory: Path, kind: str, fingerprint: dict[str, Any]) -> bool:
+    """Whether the directory holds exactly this output already.
+
+    Raises ``UserError`` if it holds, finished or begun, the output of another configuration, and says what differs.
+    """
+    for name in (MANIFEST, STARTED):
+        path = directory / name
+        if not path.exists():
+            continue
+        found = read_json(path)
+        rows = differences(found.get("fingerprint"), json.loads(json.dumps(fingerprint)))
+        if rows or found.get("kind") != kind:
+            raise UserError(
+                f"{directory}: made with other settings ({'; '.join(rows[:4]) or 'another kind of stage'}"
+                f"{f'; and {len(rows) - 4} more' if len(rows) > 4 else ''}); "
+                "choose another run_dir, undo the change, or delete that directory"
+            )
+        return name == MANIFEST
+    return False
+
+
+def begin(directory: Path, kind: str, fingerprint: dict[str, Any]) -> None:
+    """Mark a directory as work in progress under this fingerprint."""
+    write_json(directory / STARTED, {"kind": kind, "fingerprint": fingerprint})

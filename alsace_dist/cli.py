@@ -1,0 +1,344 @@
+"""The command ``alsace``: one thin function per command, read by fire. ``alsace COMMAND --help`` shows its flags."""
+
+import os
+import sys
+import traceback
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from alsace_dist.errors import Stopped, UserError
+
+if TYPE_CHECKING:
+    from alsace_dist.config import Config
+    from alsace_dist.pipeline import Stage
+
+
+def demo(run_dir: str = "runs/demo", debug: bool = False, **overrides: Any) -> None:
+    """Run the whole method on the embedded corpus: a few minutes on two cores, no network.
+
+    Args:
+        run_dir: where everything is written.
+        debug: show tracebacks.
+        overrides: settings of the demo's config by dotted name, such as --distill.num_epochs=2.
+    """
+    path = Path(__file__).with_name("demo.yaml")
+    run(str(path), debug=debug, **{"run_dir": run_dir} | overrides)
+
+
+def run(config: str, dry_run: bool = False, debug: bool = False, **overrides: Any) -> None:
+    """Run every stage of a config in order; what is complete is skipped.
+
+    Args:
+        config: the run's YAML.
+        dry_run: only print what would be done.
+        debug: show tracebacks.
+        overrides: settings by dotted name, such as --distill.learning_rate=3e-5.
+    """
+    from alsace_dist import pipeline
+
+    loaded = _load(config, overrides)
+    found = pipeline.stages(loaded)
+    if dry_run:
+        for stage in found:
+            print(f"{_state(stage):<9} {stage.name}")
+        return
+    _save(loaded)
+    for stage in found:
+        _run_stage(stage, loaded, debug)
+    _report(loaded)
+
+
+def prepare(config: str, on_bad: str = "", debug: bool = False, **overrides: Any) -> None:
+    """Turn source data into shards.
+
+    Args:
+        config: the run's YAML.
+        on_bad: what to do with bad records: stop (and list them all) or skip (and count them); default data.on_bad.
+        debug: show tracebacks.
+        overrides: settings by dotted name.
+    """
+    _single("prepare", config, overrides | ({"data.on_bad": on_bad} if on_bad else {}), debug)
+
+
+def pretrain_nano(config: str, debug: bool = False, **overrides: Any) -> None:
+    """Train the nano model's tokenizer and weights from nothing.
+
+    Args:
+        config: the run's YAML.
+        debug: show tracebacks.
+        overrides: settings by dotted name.
+    """
+    _single("pretrain-nano", config, overrides, debug)
+
+
+def finetune(config: str, debug: bool = False, **overrides: Any) -> None:
+    """Stage 0: learn the task from the source language's labels.
+
+    Args:
+        config: the run's YAML.
+        debug: show tracebacks.
+        overrides: settings by dotted name.
+    """
+    _single("finetune", config, overrides, debug)
+
+
+def score(config: str, round: int = 0, variant: str = "", debug: bool = False, **overrides: Any) -> None:
+    """Score unlabeled and test groups with the model after a round of distillation (0: before any).
+
+    Args:
+        config: the run's YAML.
+        round: which model.
+        variant: of which variant of the config.
+        debug: show tracebacks.
+        overrides: settings by dotted name.
+    """
+    _single("score", config, overrides, debug, round, variant)
+
+
+def select(config: str, round: int = 1, variant: str = "", debug: bool = False, **overrides: Any) -> None:
+    """Stage 1: choose the teacher languages of a round from the scores before it.
+
+    Args:
+        config: the run's YAML.
+        round: the round that they teach in.
+        variant: of which variant of the config.
+        debug: show tracebacks.
+        overrides: settings by dotted name.
+    """
+    _single("select", config, overrides, debug, round, variant)
+
+
+def distill(config: str, round: int = 1, variant: str = "", debug: bool = False, **overrides: Any) -> None:
+    """Stage 2: train every language towards the teachers.
+
+    Args:
+        config: the run's YAML.
+        round: which round.
+        variant: of which variant of the config.
+        debug: show tracebacks.
+        overrides: settings by dotted name.
+    """
+    _single("distill", config, overrides, debug, round, variant)
+
+
+def evaluate(config: str, variant: str = "", debug: bool = False, **overrides: Any) -> None:
+    """Compare the test scores before and after: accuracy per language, average, gap, significance.
+
+    Args:
+        config: the run's YAML.
+        variant: of which variant of the config.
+        debug: show tracebacks.
+        overrides: settings by dotted name.
+    """
+    _single("evaluate", config, overrides, debug, 0, variant)
+
+
+def report(run: str, debug: bool = False) -> None:
+    """Write report.md, report.html, report.json and report.svg of a run, and print its summary.
+
+    Args:
+        run: the run's directory.
+        debug: show tracebacks.
+    """
+    from alsace_dist.layout import CONFIG_FILE
+
+    path = Path(run) / CONFIG_FILE
+    if not path.exists():
+        raise UserError(f"{path}: no such file; give the directory of a run")
+    _report(_load(str(path), {"run_dir": run}))
+
+
+def plan(config: str, num_processes: int = 0, debug: bool = False, **overrides: Any) -> None:
+    """Say how many parameters the model has and what memory its states take per rank, without loading it.
+
+    Args:
+        config: the run's YAML.
+        num_processes: ranks over all nodes; default: as many as would run here.
+        debug: show tracebacks.
+        overrides: settings by dotted name.
+    """
+    from alsace_dist import plan as planning
+
+    planning.print_plan(_load(config, overrides), num_processes)
+
+
+def doctor(config: str = "", debug: bool = False, **overrides: Any) -> None:
+    """Check this machine: versions, devices, process group, writable directories and, with a config, its inputs.
+
+    Args:
+        config: a run's YAML, to check what it names.
+        debug: show tracebacks.
+        overrides: settings by dotted name.
+    """
+    from alsace_dist import doctor as checks
+
+    checks.run_checks(_load(config, overrides) if config else None)
+
+
+COMMANDS: dict[str, Callable[..., None]] = {
+    "demo": demo,
+    "run": run,
+    "prepare": prepare,
+    "pretrain-nano": pretrain_nano,
+    "finetune": finetune,
+    "score": score,
+    "select": select,
+    "distill": distill,
+    "evaluate": evaluate,
+    "report": report,
+    "plan": plan,
+    "doctor": doctor,
+}
+
+
+def main() -> None:
+    """Entry point. A person's mistake ends with one line on stderr and a non-zero exit code."""
+    import fire
+
+    debug = any(argument in ("--debug", "--debug=True", "--debug=true") for argument in sys.argv)
+    error: BaseException | None = None
+    try:
+        fire.Fire(COMMANDS, name="alsace")
+    except (Exception, KeyboardInterrupt) as caught:
+        error = caught
+    _leave(error, debug)
+
+
+def _leave(error: BaseException | None, debug: bool) -> None:
+    from alsace_dist import runtime
+
+    code = 0
+    if error is not None:
+        error = _as_user_error(error)
+        code = runtime.exit_code(error)
+        if runtime.in_group():
+            runtime.record_failure(error)
+        if debug or not isinstance(error, UserError | Stopped | runtime.PeerFailed):
+            traceback.print_exception(error)
+        # The launcher prints the error that came first, once, as the last line.
+        if runtime.ERROR_DIR not in os.environ:
+            prefix = "" if isinstance(error, Stopped) else "error: "
+            print(f"{prefix}{error}", file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if runtime.in_group():
+        # Threads of the communication libraries abort the interpreter on its way out, now and then.
+        os._exit(code)
+    sys.exit(code)
+
+
+def _as_user_error(error: BaseException) -> BaseException:
+    """What the operating system refuses (full disk, no permission) is for people; the rest is a defect of ours."""
+    if isinstance(error, OSError) and error.errno is not None and error.strerror:
+        where = f"{error.filename}: " if error.filename else ""
+        return UserError(f"{where}{error.strerror}; free space or correct the path, then run the same command again")
+    return error
+
+
+def _load(path: str, overrides: Mapping[str, Any]) -> "Config":
+    import yaml
+
+    from alsace_dist.config import load_config
+
+    values = {
+        key: yaml.safe_load(value) if isinstance(value, str) and key != "run_dir" else value
+        for key, value in overrides.items()
+    }
+    return load_config(str(path), values)
+
+
+def _save(config: "Config") -> None:
+    from alsace_dist.config import save_config
+    from alsace_dist.layout import Layout
+
+    save_config(config, Layout(Path(config.run_dir)).config)
+
+
+def _single(
+    command: str, path: str, overrides: Mapping[str, Any], debug: bool, round_: int = 0, variant: str = ""
+) -> None:
+    """One stage: as a rank if torchrun started this process, else as the launcher of its ranks."""
+    from alsace_dist import pipeline, runtime
+
+    config = _load(path, overrides)
+    if variant and variant not in config.variants:
+        raise UserError(f"--variant={variant}: the config has the variants {', '.join(config.variants) or '(none)'}")
+    matching = [
+        stage
+        for stage in pipeline.stages(config)
+        if (stage.command, stage.round, stage.variant) == (command, round_, variant)
+    ]
+    if not matching:
+        raise UserError(f"{path}: has no stage {command!r} with round {round_}; `alsace run --dry-run` lists them")
+    if runtime.in_group():
+        for stage in matching:
+            if not stage.is_complete():
+                _run_as_rank(stage)
+        return
+    _save(config)
+    for stage in matching:
+        _run_stage(stage, config, debug)
+
+
+def _run_as_rank(stage: "Stage") -> None:
+    from alsace_dist import runtime
+
+    if not stage.is_distributed:
+        raise UserError(f"{stage.name} runs in one process; start it without torchrun")
+    group = runtime.start(stage.config.engine)
+    stage.execute(group)
+    runtime.finish()
+
+
+def _run_stage(stage: "Stage", config: "Config", debug: bool) -> None:
+    from alsace_dist import runtime
+    from alsace_dist.layout import Layout
+
+    if stage.is_complete():
+        print(f"{stage.name}: complete, skipped", file=sys.stderr)
+        return
+    if not stage.is_distributed:
+        print(f"{stage.name}", file=sys.stderr)
+        stage.execute(None)
+        return
+    arguments = [stage.command, str(Layout(Path(config.run_dir)).config)]
+    if stage.command in ("score", "distill"):
+        arguments += [f"--round={stage.round}", f"--variant={stage.variant}"]
+    runtime.launch(arguments + (["--debug"] if debug else []), runtime.num_local_processes(config.engine), debug)
+
+
+def _state(stage: "Stage") -> str:
+    try:
+        return "complete" if stage.is_complete() else "to do"
+    except UserError as error:
+        return "to do" if "not complete" in str(error) or "no such file" in str(error) else f"refused: {error}"
+
+
+def _report(config: "Config") -> None:
+    from rich.console import Console
+
+    from alsace_dist import artifacts, layout
+    from alsace_dist import report as reporting
+
+    evaluations = {}
+    for name in ("", *config.variants):
+        directory = layout.Layout(Path(config.run_dir), name).evaluation
+        if (directory / "manifest.json").exists():
+            evaluations[name or "main"] = artifacts.read_json(directory / "metrics.json")
+    if not evaluations:
+        raise UserError(f"{config.run_dir}: holds no evaluation yet; `alsace run` makes one")
+    own = layout.Layout(Path(config.run_dir))
+    details = {
+        "report": own.run / "report.html",
+        "numbers": own.run / "report.json",
+        "model": own.distill(config.rounds) / "model" if config.rounds else own.finetune / "model",
+        "config": own.config,
+        "TensorBoard": f"tensorboard --logdir {own.run / 'tensorboard'}",
+    }
+    reporting.write_report(own.run, evaluations, details, alpha=config.evaluate.alpha)
+    main_name = next(iter(evaluations))
+    console = Console()
+    reporting.print_summary(evaluations[main_name], console, alpha=config.evaluate.alpha)
+    for name, value in details.items():
+        console.print(f"{name:<12} {value}", markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,541 @@
+"""The one YAML that describes a run: pydantic models, one per section; dotted overrides; errors that name the key."""
+
+import string
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from alsace_dist.artifacts import write_text
+from alsace_dist.errors import UserError
+
+Split = Literal["pretrain", "labeled", "unlabeled", "test"]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[float, Field(gt=0.0)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Section(BaseModel):
+    """Base of every section: unknown keys are errors, values do not change after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class TaskConfig(Section):
+    """Multi-class classification of one text, or of several, as answers of a language model."""
+
+    fields: list[str] = Field(min_length=1)
+    """Names of the text fields of an example, such as [premise, hypothesis]."""
+    template: str | dict[str, str]
+    """Prompt with {field} in braces; or a mapping language -> prompt, with a `default`."""
+    labels: list[str] = Field(min_length=2)
+    """Label names as the data spells them, in a fixed order."""
+    verbalizers: list[str] | dict[str, list[str]] = []
+    """Candidate answers, one per label; or a mapping language -> answers, with a `default`. Empty: the labels."""
+    decoder_prefix: str = ""
+    """Text that the decoder has already produced before the answer, such as the sentinel <extra_id_0>."""
+    max_tokens: Count = 256
+    """Longest prompt in tokens; longer ones are cut at the end and counted."""
+
+    @field_validator("labels", mode="before")
+    @classmethod
+    def _labels_as_text(cls, value: Any) -> Any:
+        return [str(label) for label in value] if isinstance(value, list) else value
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if len(set(self.labels)) != len(self.labels):
+            raise ValueError("labels holds a name twice")
+        for language, answers in self.answers().items():
+            if len(answers) != len(self.labels):
+                raise ValueError(f"verbalizers for {language} must hold one answer per label ({len(self.labels)})")
+        for language, template in self.templates().items():
+            try:
+                used = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
+            except ValueError as error:
+                raise ValueError(f"template for {language} is broken ({error}); write {{{{ for a brace") from None
+            if not used or set(used) - set(self.fields):
+                raise ValueError(f"template for {language} must use {{field}} of fields {self.fields}, it uses {used}")
+        return self
+
+    def templates(self) -> dict[str, str]:
+        """Language -> prompt template, always with a `default` unless the mapping in the YAML lacks one."""
+        return {"default": self.template} if isinstance(self.template, str) else self.template
+
+    def answers(self) -> dict[str, list[str]]:
+        """Language -> candidate answers."""
+        if isinstance(self.verbalizers, list):
+            return {"default": self.verbalizers or self.labels}
+        return self.verbalizers
+
+
+class ColumnsConfig(Section):
+    """Which columns of a table or a Hugging Face dataset hold what."""
+
+    id: str = "id"
+    """Column with the group's id; in a Hugging Face dataset without it, the row number is the id."""
+    language: str = "language"
+    """Column with the language (long form: one row per group and language)."""
+    label: str | None = "label"
+    """Column with the label; null: unlabeled."""
+    fields: dict[str, str] = {}
+    """Field -> column; a field that is not named here has the column of its own name."""
+
+
+class InputConfig(Section):
+    """One source of parallel groups."""
+
+    kind: Literal["jsonl", "table", "huggingface", "demo"] = "jsonl"
+    """jsonl (plain or .gz), table (Parquet or CSV in long form), huggingface (through `datasets`), demo (generated)."""
+    path: str = ""
+    """File, or glob pattern of files; for huggingface a hub name or a local path."""
+    split: Split | None = None
+    """All groups of this input go to that split; null: divided as `data.splits` says."""
+    columns: ColumnsConfig = ColumnsConfig()
+    """Columns of a table or a Hugging Face dataset."""
+    subsets: dict[str, str] = {}
+    """huggingface: language -> configuration name, joined by id or row number; empty: one table in long form."""
+    hub_split: str = "train"
+    """huggingface: the split to read."""
+    revision: str | None = None
+    """huggingface: the revision (branch, tag or commit) to read."""
+    num_groups: Count = 1000
+    """demo: how many groups to generate."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.kind != "demo" and not self.path:
+            raise ValueError(f"path is needed for kind {self.kind}")
+        return self
+
+
+class DataConfig(Section):
+    """Where parallel groups come from and how they are divided."""
+
+    directory: str | None = None
+    """An existing prepared dataset (directory or fsspec URL); then nothing is prepared."""
+    inputs: list[InputConfig] = []
+    """Sources of parallel groups."""
+    splits: dict[Split, Annotated[float, Field(gt=0)]] = {}
+    """Share (below 1) or number (from 1) of the groups of undivided inputs that each split gets, by hash of the id."""
+    withhold_labels: list[Split] = ["pretrain", "unlabeled"]
+    """Splits that are written without labels, whatever the source says."""
+    source_language: str = "en"
+    """The language that has labels."""
+    languages: list[str] | None = None
+    """Languages to keep; null: all that the data has."""
+    exposure: dict[str, Fraction] = {}
+    """Language -> share of its texts that the pretrain split keeps (default 1): large corpora, too, hold far more of
+    some languages than of others."""
+    groups_per_shard: Count = 256
+    """Parallel groups per shard."""
+    on_bad: Literal["stop", "skip"] = "stop"
+    """What to do with bad records: stop and list them all, or skip and count them in the manifest."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if (self.directory is None) == (not self.inputs):
+            raise ValueError("give either inputs or directory")
+        if self.languages is not None and self.source_language not in self.languages:
+            raise ValueError(f"languages must hold the source_language {self.source_language!r}")
+        if any(source.split is None for source in self.inputs) and not self.splits:
+            raise ValueError("splits is needed for inputs without a split of their own")
+        shares = [value for value in self.splits.values() if value < 1]
+        if sum(shares) > 1 + 1e-9:
+            raise ValueError("the shares in splits add up to more than 1")
+        return self
+
+
+class NanoConfig(Section):
+    """Geometry of a small mT5 that is built and pretrained here."""
+
+    vocab_size: Count = 4000
+    """Pieces of the Unigram tokenizer that is trained on the pretraining texts."""
+    d_model: Count = 128
+    """Width."""
+    d_kv: Count = 32
+    """Width of an attention head."""
+    d_ff: Count = 256
+    """Width of the feed-forward layers."""
+    num_heads: Count = 4
+    """Attention heads."""
+    num_layers: Count = 3
+    """Encoder layers."""
+    num_decoder_layers: Count = 1
+    """Decoder layers."""
+
+
+class ModelConfig(Section):
+    """The multilingual model."""
+
+    path: str | None = None
+    """Local directory or hub name of an mT5 checkpoint; null: the nano model is pretrained first."""
+    revision: str | None = None
+    """Revision on the hub."""
+    nano: NanoConfig | None = None
+    """Build and pretrain a nano mT5 of this geometry instead of loading one."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if (self.path is None) == (self.nano is None):
+            raise ValueError("give either path or nano")
+        if self.revision and not self.path:
+            raise ValueError("revision needs path")
+        return self
+
+
+class EngineConfig(Section):
+    """How the ranks compute: processes, precision, DeepSpeed ZeRO."""
+
+    num_processes: Count | Literal["auto"] = "auto"
+    """Ranks on this machine; auto: one per GPU, without GPUs one per core, four at most."""
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    """ZeRO stage; from 3 on the parameters are sharded too, also for scoring."""
+    dtype: Literal["bf16", "fp32"] = "bf16"
+    """Precision of weights and activations; the loss and the optimizer are always float32."""
+    offload_optimizer: bool = False
+    """Keep optimizer states in host memory (ZeRO 1 to 3)."""
+    num_threads: Count = 1
+    """CPU threads per rank. Part of the result: another number may change the last bits of scores on CPUs."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    timeout_seconds: Positive = 1800
+    """Longest silence of a collective before a rank gives up."""
+    deepspeed: dict[str, Any] = {}
+    """Raw DeepSpeed settings, merged last over the ones that this config makes; DeepSpeed validates them."""
+
+    @field_validator("dtype", mode="before")
+    @classmethod
+    def _no_fp16(cls, value: Any) -> Any:
+        if value in ("fp16", "float16", "half"):
+            raise ValueError("fp16 overflows in T5's layers; use bf16 or fp32")
+        return value
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.offload_optimizer and self.zero_stage == 0:
+            raise ValueError("offload_optimizer needs zero_stage 1, 2 or 3")
+        owned = {"train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "optimizer"}
+        owned |= {"scheduler", "fp16", "bf16", "checkpoint", "gradient_clipping"}
+        if clash := sorted(owned & self.deepspeed.keys()):
+            raise ValueError(f"deepspeed.{clash[0]} is set from this config's own keys; remove it")
+        if "stage" in self.deepspeed.get("zero_optimization", {}):
+            raise ValueError("deepspeed.zero_optimization.stage: use engine.zero_stage")
+        return self
+
+
+# What a rerun may change without training something else: how fast and how safely, not what.
+NOT_IN_FINGERPRINT = {"micro_batch_size", "checkpoint_every_steps", "keep_checkpoints", "log_every_steps"}
+
+
+class TrainConfig(Section):
+    """What every kind of training has."""
+
+    num_epochs: Positive | None = None
+    """Passes over the training examples; or give num_steps."""
+    num_steps: Count | None = None
+    """Optimizer steps; or give num_epochs."""
+    global_batch_size: Count = 64
+    """Examples per optimizer step, over all ranks."""
+    micro_batch_size: Count = 64
+    """Most examples per forward pass on a rank; the result does not depend on it."""
+    optimizer: Literal["adamw", "adafactor"] = "adamw"
+    """adamw, or adafactor with parameter scaling (ZeRO 0 only)."""
+    learning_rate: Positive
+    """Peak learning rate."""
+    warmup_ratio: Fraction = 0.1
+    """Share of the steps in which the learning rate rises linearly from 0."""
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """Shape of the learning rate after the warm-up."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Decoupled weight decay."""
+    max_gradient_norm: Annotated[float, Field(ge=0)] = 1.0
+    """Gradients are clipped to this global norm; 0: not clipped."""
+    dropout: Fraction = 0.0
+    """Dropout rate. Above 0 the loss depends on how a batch is split over ranks."""
+    freeze_vocabulary: bool = False
+    """Keep the embedding matrix fixed (a quarter to a half of a large mT5's parameters)."""
+    checkpoint_every_steps: Count = 500
+    """Steps between checkpoints."""
+    keep_checkpoints: Count = 1
+    """Verified checkpoints to keep."""
+    log_every_steps: Count = 10
+    """Steps between lines in metrics.jsonl and TensorBoard."""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Self:
+        if (self.num_steps is None) == (self.num_epochs is None):
+            raise ValueError("give either num_steps or num_epochs (set the other to null)")
+        return self
+
+
+class PretrainConfig(TrainConfig):
+    """Span corruption for the nano model."""
+
+    num_epochs: Positive | None = None
+    num_steps: Count | None = 1500
+    optimizer: Literal["adamw", "adafactor"] = "adafactor"
+    learning_rate: Positive = 2e-2
+    concatenate: Fraction = 0.5
+    """Share of examples that are a pair of translations, one after the other (as in TLM); the others are single."""
+    mask_ratio: Fraction = 0.25
+    """Share of tokens that are masked."""
+    mean_span_length: Positive = 2.0
+    """Mean length of a masked span in tokens."""
+    max_tokens: Count = 128
+    """Longest encoder input in tokens."""
+
+
+class FinetuneConfig(TrainConfig):
+    """Stage 0: learn the task from the source language's labels."""
+
+    num_epochs: Positive | None = 3.0
+    learning_rate: Positive = 1e-3
+    num_examples: Count | None = None
+    """Few-shot: this many labeled groups, the first in shard order; null: all."""
+
+
+class ScoreConfig(Section):
+    """The scoring pass."""
+
+    tokens_per_batch: Count = 8192
+    """Most prompt tokens, padding included, per forward pass. Part of the result, in the last bits."""
+
+
+class SelectConfig(Section):
+    """Stage 1: which languages teach, and with what weight. Null: as `method` says."""
+
+    calibration: Literal["none", "marginal"] | None = None
+    """marginal: per language, a bias per candidate that makes its mean prediction equal to the reference's."""
+    reference: Literal["source", "pooled"] = "source"
+    """Reference of the calibration: the source language's mean prediction, or the mean over all languages."""
+    vote: Literal["hard", "soft"] = "hard"
+    """hard: one vote per language and group (ties by summed probability); soft: summed probabilities."""
+    leave_one_out: bool = False
+    """Score a language against the vote of the others."""
+    score: Literal["confidence", "agreement"] = "confidence"
+    """confidence: mean probability of the voted answer; agreement: share of groups whose best answer is the voted."""
+    rule: Literal["threshold", "top_k", "explicit", "all", "source", "random"] | None = None
+    """threshold: score at or above the mean; top_k; explicit; baselines: all, source only, random (as many as the
+    threshold rule picks)."""
+    top_k: Count = 3
+    """Number of teachers under rule top_k."""
+    teachers: list[str] = []
+    """Teachers under rule explicit."""
+    weighting: Literal["equal", "score"] | None = None
+    """Weight of a teacher in the ensemble: equal, or proportional to exp(beta * score)."""
+    beta: Positive = 12.0
+    """Sharpness of the score weights."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if (self.rule == "explicit") != bool(self.teachers):
+            raise ValueError("teachers and rule: explicit go together")
+        return self
+
+
+class DistillConfig(TrainConfig):
+    """Stage 2: cross-lingual self-distillation from frozen teacher distributions."""
+
+    num_epochs: Positive | None = 3.0
+    learning_rate: Positive = 5e-4
+    targets: Literal["others", "ensemble", "anchor"] | None = None
+    """What teachers learn from: the other teachers (the paper), the ensemble with themselves included, or their own
+    frozen distribution. Students always learn from the teachers. Null: as `method` says."""
+
+
+class EvaluateConfig(Section):
+    """Comparison of before and after on the labeled test groups."""
+
+    num_resamples: Count = 2000
+    """Bootstrap resamples of the confidence intervals."""
+    calibrate: bool = False
+    """Add the calibration biases at inference to the answers of the `after` model."""
+    alpha: Fraction = 0.05
+    """Significance level."""
+
+
+# A variant shares data, model and finetuning with the run; it may change what comes after.
+VARIANT_KEYS = {"method", "rounds", "select", "distill", "evaluate"}
+
+METHODS: dict[str, dict[str, dict[str, str]]] = {
+    "paper": {
+        "select": {"calibration": "none", "rule": "threshold", "weighting": "equal"},
+        "distill": {"targets": "others"},
+    },
+    "calibrated": {
+        "select": {"calibration": "marginal", "rule": "all", "weighting": "score"},
+        "distill": {"targets": "ensemble"},
+    },
+}
+
+
+class Config(Section):
+    """A run."""
+
+    run_dir: str
+    """Directory of the run's outputs."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Seed of splits, order, initial weights and resampling."""
+    method: Literal["paper", "calibrated"] = "calibrated"
+    """Preset for the parts of `select` and `distill` that are not given: the paper's rule, or calibrated and
+    score-weighted."""
+    rounds: Annotated[int, Field(ge=0)] = 1
+    """How often to score, select and distil; 0: no distillation (with evaluate.calibrate: calibration alone)."""
+    task: TaskConfig
+    data: DataConfig
+    model: ModelConfig
+    engine: EngineConfig = EngineConfig()
+    pretrain: PretrainConfig = PretrainConfig()
+    finetune: FinetuneConfig | None = FinetuneConfig()
+    """Null: the model has learnt the task already."""
+    score: ScoreConfig = ScoreConfig()
+    select: SelectConfig = SelectConfig()
+    distill: DistillConfig = DistillConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    variants: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")], dict[str, Any]] = {}
+    """Name -> settings laid over this config (method, rounds, select, distill, evaluate): an ablation that shares
+    the data, the finetuned model and its scores with the run."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in_method(cls, value: Any) -> Any:
+        """Make the preset's choices explicit, so that the resolved config shows what will happen."""
+        if not isinstance(value, dict) or value.get("method", "calibrated") not in METHODS:
+            return value
+        filled = dict(value)
+        for section, parts in METHODS[value.get("method", "calibrated")].items():
+            given = filled.get(section) or {}
+            if isinstance(given, Mapping):
+                filled[section] = parts | {key: item for key, item in given.items() if item is not None}
+        return filled
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if "pretrain" in self.model_fields_set and not self.model.nano and self.pretrain != PretrainConfig():
+            raise ValueError("pretrain is only done for model.nano; remove the section")
+        for name in ("finetune", "distill"):
+            section = getattr(self, name)
+            if section is not None and section.optimizer == "adafactor" and self.engine.zero_stage != 0:
+                raise ValueError(f"{name}.optimizer adafactor needs engine.zero_stage 0; use adamw")
+        if self.rounds == 0 and not self.evaluate.calibrate and not self.variants:
+            raise ValueError("rounds: 0 changes nothing; set it to 1, or set evaluate.calibrate: true")
+        if self.evaluate.calibrate and self.select.calibration != "marginal":
+            raise ValueError("evaluate.calibrate needs select.calibration: marginal")
+        for name, overrides in self.variants.items():
+            if extra := sorted(overrides.keys() - {"method", "rounds", "select", "distill", "evaluate"}):
+                raise ValueError(
+                    f"variants.{name}.{extra[0]}: a variant may change method, rounds, select, distill, evaluate"
+                )
+        return self
+
+
+def variant(config: Config, name: str) -> Config:
+    """The config of one variant. Raises ``UserError`` if there is none of that name or its settings do not fit."""
+    if name not in config.variants:
+        raise UserError(f"variants.{name}: no such variant; the config has {', '.join(config.variants) or 'none'}")
+    overrides = config.variants[name]
+    base = config.model_dump(mode="json", exclude={"variants"}, exclude_unset=True)
+    if "method" in overrides:  # another preset decides anew what the base config took from its own
+        for section, parts in METHODS[config.method].items():
+            base[section] = {key: value for key, value in base[section].items() if key not in parts}
+    return _validate(_merge(base, overrides), f"variants.{name}: ")
+
+
+def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Config:
+    """Read a YAML file, lay dotted overrides (``{"distill.learning_rate": 3e-5}``) over it and validate.
+
+    Raises ``UserError`` that names the file, the key and the remedy.
+    """
+    file = Path(path)
+    try:
+        value = yaml.load(file.read_text(encoding="utf-8"), _Loader)
+    except FileNotFoundError:
+        raise UserError(f"{file}: no such file; give the path of a run's YAML") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{file}: cannot be read as YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{file}: must be a mapping of sections, see docs/config.md")
+    for key, item in (overrides or {}).items():
+        value = _merge(value, _nest(key, item))
+    config = _validate(value, f"{file}: ")
+    for name in config.variants:
+        try:
+            variant(config, name)  # an impossible variant is an error now, not after hours of training
+        except UserError as error:
+            raise UserError(f"{file}: {error}") from None
+    return config
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML that refuses a key given twice, and in which `no` is Norwegian: only true and false are booleans."""
+
+    yaml_implicit_resolvers = {
+        first: [rule for rule in rules if rule[0] != "tag:yaml.org,2002:bool" or first in "tTfF"]
+        for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def _nest(dotted: str, value: Any) -> dict[str, Any]:
+    for part in reversed(dotted.split(".")):
+        value = {part: value}
+    return value
+
+
+def _merge(base: Any, overrides: Any) -> Any:
+    """Overrides laid over base, mapping by mapping; anything else replaces."""
+    if not isinstance(base, dict) or not isinstance(overrides, Mapping):
+        return overrides
+    merged = dict(base)
+    for key, value in overrides.items():
+        merged[key] = _merge(merged.get(key), value)
+    return merged
+
+
+def _validate(value: dict[str, Any], prefix: str) -> Config:
+    try:
+        return Config.model_validate(value)
+    except ValidationError as error:
+        raise UserError(prefix + "; ".join(_problems(error))) from None
+
+
+def _problems(error: ValidationError) -> Iterable[str]:
+    """One phrase per problem: the dotted key, what is wrong, and for an unknown key the keys that exist."""
+    for row in error.errors():
+        key = ".".join(str(part) for part in row["loc"])
+        message = row["msg"].removeprefix("Value error, ")
+        if row["type"] == "extra_forbidden":
+            known = ", ".join(_known_keys(row["loc"][:-1]))
+            message = f"unknown key; known here: {known}" if known else "unknown key"
+        elif row["type"] == "missing":
+            message = "is needed and missing; add it (docs/config.md says what it holds)"
+        elif row["type"] != "value_error":
+            message = f"{message}, not {row['input']!r}"
+        yield f"{key}: {message}" if key else message
+
+
+def _known_keys(location: tuple[int | str, ...]) -> list[str]:
+    section: Any = Config
+    for part in location:
+        if isinstance(part, int):
+            continue
+        annotation = section.model_fields[part].annotation if part in section.model_fields else None
+        candidates = [annotation, *getattr(annotation, "__args__", ())]
+        section = next((one for one in candidates if isinstance(one, type) and issubclass(one, Section)), None)
+        if section is None:
+            return []
+    return sorted(section.model_fields)
+
+
+def save_config(config: Config, path: Path) -> None:
+    """Write the resolved config (every default filled in) as YAML, atomically."""
+    write_text(path, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True))

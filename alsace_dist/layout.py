@@ -1,0 +1,72 @@
+"""Where everything of a run lies. The one place that knows the names of a run's directories."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from alsace_dist.config import Config
+
+CONFIG_FILE = "config.yaml"
+
+
+def data_url(config: Config, split: str) -> str:
+    """A split's dataset: below the run, or below ``data.directory`` (a path or an fsspec URL)."""
+    return f"{config.data.directory or Path(config.run_dir) / 'data'}/{split}"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Directories of a run, or of one variant of it. What variants share lies in the run itself."""
+
+    run: Path
+    variant: str = ""
+
+    @property
+    def config(self) -> Path:
+        """The resolved config."""
+        return self.run / CONFIG_FILE
+
+    @property
+    def data(self) -> Path:
+        """Prepared datasets, one directory per split."""
+        return self.run / "data"
+
+    @property
+    def pretrain(self) -> Path:
+        """The pretrained nano model."""
+        return self.run / "pretrain"
+
+    @property
+    def finetune(self) -> Path:
+        """The model that has learnt the task."""
+        return self.run / "finetune"
+
+    @property
+    def own(self) -> Path:
+        """What this variant does not share with the others."""
+        return self.run / "variants" / self.variant if self.variant else self.run
+
+    def scores(self, round_: int, split: str) -> Path:
+        """Scores of the model after a round (0: before any distillation) on a split."""
+        return (self.own / f"round{round_}" if round_ else self.run) / "scores" / split
+
+    def selection(self, round_: int) -> Path:
+        """Teachers of a round."""
+        return self.own / f"round{round_}" / "selection"
+
+    @property
+    def calibration(self) -> Path:
+        """Selection on the final model's own scores, for calibration at inference."""
+        return self.own / "calibration"
+
+    def distill(self, round_: int) -> Path:
+        """The model that a round distils."""
+        return self.own / f"round{round_}" / "distill"
+
+    @property
+    def evaluation(self) -> Path:
+        """Metrics of before against after."""
+        return self.own / "evaluation"
+
+    def tensorboard(self, directory: Path) -> Path:
+        """TensorBoard log of a stage's directory."""
+        return self.run / "tensorboard" / directory.relative_to(self.run)

@@ -1,0 +1,204 @@
+"""The one training loop: batch, step, log, save. What is trained, and on what, is the caller's ``Job``."""
+
+import math
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from alsace_dist import artifacts, checkpoint
+from alsace_dist.config import EngineConfig, TrainConfig
+from alsace_dist.engine import TrainEngine
+from alsace_dist.errors import Stopped
+from alsace_dist.metrics import MetricsWriter, progress
+from alsace_dist.runtime import Runtime
+from alsace_dist.stream import CanonicalOrder, TrainStream, micro_batches
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """A micro-batch: ``loss(module)`` is the float32 sum of its examples' losses; encoder tokens without and with
+    padding."""
+
+    loss: Callable[[nn.Module], Tensor]
+    num_tokens: int
+    num_padded_tokens: int
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to train: a module, where its weights come from, and the stream of its examples.
+
+    ``value(name)``: initial float32 weight of a parameter. ``load(shard)``: all rows of a shard; ``build(row, pass)``:
+    the training example; ``length(example)``: encoder tokens; ``collate(examples)``: a micro-batch. ``source``: the
+    model directory whose untrained parts the exported model takes over; ``head_rows`` as in ``checkpoint.export``.
+    """
+
+    kind: str
+    directory: Path
+    tensorboard: Path
+    section: TrainConfig
+    engine: EngineConfig
+    seed: int
+    fingerprint: dict[str, Any]
+    module: nn.Module
+    value: Callable[[str], Tensor]
+    counts: list[int]
+    load: Callable[[int], list[Any]]
+    build: Callable[[Any, int], Any]
+    length: Callable[[Any], int]
+    collate: Callable[[list[Any]], MicroBatch]
+    source: Path
+    head_rows: list[int] | None
+
+
+def learning_rate(section: TrainConfig, step: int, num_steps: int) -> float:
+    """Learning rate of step ``step`` (from 0) of ``num_steps``: linear warm-up, then the section's schedule."""
+    num_warmup = round(section.warmup_ratio * num_steps)
+    if step < num_warmup:
+        return section.learning_rate * (step + 1) / num_warmup
+    done = (step - num_warmup) / max(1, num_steps - num_warmup)
+    if section.schedule == "linear":
+        return section.learning_rate * (1 - done)
+    if section.schedule == "cosine":
+        return section.learning_rate * (1 + math.cos(math.pi * done)) / 2
+    return section.learning_rate
+
+
+def run(job: Job, runtime: Runtime) -> None:
+    """Train to the end, or until a stop is agreed; then the model directory and, last, the manifest are written.
+
+    Goes on from the newest checkpoint that verifies. Raises ``Stopped`` after a checkpoint if a rank was asked to stop.
+    """
+    section = job.section
+    order = CanonicalOrder(job.counts, section.global_batch_size, job.seed)
+    num_steps = section.num_steps or order.num_steps(section.num_epochs or 0)
+    engine = TrainEngine(job.module, job.engine, section, runtime)
+    checkpoints = job.directory / "checkpoints"
+    found = checkpoint.newest(checkpoints, job.fingerprint, runtime)
+    if found:
+        checkpoint.load(found[0], engine, found[1])
+    else:
+        for name in engine.parameters:  # the float32 copies, which DeepSpeed made from rounded weights
+            engine.load_weight(name, job.value(name))
+    first = found[1] if found else 0
+    stream: TrainStream[Any] = TrainStream(order, job.load, job.build, runtime.rank, runtime.world_size)
+    writer = MetricsWriter(job.directory, job.tensorboard, first, runtime.is_main)
+    meter = _Meter(runtime, section)
+    with progress(job.kind, num_steps, first, runtime.is_main) as advance:
+        batches = stream.batches(first, num_steps)
+        for step in range(first, num_steps):
+            with meter.waiting():
+                batch = next(batches)
+            if section.dropout:
+                torch.manual_seed(hash((job.seed, step, runtime.rank)))
+            parts = _micro_batches(job, stream, step, batch, runtime.world_size)
+            rate = learning_rate(section, step, num_steps)
+            loss = engine.step([part.loss for part in parts], rate)
+            meter.count(parts)
+            done = step + 1
+            note = ""
+            if done % section.log_every_steps == 0 or done == num_steps:
+                values = meter.read(loss, engine) | {"learning_rate": rate}
+                writer.write(done, values)
+                note = f"loss {values['loss']:.4f}"
+            advance(1, note)
+            (stop,) = runtime.any_rank(runtime.stop.is_set)
+            if done < num_steps and (stop or done % section.checkpoint_every_steps == 0):
+                checkpoint.save(checkpoints, engine, done, job.fingerprint, section.keep_checkpoints)
+            if stop and done < num_steps:
+                writer.close()
+                raise Stopped(f"{job.kind}: stopped after step {done} of {num_steps}; a checkpoint is written")
+    writer.close()
+    _finish(job, engine, num_steps)
+
+
+def _micro_batches(
+    job: Job, stream: TrainStream[Any], step: int, batch: list[Any], world_size: int
+) -> list[MicroBatch]:
+    """This rank's micro-batches of a step: as many on every rank, for every one of them is collective."""
+    section = job.section
+    count = math.ceil(math.ceil(section.global_batch_size / world_size) / section.micro_batch_size)
+    parts = []
+    for indices in micro_batches([job.length(example) for example in batch], section.micro_batch_size, count):
+        if indices:
+            parts.append(job.collate([batch[index] for index in indices]))
+        else:
+            stand_in = job.collate([stream.example(step, 0)])
+            parts.append(MicroBatch(_without_effect(stand_in.loss), 0, stand_in.num_padded_tokens))
+    return parts
+
+
+def _without_effect(loss: Callable[[nn.Module], Tensor]) -> Callable[[nn.Module], Tensor]:
+    return lambda module: loss(module) * 0.0
+
+
+def _finish(job: Job, engine: TrainEngine, num_steps: int) -> None:
+    runtime = engine.runtime
+    model = job.directory / "model"
+    if runtime.is_main:
+        shutil.rmtree(model, ignore_errors=True)  # of an attempt that was killed while it exported
+    checkpoint.export(model, engine, job.source, job.head_rows)
+
+    def write() -> None:
+        files = sorted(path for path in model.iterdir() if path.is_file())
+        artifacts.write_manifest(job.directory, job.kind, job.fingerprint, files, {"num_steps": num_steps})
+        shutil.rmtree(job.directory / "checkpoints", ignore_errors=True)
+
+    runtime.main_first(write)
+
+
+class _Meter:
+    """Sums since the last reading, turned into rates; the loss is that of the last step alone.
+
+    A mean over the steps since the last reading would depend on where a run was interrupted.
+    """
+
+    def __init__(self, runtime: Runtime, section: TrainConfig) -> None:
+        self.runtime, self.section = runtime, section
+        self._reset()
+
+    def _reset(self) -> None:
+        self.start = time.monotonic()
+        self.wait_seconds = 0.0
+        self.num_steps = self.num_tokens = self.num_padded = 0
+
+    def waiting(self) -> "_Waiting":
+        return _Waiting(self)
+
+    def count(self, parts: list[MicroBatch]) -> None:
+        self.num_steps += 1
+        self.num_tokens += sum(part.num_tokens for part in parts)
+        self.num_padded += sum(part.num_padded_tokens for part in parts)
+
+    def read(self, loss: Tensor, engine: TrainEngine) -> dict[str, float]:
+        total, tokens, padded, waited = self.runtime.sum(
+            float(loss), self.num_tokens, self.num_padded, self.wait_seconds
+        )
+        seconds = time.monotonic() - self.start
+        values = {
+            "loss": total / self.section.global_batch_size,
+            "gradient_norm": engine.gradient_norm(),
+            "sequences_per_second": self.num_steps * self.section.global_batch_size / seconds,
+            "tokens_per_second": tokens / seconds,
+            "padding_share": 1 - tokens / max(1.0, padded),
+            "data_wait_share": waited / self.runtime.world_size / seconds,
+        }
+        self._reset()
+        return {key: value for key, value in values.items() if math.isfinite(value) or key == "loss"}
+
+
+class _Waiting:
+    def __init__(self, meter: _Meter) -> None:
+        self.meter = meter
+
+    def __enter__(self) -> None:
+        self.start = time.monotonic()
+
+    def __exit__(self, *error: object) -> None:
+        self.meter.wait_seconds += time.monotonic() - self.start

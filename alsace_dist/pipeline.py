@@ -1,0 +1,217 @@
+"""The stages of a run in order: what each needs, whether it is complete, and how it is run.
+
+Stages talk through files. A stage whose manifest carries the fingerprint that its inputs have now is skipped; one that
+holds something else stops the run and says what differs.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from alsace_dist import artifacts
+from alsace_dist.config import Config, variant
+from alsace_dist.layout import Layout, data_url
+from alsace_dist.runtime import Runtime
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage: its command, of which round and variant, and what it writes.
+
+    ``fingerprints()``: output directory -> (kind, fingerprint); readable once the stages before it are complete.
+    ``execute(runtime)``: does the work, on every rank if ``is_distributed``, else in one process with None.
+    """
+
+    command: str
+    config: Config
+    variant: str
+    round: int
+    is_distributed: bool
+    fingerprints: Callable[[], dict[Path, tuple[str, dict[str, Any]]]]
+    execute: Callable[[Runtime | None], None]
+
+    @property
+    def name(self) -> str:
+        """How people are told of it."""
+        parts = [self.command]
+        if self.round:
+            parts.append(f"round {self.round}")
+        if self.variant:
+            parts.append(f"({self.variant})")
+        return " ".join(parts)
+
+    def is_complete(self) -> bool:
+        """Whether all its outputs are there. Raises ``UserError`` if one is there with other settings."""
+        return all([artifacts.is_complete(path, kind, value) for path, (kind, value) in self.fingerprints().items()])
+
+
+def stages(config: Config) -> list[Stage]:
+    """All stages of a run and its variants, in an order in which each finds what it needs."""
+    found = list(_shared_stages(config))
+    for name in ("", *config.variants):
+        found += _variant_stages(variant(config, name) if name else config, name)
+    return found
+
+
+def _shared_stages(config: Config) -> Iterator[Stage]:
+    from alsace_dist import prepare, pretrain, train
+
+    layout = Layout(Path(config.run_dir))
+
+    def stage(command: str, is_distributed: bool, fingerprints: Any, execute: Any) -> Stage:
+        return Stage(command, config, "", 0, is_distributed, fingerprints, execute)
+
+    if config.data.directory is None:
+
+        def run_prepare(runtime: Runtime | None) -> None:
+            artifacts.begin(layout.data, prepare.KIND, prepare.fingerprint(config))
+            prepare.prepare(config, layout.data)
+
+        yield stage("prepare", False, lambda: {layout.data: (prepare.KIND, prepare.fingerprint(config))}, run_prepare)
+    if config.model.nano:
+        yield stage(
+            "pretrain-nano",
+            True,
+            lambda: {layout.pretrain: ("pretrain", pretrain.fingerprint(config))},
+            lambda runtime: pretrain.pretrain(config, layout.pretrain, pretrain.fingerprint(config), runtime),
+        )
+    if config.finetune:
+
+        def finetune_fingerprint() -> dict[str, Any]:
+            return train.finetune_fingerprint(config, identity(config, layout, -1))
+
+        yield stage(
+            "finetune",
+            True,
+            lambda: {layout.finetune: ("finetune", finetune_fingerprint())},
+            lambda runtime: train.finetune(
+                config, model_directory(config, layout, -1), layout.finetune, finetune_fingerprint(), runtime
+            ),
+        )
+    yield _score_stage(config, layout, 0, ["unlabeled", "test"])
+
+
+def _variant_stages(config: Config, name: str) -> Iterator[Stage]:
+    from alsace_dist import evaluate
+
+    layout = Layout(Path(config.run_dir), name)
+    for round_ in range(1, config.rounds + 1):
+        yield _select_stage(config, layout, round_, layout.scores(round_ - 1, "unlabeled"), layout.selection(round_))
+        yield _distill_stage(config, layout, round_)
+        needs_unlabeled = round_ < config.rounds or config.evaluate.calibrate
+        yield _score_stage(config, layout, round_, ["unlabeled", "test"] if needs_unlabeled else ["test"])
+    if config.evaluate.calibrate:
+        # Biases of the model that is evaluated: those of the model before would correct what distillation has mended.
+        yield _select_stage(
+            config, layout, config.rounds, layout.scores(config.rounds, "unlabeled"), layout.calibration
+        )
+    if config.rounds or config.evaluate.calibrate:
+        before, after = layout.scores(0, "test"), layout.scores(config.rounds, "test")
+        teachers = layout.selection(1) if config.rounds else None
+        biases = layout.calibration if config.evaluate.calibrate else None
+
+        def run_evaluate(runtime: Runtime | None) -> None:
+            evaluate.evaluate(config, before, after, teachers, layout.evaluation, biases)
+
+        yield Stage(
+            "evaluate",
+            config,
+            name,
+            0,
+            False,
+            lambda: {layout.evaluation: (evaluate.KIND, evaluate.fingerprint(config, before, after, teachers, biases))},
+            run_evaluate,
+        )
+
+
+def _score_stage(config: Config, layout: Layout, round_: int, splits: list[str]) -> Stage:
+    from alsace_dist import score
+
+    outputs = {layout.scores(round_, split): data_url(config, split) for split in splits}
+
+    def fingerprints() -> dict[Path, dict[str, Any]]:
+        model = identity(config, layout, round_)
+        return {path: score.fingerprint(config, model, url) for path, url in outputs.items()}
+
+    def execute(runtime: Runtime | None) -> None:
+        assert runtime is not None
+        score.score(config, model_directory(config, layout, round_), outputs, fingerprints(), runtime)
+
+    return Stage(
+        "score",
+        config,
+        layout.variant,
+        round_,
+        True,
+        lambda: {path: (score.KIND, value) for path, value in fingerprints().items()},
+        execute,
+    )
+
+
+def _select_stage(config: Config, layout: Layout, round_: int, scores: Path, directory: Path) -> Stage:
+    from alsace_dist import select
+
+    def execute(runtime: Runtime | None) -> None:
+        select.select(config, scores, directory, select.fingerprint(config, scores))
+
+    return Stage(
+        "select",
+        config,
+        layout.variant,
+        round_,
+        False,
+        lambda: {directory: (select.KIND, select.fingerprint(config, scores))},
+        execute,
+    )
+
+
+def _distill_stage(config: Config, layout: Layout, round_: int) -> Stage:
+    from alsace_dist import train
+
+    scores, selection = layout.scores(round_ - 1, "unlabeled"), layout.selection(round_)
+
+    def fingerprint() -> dict[str, Any]:
+        return train.distill_fingerprint(config, identity(config, layout, round_ - 1), scores, selection)
+
+    def execute(runtime: Runtime | None) -> None:
+        assert runtime is not None
+        model = model_directory(config, layout, round_ - 1)
+        train.distill(config, model, scores, selection, layout.distill(round_), fingerprint(), runtime)
+
+    return Stage(
+        "distill",
+        config,
+        layout.variant,
+        round_,
+        True,
+        lambda: {layout.distill(round_): ("distill", fingerprint())},
+        execute,
+    )
+
+
+def model_directory(config: Config, layout: Layout, round_: int) -> Path:
+    """The model after a round of distillation; 0: before any; -1: before finetuning."""
+    if round_ > 0:
+        return layout.distill(round_) / "model"
+    if round_ == 0 and config.finetune:
+        return layout.finetune / "model"
+    if config.model.nano:
+        return layout.pretrain / "model"
+    from alsace_dist import modeling
+
+    assert config.model.path is not None
+    return modeling.resolve_model(config.model.path, config.model.revision)
+
+
+def identity(config: Config, layout: Layout, round_: int) -> dict[str, Any]:
+    """What tells the model after a round from others: the manifest of the stage that made it, or its files."""
+    if round_ > 0:
+        return {"distill": artifacts.load_manifest(layout.distill(round_), "distill").digest}
+    if round_ == 0 and config.finetune:
+        return {"finetune": artifacts.load_manifest(layout.finetune, "finetune").digest}
+    if config.model.nano:
+        return {"pretrain": artifacts.load_manifest(layout.pretrain, "pretrain").digest}
+    from alsace_dist import modeling
+
+    return modeling.model_identity(model_directory(config, layout, round_))

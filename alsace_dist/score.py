@@ -1,0 +1,257 @@
+"""Scoring: log P(candidate | prompt) of every (group, language) of a dataset, exactly once, for any number of ranks.
+
+The unit of work is a shard, and its result does not depend on who computes it. Ranks draw shards from a shared
+counter; what a killed run has finished is kept.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from alsace_dist import artifacts
+from alsace_dist.config import Config
+from alsace_dist.errors import Stopped, UserError
+from alsace_dist.runtime import PeerFailed, Runtime, shared_counter
+from alsace_dist.score_files import KIND, Scores, read_metadata, read_score_file, write_scores
+from alsace_dist.shards import Dataset, ShardInfo, open_dataset, read_shard
+from alsace_dist.tasks import EncodedText, encode_answers, encode_groups
+
+
+def fingerprint(config: Config, model: dict[str, Any], url: str) -> dict[str, Any]:
+    """Everything the scores of a dataset depend on; ``model``: the model's identity."""
+    return {
+        "score": config.score.model_dump(mode="json"),
+        "task": config.task.model_dump(mode="json"),
+        "engine": config.engine.model_dump(mode="json", include={"dtype", "zero_stage", "num_threads"}),
+        "languages": config.data.languages,
+        "model": model,
+        "data": open_dataset(url).digest,
+        "code": artifacts.__version__,
+    }
+
+
+def score(
+    config: Config, model: Path, datasets: dict[Path, str], fingerprints: dict[Path, dict[str, Any]], runtime: Runtime
+) -> None:
+    """Score several datasets with one model: output directory -> dataset URL.
+
+    Raises ``UserError`` for broken inputs, ``Stopped`` if a stop was agreed (finished shards are kept).
+    """
+    from alsace_dist import engine, modeling
+
+    tokenizer = modeling.load_tokenizer(model)
+    start = modeling.load_model_config(model).decoder_start_token_id
+    opened = {directory: open_dataset(url) for directory, url in datasets.items()}
+    languages = sorted({language for dataset in opened.values() for language in dataset.languages})
+    answers = encode_answers(config.task, tokenizer, languages, start)
+    scorer, _ = engine.load_scorer(model, answers, config.engine, 0.0, runtime)
+    module = engine.inference_module(scorer, config.engine, runtime)
+    for directory, dataset in opened.items():
+        pass_ = _Pass(config, runtime, module, tokenizer, answers, dataset, directory, fingerprints[directory])
+        pass_.run()
+
+
+class _Pass:
+    """One dataset's scoring pass on this rank."""
+
+    def __init__(
+        self,
+        config: Config,
+        runtime: Runtime,
+        module: Any,
+        tokenizer: Any,
+        answers: Any,
+        dataset: Dataset,
+        directory: Path,
+        fingerprint: dict[str, Any],
+    ) -> None:
+        from alsace_dist.collate import AnswerCollator
+
+        self.config, self.runtime, self.module, self.tokenizer = config, runtime, module, tokenizer
+        self.dataset, self.directory, self.fingerprint = dataset, directory, fingerprint
+        self.collator = AnswerCollator(answers, tokenizer.pad_token_id)
+        self.tokens_per_batch = config.score.tokens_per_batch
+        self.num_drawn = 0
+        self.digest = artifacts.digest_json(fingerprint)
+        self.num_tokens = self.num_padded = 0
+        self.statistics: dict[str, list[int]] = {}
+
+    def run(self) -> None:
+        """Score all shards that have no result yet, then check the whole and write the manifest."""
+        runtime, directory = self.runtime, self.directory
+        runtime.main_first(lambda: artifacts.begin(directory, KIND, self.fingerprint))
+        todo = runtime.gather([s for s in self.dataset.shards if not self._is_done(s)] if runtime.is_main else None)[0]
+        from alsace_dist.metrics import progress
+
+        with progress(f"score {directory.name}", len(self.dataset.shards), len(self.dataset.shards) - len(todo),
+                      runtime.is_main) as advance:  # fmt: skip
+            if self.config.engine.zero_stage == 3:
+                stopped = self._run_in_step(todo, advance)
+            else:
+                stopped = self._run_freely(todo, advance)
+        if stopped:
+            raise Stopped(f"score: stopped; {directory} keeps the shards that are done")
+        self._merge()
+
+    def _path(self, shard: ShardInfo) -> Path:
+        return self.directory / f"{shard.stem}.parquet"
+
+    def _is_done(self, shard: ShardInfo) -> bool:
+        metadata = read_metadata(self._path(shard))
+        return metadata is not None and metadata == self._metadata(shard)
+
+    def _metadata(self, shard: ShardInfo) -> dict[str, str]:
+        return {"fingerprint": self.digest, "shard": shard.sha256}
+
+    def _draw(self, todo: list[ShardInfo]) -> Iterator[ShardInfo]:
+        counter = shared_counter(f"score/{self.directory}/{self.digest}")
+        while (index := counter()) < len(todo):
+            self.num_drawn = index + 1
+            yield todo[index]
+
+    def _run_freely(self, todo: list[ShardInfo], advance: Any) -> bool:
+        """Without ZeRO-3 a forward concerns nobody else: each rank works at its own pace.
+
+        An error leaves the loop at once; the launcher ends the other ranks. Returns whether a stop was asked for.
+        """
+        import torch
+
+        done = 0
+        with torch.inference_mode():
+            for shard in self._draw(todo):
+                if self.runtime.stop.is_set:
+                    break
+                work = _ShardWork(self, shard)
+                for batch in work.batches:
+                    work.put(batch, self._forward(work, batch))
+                work.write()
+                advance(self.num_drawn - done)  # the counter tells how far all ranks are
+                done = self.num_drawn
+        return self.runtime.any_rank(self.runtime.stop.is_set)[0]
+
+    def _run_in_step(self, todo: list[ShardInfo], advance: Any) -> bool:
+        """Under ZeRO-3 every forward is collective: all ranks run equally many, with stand-ins where one has no work.
+
+        An exception in one rank becomes a flag that all see before the next forward, so that none waits for it.
+        """
+        import torch
+
+        work: _ShardWork | None = None
+        shards = self._draw(todo)
+        stand_in: tuple[_ShardWork, list[int]] | None = None
+        error: Exception | None = None
+        with torch.inference_mode():
+            while True:
+                try:
+                    while work is None or not work.batches:
+                        if work is not None:
+                            work.write()
+                            advance(1)
+                            work = None
+                        if self.runtime.stop.is_set or (shard := next(shards, None)) is None:
+                            break
+                        work = _ShardWork(self, shard)
+                except Exception as caught:
+                    error = caught
+                has_batch = work is not None and bool(work.batches)
+                some_batch, failed = self.runtime.any_rank(has_batch, error is not None)
+                if error is not None:
+                    raise error
+                if failed:
+                    raise PeerFailed("another rank failed while scoring")
+                if not some_batch:
+                    break
+                if work is not None and has_batch:
+                    batch = work.batches.pop(0)
+                    stand_in = (work, work.shortest)
+                    work.put(batch, self._forward(work, batch))
+                else:
+                    stand_in = stand_in or self._any_batch()
+                    self._forward(*stand_in)
+        return self.runtime.any_rank(self.runtime.stop.is_set)[0]
+
+    def _any_batch(self) -> tuple["_ShardWork", list[int]]:
+        work = next(w for shard in self.dataset.shards if (w := _ShardWork(self, shard)).rows)
+        return work, work.shortest
+
+    def _forward(self, work: "_ShardWork", batch: list[int]) -> np.ndarray:
+        rows = [work.rows[index] for index in batch]
+        inputs = self.collator([row.input_ids for row in rows], [row.language for row in rows])
+        tokens, padded = inputs.num_tokens
+        self.num_tokens += tokens
+        self.num_padded += padded
+        log_probs: np.ndarray = self.module(*inputs.to(self.runtime.device)).cpu().numpy()
+        return log_probs
+
+    def encode(self, shard: ShardInfo) -> list[EncodedText]:
+        """All rows of a shard."""
+        groups = read_shard(self.dataset, shard)
+        rows = encode_groups(self.config.task, self.tokenizer, groups, self.dataset.languages)
+        for row in rows:
+            counts = self.statistics.setdefault(row.language, [0, 0, 0, 0])
+            for index, value in enumerate((1, len(row.input_ids), row.num_unknown, int(row.is_cut))):
+                counts[index] += value
+        return rows
+
+    def _merge(self) -> None:
+        """Assert that every (group, language) is there once, then complete the directory."""
+        gathered = self.runtime.gather((self.statistics, self.num_tokens, self.num_padded))
+
+        def finish() -> None:
+            for shard in self.dataset.shards:
+                scores = read_score_file(self._path(shard))
+                pairs = list(zip(scores.keys, scores.languages, strict=True))
+                found = {language: scores.languages.count(language) for language in shard.num_examples}
+                if len(set(pairs)) != len(pairs) or found != shard.num_examples:
+                    raise UserError(f"{self._path(shard)}: rows are missing or double; delete it and score again")
+            files = [self._path(shard) for shard in self.dataset.shards]
+            details = {"num_examples": sum(sum(s.num_examples.values()) for s in self.dataset.shards)}
+            artifacts.write_manifest(self.directory, KIND, self.fingerprint, files, details)
+            _report(gathered)
+
+        self.runtime.main_first(finish)
+
+
+class _ShardWork:
+    """A shard being scored: its rows, the batches still to do, the results so far."""
+
+    def __init__(self, owner: _Pass, shard: ShardInfo) -> None:
+        from alsace_dist.stream import score_batches
+
+        self.owner, self.shard = owner, shard
+        self.rows = owner.encode(shard)
+        self.batches = score_batches([len(row.input_ids) for row in self.rows], owner.tokens_per_batch)
+        self.shortest = self.batches[-1][-1:] if self.batches else []
+        self.results: list[np.ndarray] = [np.empty(0)] * len(self.rows)
+
+    def put(self, batch: list[int], log_probs: np.ndarray) -> None:
+        for index, row in zip(batch, log_probs, strict=True):
+            self.results[index] = row
+
+    def write(self) -> None:
+        path = self.owner._path(self.shard)
+        scores = Scores(
+            [row.key for row in self.rows],
+            [row.language for row in self.rows],
+            self.results,
+            [row.label for row in self.rows],
+        )
+        write_scores(path, scores, self.owner._metadata(self.shard))
+
+
+def _report(gathered: list[tuple[dict[str, list[int]], int, int]]) -> None:
+    """Warn of languages whose texts the vocabulary hardly covers, or whose prompts were cut."""
+    import sys
+
+    total: dict[str, list[int]] = {}
+    for statistics, _, _ in gathered:
+        for language, counts in statistics.items():
+            total[language] = [a + b for a, b in zip(total.get(language, [0] * 4), counts, strict=True)]
+    for language, (num_rows, num_tokens, num_unknown, num_cut) in sorted(total.items()):
+        if num_unknown > 0.01 * num_tokens:
+            print(f"warning: {language}: {num_unknown / num_tokens:.1%} of its tokens are unknown to the model",
+                  file=sys.stderr)  # fmt: skip
+        if num_cut > 0.01 * num_rows:
+            print(f"warning: {language}: {num_cut} of {num_rows} prompts were cut at task.max_tokens", file=sys.stderr)

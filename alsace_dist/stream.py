@@ -1,0 +1,166 @@
+"""Which examples go where: the canonical order of training, and the batches of a scoring pass.
+
+The order of training examples is a function of (seed, counts per shard, global batch size). World size, worker count
+and micro-batches have no part in it, and the position is just the step number: resuming opens only the shards that the
+next step needs.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+
+Row = TypeVar("Row")
+MAX_STREAMS = 64
+
+
+@dataclass(frozen=True)
+class Position:
+    """One training example: which pass over the data, which shard, which of its examples."""
+
+    pass_index: int
+    shard: int
+    example: int
+
+
+class CanonicalOrder:
+    """Training examples by (step, slot).
+
+    A pass is the concatenation of all shards in a shuffled order, each shuffled within. It is cut into ``num_streams``
+    equal parts that are read side by side, so that a global batch mixes many shards; slot ``j`` of a step belongs to
+    stream ``j mod num_streams``. Up to ``num_streams - 1`` examples of a pass are left over; others in each pass.
+    """
+
+    def __init__(self, counts: Sequence[int], global_batch_size: int, seed: int) -> None:
+        """``counts``: examples per shard. Raises ``ValueError`` if there is none."""
+        self.counts = np.asarray(counts, dtype=np.int64)
+        self.total = int(self.counts.sum())
+        if self.total == 0:
+            raise ValueError("no examples")
+        self.global_batch_size = global_batch_size
+        self.seed = seed
+        most = min(int((self.counts > 0).sum()), MAX_STREAMS, self.total)
+        # A divisor of the batch size, so that every stream moves at the same pace.
+        self.num_streams = next(n for n in range(most, 0, -1) if global_batch_size % n == 0)
+        self.stream_length = self.total // self.num_streams
+        self._pass = lru_cache(maxsize=4)(self._make_pass)
+        self._permutation = lru_cache(maxsize=4 * MAX_STREAMS)(self._make_permutation)
+
+    def num_steps(self, num_epochs: float) -> int:
+        """Steps of ``num_epochs`` passes, at least one."""
+        return max(1, round(num_epochs * self.total / self.global_batch_size))
+
+    def locate(self, step: int, slot: int) -> Position:
+        """The example in slot ``slot`` (0 <= slot < global batch size) of step ``step``."""
+        stream = slot % self.num_streams
+        consumed = step * (self.global_batch_size // self.num_streams) + slot // self.num_streams
+        pass_index, offset = divmod(consumed, self.stream_length)
+        shards, starts = self._pass(pass_index)
+        place = stream * self.stream_length + offset
+        rank = int(np.searchsorted(starts, place, side="right")) - 1
+        shard = int(shards[rank])
+        return Position(pass_index, shard, int(self._permutation(pass_index, shard)[place - starts[rank]]))
+
+    def _make_pass(self, pass_index: int) -> tuple[np.ndarray, np.ndarray]:
+        shards = np.random.default_rng([self.seed, pass_index]).permutation(np.flatnonzero(self.counts))
+        return shards, np.concatenate([[0], np.cumsum(self.counts[shards])[:-1]])
+
+    def _make_permutation(self, pass_index: int, shard: int) -> np.ndarray:
+        return np.random.default_rng([self.seed, pass_index, shard]).permutation(self.counts[shard])
+
+
+class ShardCache(Generic[Row]):
+    """Shards loaded whole, the most recently used kept. ``opened`` lists every load, for tests and logs."""
+
+    def __init__(self, load: Callable[[int], list[Row]], counts: Sequence[int], capacity: int) -> None:
+        self._load = load
+        self._counts = counts
+        self._capacity = capacity
+        self._rows: OrderedDict[int, list[Row]] = OrderedDict()
+        self.opened: list[int] = []
+
+    def __getitem__(self, shard: int) -> list[Row]:
+        if shard not in self._rows:
+            rows = self._load(shard)
+            assert len(rows) == self._counts[shard], (
+                f"shard {shard}: {len(rows)} examples, {self._counts[shard]} counted"
+            )
+            self._rows[shard] = rows
+            self.opened.append(shard)
+            if len(self._rows) > self._capacity:
+                self._rows.popitem(last=False)
+        self._rows.move_to_end(shard)
+        return self._rows[shard]
+
+
+class TrainStream(Generic[Row]):
+    """This rank's share of every global batch: the slots that are ``rank`` modulo ``world_size``.
+
+    ``build`` makes a training example from a row and the pass it is seen in. Batches are made ahead, in one thread.
+    """
+
+    def __init__(
+        self,
+        order: CanonicalOrder,
+        load: Callable[[int], list[Row]],
+        build: Callable[[Row, int], Any],
+        rank: int,
+        world_size: int,
+    ) -> None:
+        self.order = order
+        self._build = build
+        self._slots = range(rank, order.global_batch_size, world_size)
+        # Room for the shards that a step draws from and the ones that follow them.
+        self.cache = ShardCache(load, order.counts.tolist(), capacity=2 * order.num_streams + 2)
+
+    def batch(self, step: int) -> list[Any]:
+        """This rank's examples of one step; empty if there are more ranks than slots."""
+        return [self.example(step, slot) for slot in self._slots]
+
+    def example(self, step: int, slot: int) -> Any:
+        """The example of one slot."""
+        place = self.order.locate(step, slot)
+        return self._build(self.cache[place.shard][place.example], place.pass_index)
+
+    def batches(self, first: int, last: int) -> Iterator[list[Any]]:
+        """The batches of steps first, ..., last - 1; the next one is made while the current one is used."""
+        with ThreadPoolExecutor(max_workers=1) as pool:
+            ahead: list[Future[list[Any]]] = []
+            for step in range(first, min(first + 2, last)):
+                ahead.append(pool.submit(self.batch, step))
+            for step in range(first, last):
+                batch = ahead.pop(0).result()
+                if step + 2 < last:
+                    ahead.append(pool.submit(self.batch, step + 2))
+                yield batch
+
+
+def micro_batches(lengths: Sequence[int], size: int, count: int) -> list[list[int]]:
+    """Cut a rank's share of a step into exactly ``count`` micro-batches of at most ``size`` examples, by length.
+
+    Returns indices. Some may be empty, on a rank with a smaller share: it still takes part in the collectives.
+    """
+    by_length = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
+    chunks = [by_length[start : start + size] for start in range(0, len(by_length), size)]
+    assert len(chunks) <= count
+    return chunks + [[] for _ in range(count - len(chunks))]
+
+
+def score_batches(lengths: Sequence[int], tokens_per_batch: int) -> list[list[int]]:
+    """Cut a shard's rows into batches of at most ``tokens_per_batch`` tokens, padding included, longest first.
+
+    A function of the shard alone: whoever scores it computes the same products. A row longer than the budget is a
+    batch of its own.
+    """
+    by_length = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
+    batches: list[list[int]] = []
+    for index in by_length:
+        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= tokens_per_batch:
+            batches[-1].append(index)
+        else:
+            batches.append([index])
+    return batches

@@ -1,0 +1,131 @@
+"""Metrics in words: percent and points, significantly better or worse, and the verdict on a run.
+
+Changes are in *points* (percentage points). *Significantly* means the exact McNemar test, Holm-corrected over
+languages. A smaller gap is never praised alone, since it also closes when the source language falls: the verdict asks
+for the average up, the gap smaller and no language significantly worse.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Metrics = Mapping[str, Any]  # the content of an evaluation's metrics.json
+Outcome = Literal["better", "worse", "same"]
+
+OUTCOMES: dict[Outcome, str] = {
+    "better": "significantly better",
+    "worse": "significantly worse",
+    "same": "no significant change",
+}
+UNDEFINED = "–"
+
+
+@dataclass(frozen=True)
+class Check:
+    """One of the three conditions of success, as a clause of the verdict."""
+
+    holds: bool
+    clause: str
+
+
+def printable(text: object) -> str:
+    """Text without control characters, which are no XML and could steer a terminal."""
+    return "".join(character if character.isprintable() else "\ufffd" for character in str(text))
+
+
+def percent(value: float | None) -> str:
+    """An accuracy in [0, 1], or a difference of two, as percent without the sign %."""
+    if value is None:
+        return UNDEFINED
+    return f"{round(100 * value, 1) + 0.0:.1f}".replace("-", "−")  # + 0.0: no negative zero
+
+
+def points(change: float | None) -> str:
+    """A change of accuracy in percentage points, with its sign."""
+    if change is None:
+        return UNDEFINED
+    rounded = round(100 * change, 1)
+    return f"{rounded:+.1f}".replace("-", "−") if rounded else "0.0"
+
+
+def interval(ci95: Sequence[float] | None) -> str:
+    """A 95 % interval of a change, in points."""
+    return UNDEFINED if ci95 is None else f"{points(ci95[0])} to {points(ci95[1])}"
+
+
+def outcome(row: Metrics, alpha: float) -> Outcome:
+    """Whether a language changed significantly (Holm-adjusted p below alpha), and which way."""
+    if row["p_value"] >= alpha:
+        return "same"
+    return "better" if row["after"] > row["before"] else "worse"
+
+
+def languages_by(metrics: Metrics, wanted: Outcome, alpha: float) -> list[str]:
+    """Languages with that outcome, by name."""
+    return [name for name, row in sorted(metrics["languages"].items()) if outcome(row, alpha) == wanted]
+
+
+def checks(metrics: Metrics, alpha: float = 0.05) -> list[Check]:
+    """The three conditions: average up, gap smaller (both with 95 % intervals that exclude 0), nobody worse."""
+    worse = languages_by(metrics, "worse", alpha)
+    nobody_worse = Check(True, "no language is significantly worse")
+    if worse:
+        changes = [
+            f"{printable(name)} {points(metrics['languages'][name]['after'] - metrics['languages'][name]['before'])}"
+            for name in worse
+        ]
+        subject = "1 language is" if len(worse) == 1 else f"{len(worse)} languages are"
+        nobody_worse = Check(False, f"{subject} significantly worse ({', '.join(changes)} points)")
+    return [_check_average(metrics["average"]), _check_gap(metrics["gap"]), nobody_worse]
+
+
+def _check_average(average: Metrics) -> Check:
+    change = average["after"] - average["before"]
+    size = percent(abs(change))
+    low, high = average["ci95"]
+    if low > 0:
+        return Check(True, f"the average went up by {size} points")
+    if high < 0:
+        return Check(False, f"the average went down by {size} points")
+    return Check(
+        False, f"the average did not clearly change ({points(change)} points, interval {interval([low, high])})"
+    )
+
+
+def _check_gap(gap: Metrics) -> Check:
+    if gap["before"] is None or gap["after"] is None or gap["ci95"] is None:
+        return Check(False, "the gap is not defined (it needs the source language and another one)")
+    ends = f"from {percent(gap['before'])} to {percent(gap['after'])} points"
+    low, high = gap["ci95"]
+    if low <= 0 <= high:
+        return Check(False, f"the gap did not clearly change ({ends}, interval of the change {interval([low, high])})")
+    shrank = abs(gap["after"]) < abs(gap["before"])
+    return Check(shrank, f"the gap {'shrank' if shrank else 'grew'} {ends}")
+
+
+def headline(found: Sequence[Check]) -> str:
+    """How many of the three conditions hold, in words."""
+    number = sum(check.holds for check in found)
+    if number == len(found):
+        return "All three conditions hold"
+    return {0: "None of the three conditions holds", 1: "Only one of the three conditions holds"}.get(
+        number, "Only two of the three conditions hold"
+    )
+
+
+def warning(found: Sequence[Check]) -> str:
+    """What to say of a smaller gap without the other two conditions."""
+    return "A smaller gap alone proves nothing." if found[1].holds and not all(check.holds for check in found) else ""
+
+
+def verdict(metrics: Metrics, alpha: float = 0.05) -> str:
+    """One sentence that names all three conditions, those that hold first."""
+    found = checks(metrics, alpha)
+    holding = [check.clause for check in found if check.holds]
+    failing = [check.clause for check in found if not check.holds]
+    clauses = ", but ".join(_enumerate(clauses) for clauses in (holding, failing) if clauses)
+    return f"{headline(found)}: {clauses}. {warning(found)}".rstrip()
+
+
+def _enumerate(clauses: Sequence[str]) -> str:
+    return " and ".join(clauses) if len(clauses) < 3 else f"{', '.join(clauses[:-1])}, and {clauses[-1]}"
