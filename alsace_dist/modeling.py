@@ -102,7 +102,7 @@ class LanguageModel(nn.Module):
         hidden = self.body(
             input_ids=input_ids, attention_mask=attention_mask, decoder_input_ids=decoder_input_ids, use_cache=False
         ).last_hidden_state
-        # Over the whole vocabulary the product is too large for float32; the loss of the logits is float32 all the same.
+        # Over the whole vocabulary a float32 product would take too long; the loss is float32 all the same.
         logits = nn.functional.linear(hidden.flatten(0, 1), self.head.weight).float()
         losses = nn.functional.cross_entropy(logits, answer_ids.flatten(), ignore_index=-100, reduction="none").view(
             answer_ids.shape

@@ -208,10 +208,10 @@ def make_rows(groups: Iterable[Group], tokenizer: Any) -> list[Row]:
 
 
 def _choose_text(row: Row, section: PretrainConfig, rng: np.random.Generator) -> list[int]:
-    """One field's text alone, or with one of its translations before or after it."""
-    field = int(rng.integers(len(row.fields)))
+    """The whole text, or one of its fields with a translation of it before or after."""
     if not row.translations or rng.random() >= section.concatenate:
-        return row.fields[field]
+        return [token for field in row.fields for token in field]
+    field = int(rng.integers(len(row.fields)))
     other = row.translations[int(rng.integers(len(row.translations)))][field]
     # Both must fit in, or a long text would leave nothing of its translation.
     half = section.max_tokens // 2
