@@ -264,10 +264,20 @@ class TrainConfig(Section):
     log_every_steps: Count = 10
     """Steps between lines in metrics.jsonl and TensorBoard."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _length_given(cls, value: Any) -> Any:
+        """A given length takes the place of the other's default."""
+        if isinstance(value, dict):
+            for given, other in (("num_steps", "num_epochs"), ("num_epochs", "num_steps")):
+                if value.get(given) is not None and other not in value:
+                    return value | {other: None}
+        return value
+
     @model_validator(mode="after")
     def _one_length(self) -> Self:
         if (self.num_steps is None) == (self.num_epochs is None):
-            raise ValueError("give either num_steps or num_epochs (set the other to null)")
+            raise ValueError("give either num_steps or num_epochs")
         return self
 
 
@@ -409,7 +419,7 @@ class Config(Section):
         for section, parts in METHODS[value.get("method", "calibrated")].items():
             given = filled.get(section) or {}
             if isinstance(given, Mapping):
-                filled[section] = parts | {key: item for key, item in given.items() if item is not None}
+                filled[section] = dict(given) | {key: choice for key, choice in parts.items() if given.get(key) is None}
         return filled
 
     @model_validator(mode="after")

@@ -167,6 +167,17 @@ def _die_with_parent() -> None:
         (Path(os.environ[ERROR_DIR]) / f"rank{os.environ['RANK']}.pid").write_text(str(os.getpid()))
 
 
+# How gloo, NCCL and the store say that a rank at the other end is gone.
+_PEER_GONE = ("connection closed by peer", "connection reset by peer", "broken pipe", "socket closed", "remote process")
+
+
+def is_secondary(error: BaseException) -> bool:
+    """Whether an error only says that another rank is gone; that rank's own error is the one to read."""
+    if isinstance(error, PeerFailed):
+        return True
+    return isinstance(error, RuntimeError) and any(phrase in str(error).lower() for phrase in _PEER_GONE)
+
+
 def record_failure(error: BaseException) -> None:
     """Leave this rank's error for the launcher, which prints the first one last."""
     if directory := os.environ.get(ERROR_DIR):
@@ -174,7 +185,7 @@ def record_failure(error: BaseException) -> None:
             "seconds": time.time(),
             "message": str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}",
             "is_user_error": isinstance(error, UserError),
-            "is_secondary": isinstance(error, PeerFailed) or "connection closed by peer" in str(error).lower(),
+            "is_secondary": is_secondary(error),
             "traceback": "".join(traceback.format_exception(error)),
         }
         (Path(directory) / f"rank{os.environ['RANK']}.json").write_text(json.dumps(row))

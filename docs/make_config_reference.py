@@ -101,13 +101,14 @@ def _type(field: dict[str, Any]) -> str:
     if kind == "null":
         return "`null`"
     if kind == "array":
-        return f"list of {_type(field['items'])}"
+        inner = _type(field["items"])
+        return "list of sections" if inner == "section" else f"list of {inner}"
     if kind == "object":
         inner = field.get("additionalProperties", True)
         keys = field.get("propertyNames", {"type": "string"})
         values = "anything" if inner is True or "patternProperties" in field else _type(inner)
         return f"mapping of {_type(keys)} to {values}"
-    return WORDS[kind] if kind in WORDS else "anything"
+    return WORDS.get(str(kind), "anything")
 
 
 def _constraint(field: dict[str, Any]) -> str:

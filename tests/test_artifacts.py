@@ -233,6 +233,14 @@ def test_a_broken_mark_is_not_taken_for_none(tmp_path: Path) -> None:
         is_complete(tmp_path, "thing", {})
 
 
+@pytest.mark.xfail(strict=True, raises=AttributeError, reason="is_complete takes a mapping for granted (reported)")
+@pytest.mark.parametrize("name", [MANIFEST, STARTED])
+def test_a_mark_that_is_no_mapping(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("[]")
+    with pytest.raises(UserError, match=name):
+        is_complete(tmp_path, "thing", {})
+
+
 @pytest.mark.xfail(strict=True, reason="is_complete believes a manifest whose files are gone (reported)")
 def test_a_directory_that_lost_a_file_is_not_complete(directory: Path) -> None:
     (directory / "a.txt").unlink()

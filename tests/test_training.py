@@ -1,0 +1,146 @@
+"""Training on real ranks: kills, stops and other world sizes leave no trace in the losses; broken checkpoints are said.
+
+The loss of every step is logged, so a trace is compared step by step.
+"""
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+
+from alsace_dist.errors import EXIT_STOPPED
+from alsace_dist.metrics import read_metrics
+
+
+def make_run(world: Path, directory: Path, **sections: Any) -> Path:
+    directory.mkdir(parents=True)
+    sections = {"data": {"inputs": [], "splits": {}, "directory": str(world / "run/data")}} | sections
+    return tiny.write_config(directory / "c.yaml", tiny.make_config(world, run_dir=str(directory / "run"), **sections))
+
+
+def losses(directory: Path) -> list[tuple[int, float]]:
+    rows = read_metrics(directory / "run/finetune/metrics.jsonl")
+    return [(row["step"], row["loss"]) for row in rows]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve steps on two ranks under ZeRO-2, a checkpoint every four."""
+    directory = tmp_path_factory.mktemp("training") / "undisturbed"
+    tiny.alsace("finetune", str(make_run(world, directory)))
+    return directory
+
+
+def test_training_learns_and_leaves_a_complete_directory(undisturbed: Path) -> None:
+    trace = losses(undisturbed)
+    assert [step for step, _ in trace] == list(range(1, 13))
+    assert trace[-1][1] < trace[0][1]
+    assert (undisturbed / "run/finetune/manifest.json").exists()
+    assert not (undisturbed / "run/finetune/checkpoints").exists()
+
+
+@pytest.mark.parametrize("moment", ["after a checkpoint", "during a checkpoint"])
+def test_a_rank_killed_while_training_leaves_no_trace(
+    world: Path, tmp_path: Path, undisturbed: Path, moment: str
+) -> None:
+    config = make_run(world, tmp_path / "x")
+    checkpoints = tmp_path / "x/run/finetune/checkpoints"
+    pattern = "step-*/manifest.json" if moment == "after a checkpoint" else "step-*/.*.tmp"
+    with tiny.started("finetune", str(config)) as process:
+        tiny.wait_for(lambda: any(checkpoints.glob(pattern)) or process.poll() is not None)
+        if ranks := tiny.ranks_of(process):
+            os.kill(random.choice(ranks), signal.SIGKILL)
+        process.wait(timeout=60)
+        assert process.returncode != 0
+        assert process.stderr is not None
+        assert "was killed by SIGKILL" in process.stderr.read().strip().splitlines()[-1]
+    tiny.alsace("finetune", str(config))
+    assert losses(tmp_path / "x") == losses(undisturbed)
+    expected = tiny.state_of(undisturbed / "run/finetune/model")
+    assert all(
+        torch.equal(value, expected[key]) for key, value in tiny.state_of(tmp_path / "x/run/finetune/model").items()
+    )
+
+
+def stop_after_first_step(config: Path, run: Path) -> None:
+    metrics = run / "finetune/metrics.jsonl"
+    with tiny.started("finetune", str(config)) as process:
+        tiny.wait_for(lambda: metrics.exists() and metrics.stat().st_size > 0)
+        process.send_signal(signal.SIGUSR2)
+        assert process.wait(timeout=60) == EXIT_STOPPED
+        assert process.stderr is not None
+        assert "stopped on request" in process.stderr.read().strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize(("first", "second"), [((2, 2), (1, 2)), ((3, 2), (0, 1)), ((0, 1), (3, 3))])
+def test_a_stopped_run_goes_on_with_other_ranks_and_another_zero_stage(
+    world: Path, tmp_path: Path, undisturbed: Path, first: tuple[int, int], second: tuple[int, int]
+) -> None:
+    config = make_run(world, tmp_path / "x", finetune={"num_steps": 40, "checkpoint_every_steps": 1000})
+    expected = make_run(world, tmp_path / "y", finetune={"num_steps": 40, "checkpoint_every_steps": 1000})
+
+    def engine(stage: int, ranks: int) -> list[str]:
+        return [f"--engine.zero_stage={stage}", f"--engine.num_processes={ranks}"]
+
+    value = tiny.yaml.safe_load(config.read_text())
+    value["engine"] |= {"zero_stage": first[0], "num_processes": first[1]}
+    tiny.write_config(config, value)
+    stop_after_first_step(config, tmp_path / "x/run")
+    (checkpoint,) = (tmp_path / "x/run/finetune/checkpoints").iterdir()
+    tiny.alsace("finetune", str(config), *engine(*second))
+    tiny.alsace("finetune", str(expected), *engine(*first))
+    got, wanted = losses(tmp_path / "x"), losses(tmp_path / "y")
+    assert [step for step, _ in got] == [step for step, _ in wanted] == list(range(1, 41))
+    assert 1 <= int(checkpoint.name.removeprefix("step-")) < 40
+    assert [loss for _, loss in got] == pytest.approx([loss for _, loss in wanted], rel=2e-4)
+
+
+def test_a_checkpoint_that_lacks_a_file_is_an_error(world: Path, tmp_path: Path) -> None:
+    config = make_run(world, tmp_path / "x", finetune={"num_steps": 400, "checkpoint_every_steps": 1000})
+    stop_after_first_step(config, tmp_path / "x/run")
+    (checkpoint,) = (tmp_path / "x/run/finetune/checkpoints").iterdir()
+    part = next(checkpoint.glob("rank00001-*.safetensors"))
+    content = part.read_bytes()
+    for damage in (None, content[:-5] + b"abcde"):
+        part.unlink() if damage is None else part.write_bytes(damage)
+        failed = tiny.alsace("finetune", str(config), check=False)
+        assert failed.returncode == 2
+        last = failed.stderr.strip().splitlines()[-1]
+        assert last.startswith(f"error: {part}: ")
+        assert "restore the file, or delete" in last
+        assert "Traceback" not in failed.stderr
+
+
+def test_a_full_disk_ends_training_and_keeps_what_was_there(world: Path, tmp_path: Path) -> None:
+    """A file system of 300 kB: room for the metrics and not for a checkpoint."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(disk)], check=True)
+    try:
+        config = make_run(world, tmp_path / "x")
+        failed = tiny.alsace("finetune", str(config), f"--run_dir={disk / 'run'}", check=False)
+        assert failed.returncode == 2, failed.stderr
+        last = failed.stderr.strip().splitlines()[-1]
+        assert last.startswith("error: ")
+        assert "No space left on device" in last, failed.stderr
+        assert not (disk / "run/finetune/manifest.json").exists()
+        assert list((disk / "run/finetune").glob("checkpoints/*/manifest.json")) == []
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_changed_setting_is_refused_and_named(world: Path, tmp_path: Path, undisturbed: Path) -> None:
+    shutil.copytree(undisturbed, tmp_path / "x")
+    config = tiny.yaml.safe_load((tmp_path / "x/c.yaml").read_text()) | {"run_dir": str(tmp_path / "x/run")}
+    path = tiny.write_config(tmp_path / "x/c.yaml", config)
+    assert "complete, skipped" in tiny.alsace("finetune", str(path)).stderr
+    failed = tiny.alsace("finetune", str(path), "--finetune.learning_rate=0.5", check=False)
+    assert failed.returncode == 2
+    assert "section.learning_rate: 0.001 -> 0.5" in failed.stderr.strip().splitlines()[-1]

@@ -1,0 +1,193 @@
+"""A small world for tests of the real thing: parallel data with holes, an mT5 of a few thousand weights, a config."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors.torch import save_file
+
+from alsace_dist.modeling import LanguageModel, initialise, make_body
+from alsace_dist.pretrain import train_tokenizer
+
+LANGUAGES = ("en", "de", "fr", "ru")
+WORDS = {
+    "en": ["red", "green", "blue", "stone", "tree", "river", "old", "new"],
+    "de": ["rot", "grün", "blau", "Stein", "Baum", "Fluss", "alt", "neu"],
+    "fr": ["rouge", "vert", "bleu", "pierre", "arbre", "fleuve", "vieux", "neuf"],
+    "ru": ["красный", "зелёный", "синий", "камень", "дерево", "река", "старый", "новый"],
+}
+LABELS = ["a", "b", "c"]
+
+
+def write_data(path: Path, num_groups: int) -> None:
+    """Groups whose label is their first word's colour; every third group lacks a language, none lacks English."""
+    rng = random.Random(1)
+    with path.open("w", encoding="utf-8") as file:
+        for number in range(num_groups):
+            label = rng.randrange(3)
+            words = [label] + [rng.randrange(3, 8) for _ in range(rng.randrange(1, 12))]
+            texts = {language: {"text": " ".join(WORDS[language][word] for word in words)} for language in LANGUAGES}
+            if number % 3 == 0:
+                del texts[LANGUAGES[1 + number // 3 % 3]]
+            file.write(json.dumps({"id": f"g{number}", "label": LABELS[label], "texts": texts}) + "\n")
+
+
+def write_model(directory: Path) -> None:
+    """An mT5 directory with random weights, whose head differs from its embedding as in every real mT5."""
+    from transformers import MT5Config
+
+    texts = (" ".join(row) for row in WORDS.values() for _ in range(4))
+    tokenizer = train_tokenizer(texts, 120, [LABELS])
+    config = MT5Config(
+        vocab_size=len(tokenizer), d_model=16, d_kv=4, d_ff=32, num_heads=4, num_layers=2, num_decoder_layers=1
+    )
+    module = LanguageModel(make_body(config, 0.0))
+    initialise(module, 3)
+    tensors = {name.removeprefix("body."): value.detach() for name, value in module.named_parameters()}
+    tensors["lm_head.weight"] = tensors.pop("head.weight")
+    directory.mkdir(parents=True)
+    tokenizer.save_pretrained(directory)
+    config.architectures = ["MT5ForConditionalGeneration"]
+    config.save_pretrained(directory)
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+
+
+def make_config(directory: Path, **sections: Any) -> dict[str, Any]:
+    """A config over the data and the model in ``directory``; sections are laid over the defaults."""
+    value: dict[str, Any] = {
+        "run_dir": str(directory / "run"),
+        "task": {"fields": ["text"], "template": "{text}", "labels": LABELS},
+        "data": {
+            "inputs": [{"path": str(directory / "data.jsonl")}],
+            "splits": {"labeled": 40, "unlabeled": 45, "test": 30},
+            "groups_per_shard": 16,
+        },
+        "model": {"path": str(directory / "model")},
+        "engine": {"num_processes": 2, "dtype": "fp32", "zero_stage": 2},
+        "finetune": {"num_steps": 12, "global_batch_size": 10, "learning_rate": 1e-3}
+        | {"log_every_steps": 1, "checkpoint_every_steps": 4},
+        "distill": {"num_steps": 12, "global_batch_size": 10, "learning_rate": 1e-3}
+        | {"log_every_steps": 1, "checkpoint_every_steps": 4},
+        "score": {"tokens_per_batch": 200},
+    }
+    for name, section in sections.items():
+        value[name] = {**value[name], **section} if isinstance(section, dict) and name in value else section
+    return value
+
+
+def write_world(directory: Path) -> None:
+    """Data and model for ``make_config``."""
+    write_data(directory / "data.jsonl", 115)
+    write_model(directory / "model")
+
+
+def write_config(path: Path, value: dict[str, Any]) -> Path:
+    """A config as a YAML file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump(value), encoding="utf-8")
+    return path
+
+
+def environment() -> dict[str, str]:
+    """The environment of a command: one thread per process, no hub."""
+    return os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+
+
+def alsace(*arguments: str, timeout: float = 120, check: bool = True) -> "subprocess.CompletedProcess[str]":
+    """Run the command line as a user does."""
+    done = subprocess.run(
+        [sys.executable, "-m", "alsace_dist", *arguments],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+    if check:
+        assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+@contextmanager
+def started(*arguments: str) -> Iterator["subprocess.Popen[str]"]:
+    """The command line in the background; whatever is left of it is killed in the end."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "alsace_dist", *arguments],
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def ranks_of(process: "subprocess.Popen[str]") -> list[int]:
+    """Process ids of the ranks that a launcher has started so far."""
+    import psutil
+
+    return [child.pid for child in psutil.Process(process.pid).children(recursive=True)]
+
+
+def wait_for(condition: Any, seconds: float = 90) -> None:
+    """Wait until a condition holds. Fails the test if it does not in time."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.02)
+
+
+def run_ranks(function: str, world_size: int, **arguments: Any) -> list[Any]:
+    """Call ``module:function(runtime, **arguments)`` of tests/ on every rank of a real gloo group; their results.
+
+    Arguments and results travel as JSON.
+    """
+    import socket
+    import tempfile
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with tempfile.TemporaryDirectory() as folder:
+        files = [Path(folder) / f"{rank}.json" for rank in range(world_size)]
+        processes = [
+            subprocess.Popen(
+                [sys.executable, str(Path(__file__).with_name("rank_main.py")), function, json.dumps(arguments), file],
+                env=environment()
+                | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
+                | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for rank, file in enumerate(files)
+        ]
+        try:
+            errors = [process.communicate(timeout=150)[1] for process in processes]
+        finally:
+            for process in processes:
+                process.kill()
+        for process, error in zip(processes, errors, strict=True):
+            assert process.returncode == 0, error[-4000:]
+        return [json.loads(file.read_text()) for file in files]
+
+
+def state_of(directory: Path) -> dict[str, torch.Tensor]:
+    """Tensors of an exported model."""
+    from safetensors.torch import load_file
+
+    return load_file(directory / "model.safetensors")
