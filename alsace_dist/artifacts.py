@@ -150,7 +150,10 @@ def load_manifest(directory: Path, kind: str) -> Manifest:
         raise UserError(f"{path}: not of manifest format {FORMAT_VERSION}; delete {directory} and run its stage again")
     if value.get("kind") != kind:
         raise UserError(f"{path}: holds {value.get('kind')!r} where {kind!r} is needed; name the right directory")
-    return Manifest(**value)
+    try:
+        return Manifest(**value)
+    except TypeError as error:
+        raise UserError(f"{path}: broken ({error}); delete {directory} and run its stage again") from None
 
 
 def verify_files(directory: Path, manifest: Manifest, hashes: bool = True) -> None:
@@ -201,6 +204,8 @@ def is_complete(directory: Path, kind: str, fingerprint: dict[str, Any]) -> bool
         if not path.exists():
             continue
         found = read_json(path)
+        if not isinstance(found, dict):
+            raise UserError(f"{path}: broken; delete {directory} and run its stage again")
         rows = differences(found.get("fingerprint"), json.loads(json.dumps(fingerprint)))
         if rows or found.get("kind") != kind:
             raise UserError(
@@ -208,7 +213,10 @@ def is_complete(directory: Path, kind: str, fingerprint: dict[str, Any]) -> bool
                 f"{f'; and {len(rows) - 4} more' if len(rows) > 4 else ''}); "
                 "choose another run_dir, undo the change, or delete that directory"
             )
-        return name == MANIFEST
+        if name == MANIFEST:
+            verify_files(directory, load_manifest(directory, kind), hashes=False)  # sizes only: it must stay quick
+            return True
+        return False
     return False
 
 

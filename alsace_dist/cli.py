@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from alsace_dist.pipeline import Stage
 
 
-def demo(run_dir: str = "runs/demo", debug: bool = False, **overrides: Any) -> None:
+def demo(*, run_dir: str = "runs/demo", debug: bool = False, **overrides: Any) -> None:
     """Run the whole method on the embedded corpus: a few minutes on two cores, no network.
 
     Args:
@@ -26,7 +26,7 @@ def demo(run_dir: str = "runs/demo", debug: bool = False, **overrides: Any) -> N
     run(str(path), debug=debug, **{"run_dir": run_dir} | overrides)
 
 
-def run(config: str, dry_run: bool = False, debug: bool = False, **overrides: Any) -> None:
+def run(config: str, *, dry_run: bool = False, debug: bool = False, **overrides: Any) -> None:
     """Run every stage of a config in order; what is complete is skipped.
 
     Args:
@@ -39,7 +39,7 @@ def run(config: str, dry_run: bool = False, debug: bool = False, **overrides: An
 
     loaded = _load(config, overrides)
     found = pipeline.stages(loaded)
-    if dry_run:
+    if _is_true("dry-run", dry_run):
         for stage in found:
             print(f"{_state(stage):<9} {stage.name}")
         return
@@ -49,7 +49,7 @@ def run(config: str, dry_run: bool = False, debug: bool = False, **overrides: An
     _report(loaded)
 
 
-def prepare(config: str, on_bad: str = "", debug: bool = False, **overrides: Any) -> None:
+def prepare(config: str, *, on_bad: str = "", debug: bool = False, **overrides: Any) -> None:
     """Turn source data into shards.
 
     Args:
@@ -61,7 +61,7 @@ def prepare(config: str, on_bad: str = "", debug: bool = False, **overrides: Any
     _single("prepare", config, overrides | ({"data.on_bad": on_bad} if on_bad else {}), debug)
 
 
-def pretrain_nano(config: str, debug: bool = False, **overrides: Any) -> None:
+def pretrain_nano(config: str, *, debug: bool = False, **overrides: Any) -> None:
     """Train the nano model's tokenizer and weights from nothing.
 
     Args:
@@ -72,7 +72,7 @@ def pretrain_nano(config: str, debug: bool = False, **overrides: Any) -> None:
     _single("pretrain-nano", config, overrides, debug)
 
 
-def finetune(config: str, debug: bool = False, **overrides: Any) -> None:
+def finetune(config: str, *, debug: bool = False, **overrides: Any) -> None:
     """Stage 0: learn the task from the source language's labels.
 
     Args:
@@ -83,7 +83,7 @@ def finetune(config: str, debug: bool = False, **overrides: Any) -> None:
     _single("finetune", config, overrides, debug)
 
 
-def score(config: str, round: int = 0, variant: str = "", debug: bool = False, **overrides: Any) -> None:
+def score(config: str, *, round: int = 0, variant: str = "", debug: bool = False, **overrides: Any) -> None:
     """Score unlabeled and test groups with the model after a round of distillation (0: before any).
 
     Args:
@@ -96,7 +96,7 @@ def score(config: str, round: int = 0, variant: str = "", debug: bool = False, *
     _single("score", config, overrides, debug, round, variant)
 
 
-def select(config: str, round: int = 1, variant: str = "", debug: bool = False, **overrides: Any) -> None:
+def select(config: str, *, round: int = 1, variant: str = "", debug: bool = False, **overrides: Any) -> None:
     """Stage 1: choose the teacher languages of a round from the scores before it.
 
     Args:
@@ -109,7 +109,7 @@ def select(config: str, round: int = 1, variant: str = "", debug: bool = False, 
     _single("select", config, overrides, debug, round, variant)
 
 
-def distill(config: str, round: int = 1, variant: str = "", debug: bool = False, **overrides: Any) -> None:
+def distill(config: str, *, round: int = 1, variant: str = "", debug: bool = False, **overrides: Any) -> None:
     """Stage 2: train every language towards the teachers.
 
     Args:
@@ -122,7 +122,7 @@ def distill(config: str, round: int = 1, variant: str = "", debug: bool = False,
     _single("distill", config, overrides, debug, round, variant)
 
 
-def evaluate(config: str, variant: str = "", debug: bool = False, **overrides: Any) -> None:
+def evaluate(config: str, *, variant: str = "", debug: bool = False, **overrides: Any) -> None:
     """Compare the test scores before and after: accuracy per language, average, gap, significance.
 
     Args:
@@ -134,7 +134,7 @@ def evaluate(config: str, variant: str = "", debug: bool = False, **overrides: A
     _single("evaluate", config, overrides, debug, 0, variant)
 
 
-def report(run: str, debug: bool = False) -> None:
+def report(run: str, *, debug: bool = False) -> None:
     """Write report.md, report.html, report.json and report.svg of a run, and print its summary.
 
     Args:
@@ -143,13 +143,13 @@ def report(run: str, debug: bool = False) -> None:
     """
     from alsace_dist.layout import CONFIG_FILE
 
-    path = Path(run) / CONFIG_FILE
+    path = Path(str(run)) / CONFIG_FILE
     if not path.exists():
         raise UserError(f"{path}: no such file; give the directory of a run")
-    _report(_load(str(path), {"run_dir": run}))
+    _report(_load(str(path), {"run_dir": str(run)}))
 
 
-def plan(config: str, num_processes: int = 0, debug: bool = False, **overrides: Any) -> None:
+def plan(config: str, *, num_processes: int = 0, debug: bool = False, **overrides: Any) -> None:
     """Say how many parameters the model has and what memory its states take per rank, without loading it.
 
     Args:
@@ -163,7 +163,7 @@ def plan(config: str, num_processes: int = 0, debug: bool = False, **overrides: 
     planning.print_plan(_load(config, overrides), num_processes)
 
 
-def doctor(config: str = "", debug: bool = False, **overrides: Any) -> None:
+def doctor(config: str = "", *, debug: bool = False, **overrides: Any) -> None:
     """Check this machine: versions, devices, process group, writable directories and, with a config, its inputs.
 
     Args:
@@ -237,14 +237,11 @@ def _as_user_error(error: BaseException) -> BaseException:
 
 
 def _load(path: str, overrides: Mapping[str, Any]) -> "Config":
-    import yaml
+    from alsace_dist.config import load_config, parse_value
 
-    from alsace_dist.config import load_config
-
-    values = {
-        key: yaml.safe_load(value) if isinstance(value, str) and key != "run_dir" else value
-        for key, value in overrides.items()
-    }
+    values = {key: parse_value(value) if isinstance(value, str) else value for key, value in overrides.items()}
+    if "run_dir" in values:
+        values["run_dir"] = str(overrides["run_dir"])
     return load_config(str(path), values)
 
 
@@ -306,6 +303,15 @@ def _run_stage(stage: "Stage", config: "Config", debug: bool) -> None:
     if stage.command in ("score", "distill"):
         arguments += [f"--round={stage.round}", f"--variant={stage.variant}"]
     runtime.launch(arguments + (["--debug"] if debug else []), runtime.num_local_processes(config.engine), debug)
+
+
+def _is_true(name: str, value: object) -> bool:
+    """A flag's value: fire hands ``--flag=false`` on as text."""
+    if isinstance(value, bool):
+        return value
+    if str(value).lower() in ("true", "false"):
+        return str(value).lower() == "true"
+    raise UserError(f"--{name}={value}: give true or false, or nothing")
 
 
 def _state(stage: "Stage") -> str:

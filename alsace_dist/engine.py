@@ -73,6 +73,14 @@ def deepspeed_config(engine: EngineConfig, train: TrainConfig | None, runtime: R
     return _merge(value, engine.deepspeed)
 
 
+def _with_buckets(value: dict[str, Any], trained: list[tuple[str, nn.Parameter]]) -> dict[str, Any]:
+    """DeepSpeed reserves buckets of 5e8 elements (2 GB) however small the model is; the model's size is enough."""
+    size = sum(getattr(parameter, "ds_numel", parameter.numel()) for _, parameter in trained)
+    if value["zero_optimization"]["stage"] > 0 and size < 500_000_000:
+        value["zero_optimization"].setdefault("reduce_bucket_size", size)
+    return value
+
+
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in over.items():
@@ -152,7 +160,7 @@ class TrainEngine:
             deepspeed,
             model=module,
             optimizer=self.optimizer,
-            config=deepspeed_config(engine, train, runtime),
+            config=_with_buckets(deepspeed_config(engine, train, runtime), trained),
         )
         self.parameters = {
             name: parameter for name, parameter in self.engine.module.named_parameters() if parameter.requires_grad

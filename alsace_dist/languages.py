@@ -166,7 +166,8 @@ def targets(group: Group, weights: Mapping[str, float], mode: str) -> dict[str, 
         if not teachers:
             continue
         share = np.array([weights[teacher] for teacher in teachers])
-        share = share / share.sum()
+        # Sharp weights may vanish beside that of the best teacher; where it is missing, the others teach alike.
+        share = share / share.sum() if share.sum() > 0 else np.full(len(teachers), 1 / len(teachers))
         rows = np.stack([probabilities[teacher] for teacher in teachers])
         entropy = -(rows * np.log(np.maximum(rows, 1e-30))).sum(axis=1)
         pairs = float(len(teachers)) if mode == "others" else 1.0

@@ -6,6 +6,7 @@ the two differ in every released checkpoint, and under ZeRO-3 it then overwrites
 checkpoint's ``lm_head.weight`` and spliced back into the whole head on export.
 """
 
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -128,7 +129,8 @@ def initialise(module: LanguageModel, seed: int) -> None:
     first loss near 150; d_model ** -0.5 makes it ln(vocabulary).
     """
     torch.manual_seed(seed)
-    module.body.init_weights()
+    # Not init_weights(): that leaves alone what the constructor has initialised, from whatever state torch was in.
+    module.body.apply(module.body._init_weights)
     nn.init.normal_(module.head.weight, std=module.body.config.d_model**-0.5)
 
 
@@ -140,15 +142,18 @@ class Weights:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self._files = self._index()
         self._torch: dict[str, dict[str, Tensor]] = {}
+        self._files = self._index()
 
     def _index(self) -> dict[str, str]:
         for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
             index = self.directory / f"{stem}.{suffix}.index.json"
             single = self.directory / f"{stem}.{suffix}"
             if index.exists():
-                files: dict[str, str] = read_json(index)["weight_map"]
+                value = read_json(index)
+                files = value.get("weight_map") if isinstance(value, dict) else None
+                if not isinstance(files, dict) or not all(isinstance(name, str) for name in files.values()):
+                    raise UserError(f"{index}: holds no weight_map of file names; get a sound checkpoint")
                 if bad := next((name for name in files.values() if Path(name).name != name), None):
                     raise UserError(f"{index}: names the file {bad!r} outside its directory; get a sound checkpoint")
                 return files
@@ -169,11 +174,16 @@ class Weights:
         if name not in self._torch:
             path = self.directory / name
             try:
-                self._torch = {name: torch.load(path, map_location="cpu", weights_only=True, mmap=True)}
+                # Files in the format from before torch 1.6 are no zip archives and cannot be mapped.
+                mapped = zipfile.is_zipfile(path)
+                self._torch = {name: torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)}
             except Exception as error:  # torch raises many kinds; all of them mean that the file is not usable
                 reason = " ".join(str(error).split())[:200]
                 raise UserError(f"{path}: cannot be read as weights ({reason}); get the file again") from None
         return self._torch[name]
+
+    def _missing(self, key: str) -> UserError:
+        return UserError(f"{self.directory / self._files[key]}: lacks {key}, which the index lists; get the file again")
 
     def __contains__(self, key: str) -> bool:
         return key in self._files
@@ -186,8 +196,13 @@ class Weights:
         """One tensor, on the CPU. Raises ``UserError`` if the file is broken."""
         name = self._files[key]
         if name.endswith(".bin"):
-            return self._load_torch(name)[key]
+            found = self._load_torch(name)
+            if not isinstance(found, dict) or not isinstance(found.get(key), Tensor):
+                raise self._missing(key)
+            return found[key]
         with _open_safetensors(self.directory / name) as opened:
+            if key not in opened.keys():  # noqa: SIM118 (not a mapping)
+                raise self._missing(key)
             tensor: Tensor = opened.get_tensor(key)
         return tensor
 
@@ -195,8 +210,10 @@ class Weights:
         """Shape of one tensor without reading it (safetensors)."""
         name = self._files[key]
         if name.endswith(".bin"):
-            return tuple(self._load_torch(name)[key].shape)
+            return tuple(self.tensor(key).shape)
         with _open_safetensors(self.directory / name) as opened:
+            if key not in opened.keys():  # noqa: SIM118 (not a mapping)
+                raise self._missing(key)
             return tuple(opened.get_slice(key).get_shape())
 
 
@@ -248,23 +265,30 @@ def load_tokenizer(directory: Path) -> Any:
     """The model's tokenizer, always through AutoTokenizer. Raises ``UserError`` if there is none."""
     from transformers import AutoTokenizer
 
+    remedy = "put the model's tokenizer files there"
+    # Without any, transformers makes an empty tokenizer of the model's type and says nothing.
+    if not any((directory / name).exists() for name in ("tokenizer.json", "spiece.model", "sentencepiece.model")):
+        raise UserError(f"{directory}: has no usable tokenizer (no tokenizer.json, no spiece.model); {remedy}")
     try:
         return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"{directory}: has no usable tokenizer ({reason}); put the model's tokenizer files there"
-        ) from None
+    except Exception as error:  # transformers and tokenizers raise many kinds for a broken file
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise UserError(f"{directory}: has no usable tokenizer ({reason}); {remedy}") from None
 
 
 def load_model_config(directory: Path) -> Any:
     """The model's transformers config. Raises ``UserError`` for anything but an mT5."""
     from transformers import MT5Config
 
-    value = read_json(directory / "config.json")
-    if value.get("model_type") != "mt5":
-        raise UserError(f"{directory}/config.json: model_type is {value.get('model_type')!r}; only 'mt5' is supported")
-    return MT5Config.from_dict(value)
+    path = directory / "config.json"
+    value = read_json(path)
+    kind = value.get("model_type") if isinstance(value, dict) else None
+    if kind != "mt5":
+        raise UserError(f"{path}: model_type is {kind!r}; only 'mt5' is supported")
+    try:
+        return MT5Config.from_dict(value)
+    except Exception as error:  # transformers' own validation, of several kinds
+        raise UserError(f"{path}: {' '.join(str(error).split())[:200]}; get a sound checkpoint") from None
 
 
 def resolve_model(path: str, revision: str | None = None) -> Path:

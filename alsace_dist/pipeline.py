@@ -11,6 +11,7 @@ from typing import Any
 
 from alsace_dist import artifacts
 from alsace_dist.config import Config, variant
+from alsace_dist.errors import UserError
 from alsace_dist.layout import Layout, data_url
 from alsace_dist.runtime import Runtime
 
@@ -43,15 +44,30 @@ class Stage:
 
     def is_complete(self) -> bool:
         """Whether all its outputs are there. Raises ``UserError`` if one is there with other settings."""
-        return all([artifacts.is_complete(path, kind, value) for path, (kind, value) in self.fingerprints().items()])
+        complete = True
+        for path, (kind, value) in self.fingerprints().items():  # all, so that none with other settings is passed over
+            complete = artifacts.is_complete(path, kind, value) and complete
+        return complete
 
 
 def stages(config: Config) -> list[Stage]:
-    """All stages of a run and its variants, in an order in which each finds what it needs."""
+    """All stages of a run and its variants, in an order in which each finds what it needs.
+
+    Raises ``UserError`` if the data's splits leave one of them without input.
+    """
+    _check_splits(config)
     found = list(_shared_stages(config))
     for name in ("", *config.variants):
         found += _variant_stages(variant(config, name) if name else config, name)
     return found
+
+
+def _check_splits(config: Config) -> None:
+    filled = {source.split for source in config.data.inputs} | set(config.data.splits)
+    needed = ["unlabeled", "test"] + ["labeled"] * bool(config.finetune) + ["pretrain"] * bool(config.model.nano)
+    missing = [split for split in needed if split not in filled]
+    if config.data.inputs and missing:
+        raise UserError(f"data.splits: nothing goes to split {missing[0]!r}; give it a share, or an input of its own")
 
 
 def _shared_stages(config: Config) -> Iterator[Stage]:
@@ -103,9 +119,8 @@ def _variant_stages(config: Config, name: str) -> Iterator[Stage]:
         yield _score_stage(config, layout, round_, ["unlabeled", "test"] if needs_unlabeled else ["test"])
     if config.evaluate.calibrate:
         # Biases of the model that is evaluated: those of the model before would correct what distillation has mended.
-        yield _select_stage(
-            config, layout, config.rounds, layout.scores(config.rounds, "unlabeled"), layout.calibration
-        )
+        scores = layout.scores(config.rounds, "unlabeled")
+        yield _select_stage(config, layout, config.rounds, scores, layout.calibration, "calibrate")
     if config.rounds or config.evaluate.calibrate:
         before, after = layout.scores(0, "test"), layout.scores(config.rounds, "test")
         teachers = layout.selection(1) if config.rounds else None
@@ -149,14 +164,16 @@ def _score_stage(config: Config, layout: Layout, round_: int, splits: list[str])
     )
 
 
-def _select_stage(config: Config, layout: Layout, round_: int, scores: Path, directory: Path) -> Stage:
+def _select_stage(
+    config: Config, layout: Layout, round_: int, scores: Path, directory: Path, command: str = "select"
+) -> Stage:
     from alsace_dist import select
 
     def execute(runtime: Runtime | None) -> None:
         select.select(config, scores, directory, select.fingerprint(config, scores))
 
     return Stage(
-        "select",
+        command,
         config,
         layout.variant,
         round_,

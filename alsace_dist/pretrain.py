@@ -5,10 +5,13 @@ small model carry what it learns in one language over to others.
 """
 
 import io
+import math
 import unicodedata
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,7 @@ from alsace_dist.shards import Group, open_dataset, read_shard
 NUM_SENTINELS = 100
 SENTINELS = tuple(f"<extra_id_{index}>" for index in range(NUM_SENTINELS))
 MAX_TOKENIZER_TEXTS = 200_000
+MAX_WORD_LENGTH = 16  # in characters, as SentencePiece's own limit
 PAD, END, UNKNOWN = "<pad>", "</s>", "<unk>"
 
 
@@ -143,23 +147,24 @@ def _write_source(directory: Path, config: Config, texts: Iterable[str]) -> None
 def train_tokenizer(texts: Iterable[str], vocab_size: int, answers: Iterable[list[str]]) -> Any:
     """A Unigram tokenizer as mT5's, with its sentinels; every answer of the task is one token.
 
-    SentencePiece learns the pieces (with one thread: then the same texts give the same pieces).
+    SentencePiece learns the pieces (with one thread: then the same texts give the same pieces). It never considers a
+    word that is not also the beginning of another one, which in a small corpus are most words; the most frequent of
+    these are added, with their own log-probability, until the vocabulary is full.
     """
     import sentencepiece
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
+    normalised = [unicodedata.normalize("NFKC", text) for text in islice(texts, MAX_TOKENIZER_TEXTS)]
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=(unicodedata.normalize("NFKC", text) for text in texts),
+        sentence_iterator=iter(normalised),
         model_writer=model,
         model_type="unigram",
         vocab_size=vocab_size,
         hard_vocab_limit=False,  # few texts may hold fewer pieces
         character_coverage=0.9999,
         normalization_rule_name="identity",
-        input_sentence_size=MAX_TOKENIZER_TEXTS,
-        shuffle_input_sentence=False,
         num_threads=1,
         pad_id=0,
         eos_id=1,
@@ -172,6 +177,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, answers: Iterable[lis
     )
     pieces = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
     vocabulary = [(pieces.id_to_piece(index), pieces.get_score(index)) for index in range(pieces.get_piece_size())]
+    vocabulary += _missing_words(normalised, {piece for piece, _ in vocabulary}, vocab_size - len(vocabulary))
     tokenizer = Tokenizer(models.Unigram(vocabulary, unk_id=2))
     tokenizer.normalizer = normalizers.NFKC()
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
@@ -184,6 +190,23 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, answers: Iterable[lis
         single=f"$A {END}", special_tokens=[(END, tokenizer.token_to_id(END))]
     )
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, eos_token=END, unk_token=UNKNOWN)
+
+
+def _missing_words(texts: list[str], known: set[str], most: int) -> list[tuple[str, float]]:
+    """The most frequent words (without punctuation at their ends) that are no pieces yet, with log-probabilities."""
+    counts: Counter[str] = Counter()
+    for text in texts:
+        for word in text.split():
+            first, last = 0, len(word)
+            while first < last and unicodedata.category(word[first])[0] == "P":
+                first += 1
+            while last > first and unicodedata.category(word[last - 1])[0] == "P":
+                last -= 1
+            counts["▁" + word[first:last]] += 1
+    total = sum(counts.values())
+    ranked = sorted((-count, word) for word, count in counts.items() if count > 1 and 1 < len(word) <= MAX_WORD_LENGTH)
+    missing = [(word, math.log(-count / total)) for count, word in ranked if word not in known]
+    return missing[: max(0, most)]
 
 
 def make_rows(groups: Iterable[Group], tokenizer: Any) -> list[Row]:
@@ -240,7 +263,7 @@ def corrupt(
     target: list[int] = []
     position = 0
     for index, length in enumerate(lengths):
-        inputs += tokens[position : position + gaps[index]] + [sentinels[index]]
+        inputs += [*tokens[position : position + gaps[index]], sentinels[index]]
         position += int(gaps[index])
         target += [sentinels[index], *tokens[position : position + length]]
         position += int(length)

@@ -5,6 +5,7 @@ and micro-batches have no part in it, and the position is just the step number: 
 next step needs.
 """
 
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -81,9 +82,14 @@ class ShardCache(Generic[Row]):
         self._counts = counts
         self._capacity = capacity
         self._rows: OrderedDict[int, list[Row]] = OrderedDict()
+        self._lock = threading.Lock()  # the thread that makes batches ahead, and the loop that asks for stand-ins
         self.opened: list[int] = []
 
     def __getitem__(self, shard: int) -> list[Row]:
+        with self._lock:
+            return self._get(shard)
+
+    def _get(self, shard: int) -> list[Row]:
         if shard not in self._rows:
             rows = self._load(shard)
             assert len(rows) == self._counts[shard], (

@@ -70,7 +70,9 @@ def encode_answers(task: TaskConfig, tokenizer: Any, languages: Iterable[str], d
                 f"task.verbalizers: two answers for {language!r} have the same tokens: {answers}; change one"
             )
         tokens[language] = rows
-    single_token = all(len(row) == 1 for rows in tokens.values() for row in rows)
+    # Of all languages of the task: finetuning sees the source alone, and must train the score that scoring uses.
+    every = [answer for answers in task.answers().values() for answer in answers]
+    single_token = all(len(tokenizer(answer, add_special_tokens=False)["input_ids"]) == 1 for answer in every)
     if not single_token:
         end = (tokenizer.eos_token_id,)
         tokens = {language: tuple(row + end for row in rows) for language, rows in tokens.items()}
@@ -111,9 +113,9 @@ def encode_groups(
     if not rows:
         return []
     prompts = [prompt(task, language, group.texts[language]) for group, language in rows]
-    encoded = tokenizer(prompts, truncation=True, max_length=task.max_tokens, return_attention_mask=False)["input_ids"]
+    cut = tokenizer(prompts, truncation=True, max_length=task.max_tokens, return_attention_mask=False).encodings
     unknown = tokenizer.unk_token_id
     return [
-        EncodedText(group.key, language, group.label, ids, ids.count(unknown), len(ids) >= task.max_tokens)
-        for (group, language), ids in zip(rows, encoded, strict=True)
+        EncodedText(group.key, language, group.label, one.ids, one.ids.count(unknown), bool(one.overflowing))
+        for (group, language), one in zip(rows, cut, strict=True)
     ]

@@ -368,7 +368,6 @@ def test_calibrated_float32_scores_make_targets_that_are_distributions() -> None
 
 
 @pytest.mark.filterwarnings("ignore:invalid value")
-@pytest.mark.xfail(strict=True, reason="languages.targets divides by a share that has vanished (reported)")
 def test_teachers_whose_weights_vanish_beside_the_best_still_teach_where_it_is_missing() -> None:
     weights = languages.score_weights({"a": 0.9, "b": 0.2, "c": 0.1}, "abc", beta=2000.0)
     for target in languages.targets(group(b=[0.9, 0.1], c=[0.2, 0.8]), weights, "ensemble").values():

@@ -197,7 +197,6 @@ def test_the_cache_keeps_the_most_recently_used() -> None:
     assert cache.opened == [0, 1, 2, 1]
 
 
-@pytest.mark.xfail(strict=True, reason="ShardCache is shared by two threads without a lock (reported)")
 def test_two_threads_that_want_a_shard_load_it_once() -> None:
     """The loop asks for a stand-in while the thread that makes batches ahead is loading."""
     loading, go_on = threading.Event(), threading.Event()

@@ -118,8 +118,8 @@ def test_a_checkpoint_that_lacks_a_file_is_an_error(world: Path, tmp_path: Path)
         assert "Traceback" not in failed.stderr
 
 
-def test_a_full_disk_ends_training_and_keeps_what_was_there(world: Path, tmp_path: Path) -> None:
-    """A file system of 300 kB: room for the metrics and not for a checkpoint."""
+def test_a_full_disk_ends_training_and_keeps_what_was_there(world: Path, tmp_path: Path, undisturbed: Path) -> None:
+    """Room for one checkpoint and not for two. With more room the same command finishes, with the same losses."""
     disk = tmp_path / "disk"
     disk.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(disk)], check=True)
@@ -131,9 +131,24 @@ def test_a_full_disk_ends_training_and_keeps_what_was_there(world: Path, tmp_pat
         assert last.startswith("error: ")
         assert "No space left on device" in last, failed.stderr
         assert not (disk / "run/finetune/manifest.json").exists()
-        assert list((disk / "run/finetune").glob("checkpoints/*/manifest.json")) == []
+        kept = [path.parent.name for path in (disk / "run/finetune").glob("checkpoints/*/manifest.json")]
+        assert kept == ["step-00000004"]
+        subprocess.run(["mount", "-o", "remount,size=10m", str(disk)], check=True)
+        tiny.alsace("finetune", str(config), f"--run_dir={disk / 'run'}")
+        assert losses(disk) == losses(undisturbed)
     finally:
         subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_an_unwritable_directory_is_an_error(world: Path, tmp_path: Path) -> None:
+    config = make_run(world, tmp_path / "x")
+    (tmp_path / "file").write_text("in the way")
+    failed = tiny.alsace("finetune", str(config), f"--run_dir={tmp_path / 'file' / 'run'}", check=False)
+    assert failed.returncode == 2
+    last = failed.stderr.strip().splitlines()[-1]
+    assert last.startswith(f"error: {tmp_path / 'file'}")
+    assert "Traceback" not in failed.stderr
+    assert (tmp_path / "file").read_text() == "in the way"
 
 
 def test_a_changed_setting_is_refused_and_named(world: Path, tmp_path: Path, undisturbed: Path) -> None:
