@@ -24,6 +24,13 @@ def demo(*, run_dir: str = "runs/demo", debug: bool = False, **overrides: Any) -
     """
     path = Path(__file__).with_name("demo.yaml")
     run(str(path), debug=debug, **{"run_dir": run_dir} | overrides)
+    print(
+        f"""
+What next:
+  tensorboard --logdir {run_dir}/tensorboard     the curves
+  alsace run {path} --run_dir=runs/paper --method=paper     the paper's own rule on the same corpus
+  alsace run YOUR.yaml     your data and model: start from configs/classification.yaml, see docs/data.md"""
+    )
 
 
 def run(config: str, *, dry_run: bool = False, debug: bool = False, **overrides: Any) -> None:

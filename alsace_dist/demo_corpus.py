@@ -124,18 +124,18 @@ def _phrase(event: Event, slot: str, language: str) -> str:
     concept = event[slot]
     if concept == NOBODY:
         return str(lexicon[NOBODY][language])
-    if concept is None:
-        return str(lexicon["left_open"][slot].get(language, ""))
-    phrase = lexicon[slot][concept][language]
-    return str(phrase[_form(event, slot, phrase)]) if isinstance(phrase, dict) else str(phrase)
+    words = lexicon["left_open"][slot] if concept is None else lexicon[slot][concept]
+    phrase = words.get(language, "")
+    return str(phrase[_form(event, phrase)]) if isinstance(phrase, dict) else str(phrase)
 
 
-def _form(event: Event, slot: str, forms: dict[str, str]) -> str:
+def _form(event: Event, forms: dict[str, str]) -> str:
     """Which form of a phrase the other words of its sentence ask for."""
     lexicon = _lexicon()
-    if slot == "object":
-        return str(lexicon["verb"][event["verb"]]["case"])
-    if event["subject"] == NOBODY:
+    is_nobody = event["subject"] == NOBODY
+    if "acc" in forms:
+        return "bare" if is_nobody else str(lexicon["verb"][event["verb"]]["case"])
+    if is_nobody:
         return "not"
     if "is" in forms:
         return "is"

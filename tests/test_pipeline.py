@@ -1,0 +1,119 @@
+"""The command line from parallel text to the report, as a user runs it."""
+
+import json
+from pathlib import Path
+
+import pytest
+import tiny
+
+
+@pytest.fixture(scope="module")
+def finished(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two rounds, and two variants: the paper's rule, and calibration without distillation."""
+    directory = tmp_path_factory.mktemp("pipeline")
+    config = tiny.make_config(
+        world,
+        run_dir=str(directory / "run"),
+        engine={"num_processes": 1},
+        rounds=2,
+        variants={
+            "paper": {"method": "paper", "rounds": 1},
+            "calibration": {"rounds": 0, "evaluate": {"calibrate": True}},
+        },
+    )
+    path = tiny.write_config(directory / "c.yaml", config)
+    done = tiny.alsace("run", str(path), timeout=300)
+    (directory / "printed").write_text(done.stdout)
+    return directory
+
+
+def test_the_report_has_every_variant(finished: Path) -> None:
+    report = json.loads((finished / "run/report.json").read_text())
+    assert set(report["languages"]) == set(tiny.LANGUAGES)
+    assert set(report["variants"]) == {"paper", "calibration"}
+    assert report["languages"]["en"]["num_examples"] == 30
+    before = {name: row["before"] for name, row in report["languages"].items()}
+    for variant in report["variants"].values():  # all start from the same finetuned model and its scores
+        assert {name: row["before"] for name, row in variant["languages"].items()} == before
+    assert report["variants"]["calibration"]["teachers"] == []
+    printed = (finished / "printed").read_text()
+    assert "Average" in printed
+    assert "report.html" in printed
+
+
+def test_a_second_run_skips_everything(finished: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in (finished / "run").rglob("manifest.json")}
+    done = tiny.alsace("run", str(finished / "c.yaml"))
+    stages = [line for line in done.stderr.splitlines() if line]
+    assert len(stages) == 16
+    assert all(line.endswith("complete, skipped") for line in stages), done.stderr
+    assert {path: path.stat().st_mtime_ns for path in (finished / "run").rglob("manifest.json")} == before
+
+
+def test_the_resolved_config_is_kept_and_says_everything(finished: Path) -> None:
+    value = tiny.yaml.safe_load((finished / "run/config.yaml").read_text())
+    assert value["select"]["calibration"] == "marginal"
+    assert value["distill"]["targets"] is not None
+
+
+def test_dry_run_says_what_is_done_and_what_is_to_do(finished: Path) -> None:
+    plain = tiny.alsace("run", str(finished / "c.yaml"), "--dry-run").stdout
+    assert "complete  finetune" in plain
+    assert "to do" not in plain
+    changed = tiny.alsace("run", str(finished / "c.yaml"), "--dry-run", "--distill.learning_rate=0.5").stdout
+    assert "refused" in changed
+    assert "learning_rate: 0.001 -> 0.5" in changed
+
+
+def test_a_deleted_stage_is_made_again_the_same(finished: Path) -> None:
+    metrics = finished / "run/evaluation/metrics.json"
+    content = metrics.read_bytes()
+    (finished / "run/evaluation/manifest.json").unlink()
+    metrics.unlink()
+    tiny.alsace("evaluate", str(finished / "c.yaml"))
+    assert metrics.read_bytes() == content
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["run", "{dir}/absent.yaml"], "absent.yaml: no such file"),
+        (["run", "{dir}/c.yaml", "--distil.rate=1"], "distil: unknown key"),
+        (["distill", "{dir}/c.yaml", "--round=7"], "has no stage 'distill' with round 7"),
+        (["score", "{dir}/c.yaml", "--variant=other"], "--variant=other"),
+        (["report", "{dir}"], "give the directory of a run"),
+    ],
+)
+def test_a_mistake_is_one_line(finished: Path, arguments: list[str], words: str) -> None:
+    failed = tiny.alsace(*[argument.format(dir=finished) for argument in arguments], check=False)
+    assert failed.returncode == 2
+    assert len(failed.stderr.strip().splitlines()) == 1, failed.stderr
+    assert failed.stderr.startswith("error: ")
+    assert words in failed.stderr
+
+
+def test_nothing_of_the_environment_is_printed(finished: Path) -> None:
+    import subprocess
+    import sys
+
+    secret = "hunter2-not-to-be-seen"
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "alsace_dist",
+            "finetune",
+            str(finished / "c.yaml"),
+            "--finetune.num_steps=1",
+            "--debug",
+        ],
+        env=tiny.environment() | {"HF_TOKEN": secret, "ALSACE_PASSWORD": secret},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2  # refused, as the run holds another finetuning
+    assert "Traceback" in done.stderr
+    assert secret not in done.stdout + done.stderr
+    for path in (finished / "run").rglob("*"):
+        assert not path.is_file() or secret.encode() not in path.read_bytes()
