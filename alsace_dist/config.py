@@ -345,6 +345,8 @@ class SelectConfig(Section):
     """Weight of a teacher in the ensemble: equal, or proportional to exp(beta * score)."""
     beta: Positive = 12.0
     """Sharpness of the score weights."""
+    num_groups: Count | None = None
+    """Select and distil with this many unlabeled groups only: the first ones, rounded up to whole shards; null: all."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -81,14 +81,22 @@ def read_score_file(path: Path) -> Scores:
     )
 
 
-def read_scores(directory: Path) -> Scores:
-    """All rows of a complete score directory, in the order of its shards."""
+def read_scores(directory: Path, num_groups: int | None = None) -> Scores:
+    """Rows of a complete score directory, in the order of its shards.
+
+    ``num_groups``: read whole shards until there are this many groups; None: all. Raises ``UserError`` if there are
+    fewer.
+    """
     manifest: Manifest = load_manifest(directory, KIND)
     whole = Scores([], [], [], [])
     for name in sorted(manifest.files):
+        if num_groups is not None and len(set(whole.keys)) >= num_groups:
+            break
         part = read_score_file(directory / name)
         whole.keys.extend(part.keys)
         whole.languages.extend(part.languages)
         whole.log_probs.extend(part.log_probs)
         whole.labels.extend(part.labels)
+    if num_groups is not None and len(set(whole.keys)) < num_groups:
+        raise UserError(f"select.num_groups: {num_groups} asked for, {directory} has {len(set(whole.keys))}; lower it")
     return whole

@@ -34,7 +34,7 @@ def select(config: Config, scores: Path, directory: Path, fingerprint: dict[str,
     Raises ``UserError`` if the rule names languages that the scores do not have.
     """
     section, source = config.select, config.data.source_language
-    groups = list(read_scores(scores).groups().values())
+    groups = list(read_scores(scores, section.num_groups).groups().values())
     if not groups:
         raise UserError(f"{scores}: holds no scores; unlabeled groups are needed to select teachers")
     biases: dict[str, np.ndarray] = {}
@@ -57,6 +57,7 @@ def select(config: Config, scores: Path, directory: Path, fingerprint: dict[str,
     normalised = languages.softmax_scores(found)
     value = {
         "rule": section.rule,
+        "num_groups": len(groups),
         "teachers": teachers,
         "students": [language for language in languages.best_first(found) if language not in teachers],
         "scores": found,

@@ -102,7 +102,11 @@ def distill(
     taught = list(dataset.languages)
     if section.targets == "others" and len(weights) == 1:
         taught = [language for language in taught if language not in weights]  # nobody teaches the only teacher
-    counts = [sum(shard.num_examples.get(language, 0) for language in taught) for shard in dataset.shards]
+    num_before = np.cumsum([0, *(shard.num_groups for shard in dataset.shards)])
+    counts = [
+        sum(shard.num_examples.get(language, 0) for language in taught) if before < teachers["num_groups"] else 0
+        for shard, before in zip(dataset.shards, num_before, strict=False)
+    ]
     # The mean over all pairs, not over a batch's pairs: a batch needs to know nothing of the others.
     mean_weight = teachers["num_pairs"][section.targets] / max(1, sum(counts))
 

@@ -13,7 +13,7 @@ from alsace_dist import languages
 from alsace_dist.artifacts import is_complete, load_manifest, read_json, verify_files, write_manifest
 from alsace_dist.config import Config, SelectConfig, load_config
 from alsace_dist.errors import UserError
-from alsace_dist.score_files import KIND, Scores, write_scores
+from alsace_dist.score_files import KIND, Scores, read_scores, write_scores
 from alsace_dist.select import TEACHERS, choose_teachers, fingerprint, select
 
 SCORES = {"sw": 0.40, "en": 0.80, "de": 0.75, "th": 0.45, "fr": 0.75}
@@ -247,3 +247,18 @@ def test_what_cannot_be_selected_from(tmp_path: Path) -> None:
     assert not directory.exists()
     plain = run(make_config(tmp_path, method="paper"), uneven, directory)
     assert plain["scores"] == pytest.approx({"de": 0.75, "en": (0.5 + 0.9 + 0.8) / 3, "sw": 0.4}, abs=1e-6)
+
+
+def test_num_groups_takes_whole_shards_until_there_are_enough(tmp_path: Path) -> None:
+    directory = tmp_path / "scores"
+    paths = []
+    for shard in range(3):
+        keys = [f"g{shard}{number}" for number in range(4)]
+        path = directory / f"00000{shard}.parquet"
+        rows = [np.log(np.array([0.5, 0.5], dtype=np.float32))] * 4
+        write_scores(path, Scores(keys, ["en"] * 4, rows, [None] * 4), {})
+        paths.append(path)
+    write_manifest(directory, KIND, {}, paths)
+    assert [len(read_scores(directory, number).keys) for number in (1, 4, 5, 12, None)] == [4, 4, 8, 12, 12]
+    with pytest.raises(UserError, match="select.num_groups: 13 asked for, .* has 12; lower it"):
+        read_scores(directory, 13)
