@@ -260,5 +260,5 @@ def test_num_groups_takes_whole_shards_until_there_are_enough(tmp_path: Path) ->
         paths.append(path)
     write_manifest(directory, KIND, {}, paths)
     assert [len(read_scores(directory, number).keys) for number in (1, 4, 5, 12, None)] == [4, 4, 8, 12, 12]
-    with pytest.raises(UserError, match="select.num_groups: 13 asked for, .* has 12; lower it"):
+    with pytest.raises(UserError, match=r"select\.num_groups: 13 asked for, .* has 12; lower it"):
         read_scores(directory, 13)
