@@ -328,8 +328,9 @@ class SelectConfig(Section):
     """marginal: per language, a bias per candidate that makes its mean prediction equal to the reference's."""
     reference: Literal["source", "pooled"] = "source"
     """Reference of the calibration: the source language's mean prediction, or the mean over all languages."""
-    vote: Literal["hard", "soft"] = "hard"
-    """hard: one vote per language and group (ties by summed probability); soft: summed probabilities."""
+    vote: Literal["hard", "soft", "source"] | None = None
+    """What languages are scored against. hard: one vote per language and group (ties by summed probability); soft:
+    summed probabilities; source: the source language's own answer, for where most votes would be noise."""
     leave_one_out: bool = False
     """Score a language against the vote of the others."""
     score: Literal["confidence", "agreement"] = "confidence"
@@ -352,6 +353,8 @@ class SelectConfig(Section):
     def _check(self) -> Self:
         if (self.rule == "explicit") != bool(self.teachers):
             raise ValueError("teachers and rule: explicit go together")
+        if self.vote == "source" and self.leave_one_out:
+            raise ValueError("leave_one_out leaves a language out of a vote, and vote: source has none")
         return self
 
 
@@ -381,11 +384,11 @@ VARIANT_KEYS = {"method", "rounds", "select", "distill", "evaluate"}
 
 METHODS: dict[str, dict[str, dict[str, str]]] = {
     "paper": {
-        "select": {"calibration": "none", "rule": "threshold", "weighting": "equal"},
+        "select": {"calibration": "none", "vote": "hard", "rule": "threshold", "weighting": "equal"},
         "distill": {"targets": "others"},
     },
     "calibrated": {
-        "select": {"calibration": "marginal", "rule": "all", "weighting": "score"},
+        "select": {"calibration": "marginal", "vote": "source", "rule": "all", "weighting": "score"},
         "distill": {"targets": "ensemble"},
     },
 }

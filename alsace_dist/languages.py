@@ -84,9 +84,16 @@ def vote(group: Group, soft: bool = False, leave_out: str | None = None) -> int:
 
 
 def language_scores(
-    groups: Iterable[Group], agreement: bool = False, soft: bool = False, leave_one_out: bool = False
+    groups: Iterable[Group],
+    agreement: bool = False,
+    soft: bool = False,
+    leave_one_out: bool = False,
+    source: str | None = None,
 ) -> dict[str, float]:
     """``s_t = mean_i P(y_i | x_t,i)`` with the vote y_i, over the groups that have language t.
+
+    ``source``: y_i is this language's own best answer instead of a vote, over the groups that have it; for where most
+    languages are near chance and their votes are noise.
 
     ``agreement``: the share of groups in which the language's own best answer is the vote. ``leave_one_out``: against
     the vote of the others; groups with no other language do not count.
@@ -94,7 +101,11 @@ def language_scores(
     sums: dict[str, float] = {}
     counts: dict[str, int] = {}
     for group in groups:
+        if source is not None and source not in group:
+            continue
         whole = None if leave_one_out else vote(group, soft)
+        if source is not None:
+            whole = int(np.argmax(group[source]))
         for language, row in group.items():
             if leave_one_out and len(group) < 2:
                 continue

@@ -45,7 +45,11 @@ def select(config: Config, scores: Path, directory: Path, fingerprint: dict[str,
             raise UserError(f"select.calibration: {error}; set it to none") from None
         groups = [languages.calibrate(group, biases) for group in groups]
     found = languages.language_scores(
-        groups, section.score == "agreement", section.vote == "soft", section.leave_one_out
+        groups,
+        agreement=section.score == "agreement",
+        soft=section.vote == "soft",
+        leave_one_out=section.leave_one_out,
+        source=source if section.vote == "source" else None,
     )
     if source not in found:
         raise UserError(f"{scores}: has no scores in the source language {source!r}; check data.source_language")

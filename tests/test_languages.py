@@ -372,3 +372,12 @@ def test_teachers_whose_weights_vanish_beside_the_best_still_teach_where_it_is_m
     weights = languages.score_weights({"a": 0.9, "b": 0.2, "c": 0.1}, "abc", beta=2000.0)
     for target in languages.targets(group(b=[0.9, 0.1], c=[0.2, 0.8]), weights, "ensemble").values():
         assert np.isfinite(target.probabilities).all()
+
+
+def test_scored_against_the_source_noise_of_the_others_does_not_matter() -> None:
+    """Three languages that agree on wrong answers outvote the source, but not where the source is what counts."""
+    wrong, right = np.log(np.array([0.1, 0.9])), np.log(np.array([0.8, 0.2]))
+    groups = [{"en": right, "de": wrong, "fr": wrong, "ru": wrong}, {"de": wrong, "fr": wrong}]
+    assert languages.language_scores(groups)["de"] == pytest.approx(0.9)
+    against_source = languages.language_scores(groups, source="en")
+    assert against_source == pytest.approx({"de": 0.1, "en": 0.8, "fr": 0.1, "ru": 0.1})

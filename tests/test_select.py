@@ -171,7 +171,7 @@ def test_calibration_takes_the_crown_from_languages_that_are_only_confident(tmp_
 def test_parts_of_the_section_reach_the_arithmetic(tmp_path: Path) -> None:
     """Each setting gives what the function that it stands for gives, and not what the default gives."""
     scores = make_scores(tmp_path / "scores", biased_shards(50))
-    default = run(make_config(tmp_path), scores, tmp_path / "default")
+    default = run(make_config(tmp_path, select={"vote": "hard"}), scores, tmp_path / "default")
     groups: dict[str, dict[str, np.ndarray]] = {}
     for key, language, row, _ in (row for rows in biased_shards(50) for row in rows):
         groups.setdefault(key, {})[language] = np.log(np.array(row, dtype=np.float32))
@@ -180,12 +180,13 @@ def test_parts_of_the_section_reach_the_arithmetic(tmp_path: Path) -> None:
     pooled = [languages.calibrate(g, languages.marginal_biases(rows, None)) for g in rows]
     for section, expected in (
         ({"vote": "soft"}, languages.language_scores(calibrated, soft=True)),
+        ({"vote": "source"}, languages.language_scores(calibrated, source="en")),
         ({"score": "agreement"}, languages.language_scores(calibrated, agreement=True)),
         ({"leave_one_out": True}, languages.language_scores(calibrated, leave_one_out=True)),
         ({"reference": "pooled"}, languages.language_scores(pooled)),
         ({"calibration": "none"}, languages.language_scores(rows)),
     ):
-        found = run(make_config(tmp_path, select=section), scores, tmp_path / str(section))
+        found = run(make_config(tmp_path, select={"vote": "hard"} | section), scores, tmp_path / str(section))
         assert found["scores"] == pytest.approx(expected, abs=1e-6), section
         assert found["scores"] != pytest.approx(default["scores"], abs=1e-6), section
 
