@@ -24,12 +24,14 @@ def demo(*, run_dir: str = "runs/demo", debug: bool = False, **overrides: Any) -
     """
     path = Path(__file__).with_name("demo.yaml")
     run(str(path), debug=debug, **{"run_dir": run_dir} | overrides)
+    tool = Path(sys.argv[0])  # as it was called: a virtual environment need not be on the PATH
+    alsace, board = (tool, tool.with_name("tensorboard")) if tool.name == "alsace" else ("alsace", "tensorboard")
     print(
         f"""
 What next:
-  tensorboard --logdir {run_dir}/tensorboard     the curves
-  alsace run {path} --run_dir=runs/paper --method=paper     the paper's own rule on the same corpus
-  alsace run YOUR.yaml     your data and model: start from configs/classification.yaml, see docs/data.md"""
+  {board} --logdir {run_dir}/tensorboard     the curves
+  {alsace} run {path} --run_dir=runs/paper --method=paper     the paper's own rule on the same corpus
+  {alsace} run YOUR.yaml     your data and model: start from configs/classification.yaml, see docs/data.md"""
     )
 
 

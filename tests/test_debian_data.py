@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("debian.deb822", reason="needs python-debian")
-
 PATH = Path(__file__).parents[1] / "benchmarks" / "debian" / "data.py"
 SPEC = importlib.util.spec_from_file_location("debian_data", PATH)
 data = importlib.util.module_from_spec(SPEC)
