@@ -231,8 +231,8 @@ def test_record_hides_labels_and_translations_where_they_must_not_be():
     texts = {"en": {"text": "p"}, "l1": {"text": "p 1"}}
     assert data.record(group, "test") == {"id": "p", "label": "games", "texts": texts}
     assert data.record(group, "labeled") == {"id": "p", "label": "games", "texts": {"en": {"text": "p"}}}
-    for name in ("unlabeled", "pretrain"):
-        assert data.record(group, name) == {"id": "p", "texts": texts}
+    assert data.record(group, "unlabeled") == {"id": "p", "texts": texts}
+    assert data.record(group, "pretrain") == {"id": "pretrain-p", "texts": texts}
 
 
 def fake_apt(languages: list[str], messages: str = ""):

@@ -51,12 +51,14 @@ def test_a_rank_killed_while_training_leaves_no_trace(
     world: Path, tmp_path: Path, undisturbed: Path, moment: str
 ) -> None:
     config = make_run(world, tmp_path / "x")
-    checkpoints = tmp_path / "x/run/finetune/checkpoints"
+    finetune = tmp_path / "x/run/finetune"
     pattern = "step-*/manifest.json" if moment == "after a checkpoint" else "step-*/.*.tmp"
-    with tiny.started("finetune", str(config)) as process:
-        tiny.wait_for(lambda: any(checkpoints.glob(pattern)) or process.poll() is not None)
-        if ranks := tiny.ranks_of(process):
-            os.kill(random.choice(ranks), signal.SIGKILL)
+    # A checkpoint of this model is written within milliseconds: one after each step, and quick eyes, to meet one.
+    with tiny.started("finetune", str(config), "--finetune.checkpoint_every_steps=1") as process:
+        tiny.wait_for((finetune / "started.json").exists)
+        ranks = tiny.ranks_of(process)
+        tiny.wait_for(lambda: any(finetune.glob(f"checkpoints/{pattern}")), every_seconds=0.001)
+        os.kill(random.choice(ranks), signal.SIGKILL)
         process.wait(timeout=60)
         assert process.returncode != 0
         assert process.stderr is not None

@@ -138,18 +138,21 @@ def started(*arguments: str) -> Iterator["subprocess.Popen[str]"]:
 
 
 def ranks_of(process: "subprocess.Popen[str]") -> list[int]:
-    """Process ids of the ranks that a launcher has started so far."""
+    """Process ids of the ranks that a launcher has started so far; none if it has ended."""
     import psutil
 
-    return [child.pid for child in psutil.Process(process.pid).children(recursive=True)]
+    try:
+        return [child.pid for child in psutil.Process(process.pid).children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
 
 
-def wait_for(condition: Any, seconds: float = 90) -> None:
+def wait_for(condition: Any, seconds: float = 90, every_seconds: float = 0.02) -> None:
     """Wait until a condition holds. Fails the test if it does not in time."""
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "waited too long"
-        time.sleep(0.02)
+        time.sleep(every_seconds)
 
 
 def run_ranks(function: str, world_size: int, **arguments: Any) -> list[Any]:

@@ -285,7 +285,8 @@ def pick(
 
 def record(group: Group, name: str) -> dict:
     """The JSON line of a group in the split `name`."""
-    line: dict = {"id": group.name}
+    # Pretraining has the texts of the labeled and unlabeled groups too, and an id names one group of a dataset.
+    line: dict = {"id": f"pretrain-{group.name}" if name == "pretrain" else group.name}
     if name in ("test", "labeled"):
         line["label"] = group.label
     languages = ["en"] if name == "labeled" else list(group.texts)
