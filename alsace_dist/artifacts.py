@@ -60,16 +60,17 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def read_json(path: Path) -> Any:
-    """Read JSON. Raises ``UserError`` if the file is missing or broken."""
+RERUN = "delete its directory and run the stage again"
+
+
+def read_json(path: Path, remedy: str = RERUN) -> Any:
+    """Read JSON. Raises ``UserError`` if the file is missing, or with this ``remedy`` if it is broken."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; run the stage that writes it first") from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(
-            f"{path}: not readable as JSON ({error}); delete its directory and run the stage again"
-        ) from None
+        raise UserError(f"{path}: not readable as JSON ({error}); {remedy}") from None
 
 
 def digest_bytes(data: bytes) -> str:
@@ -177,12 +178,15 @@ def verify_file(directory: Path, manifest: Manifest, name: str, hashes: bool = T
         raise UserError(f"{path}: content differs from the sha256 in {MANIFEST}; {remedy}")
 
 
+MISSING = object()  # not None, which is a value of its own
+
+
 def differences(old: Any, new: Any, name: str = "") -> list[str]:
     """Dotted names at which two JSON values differ, each with both values, for people to read."""
     if isinstance(old, dict) and isinstance(new, dict):
         rows: list[str] = []
         for key in sorted(old.keys() | new.keys()):
-            rows += differences(old.get(key), new.get(key), f"{name}.{key}" if name else key)
+            rows += differences(old.get(key, MISSING), new.get(key, MISSING), f"{name}.{key}" if name else key)
         return rows
     if old == new:
         return []
@@ -190,6 +194,8 @@ def differences(old: Any, new: Any, name: str = "") -> list[str]:
 
 
 def _shorten(value: Any) -> str:
+    if value is MISSING:
+        return "(nothing)"
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 60 else text[:57] + "..."
 

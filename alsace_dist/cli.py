@@ -246,7 +246,7 @@ def _as_user_error(error: BaseException) -> BaseException:
 
 
 def _load(path: str, overrides: Mapping[str, Any]) -> "Config":
-    from alsace_dist.config import load_config, parse_value
+    from alsace_dist.config_file import load_config, parse_value
 
     values = {key: parse_value(value) if isinstance(value, str) else value for key, value in overrides.items()}
     if "run_dir" in values:
@@ -255,7 +255,7 @@ def _load(path: str, overrides: Mapping[str, Any]) -> "Config":
 
 
 def _save(config: "Config") -> None:
-    from alsace_dist.config import save_config
+    from alsace_dist.config_file import save_config
     from alsace_dist.layout import Layout
 
     save_config(config, Layout(Path(config.run_dir)).config)
@@ -324,6 +324,8 @@ def _is_true(name: str, value: object) -> bool:
 
 
 def _state(stage: "Stage") -> str:
+    if not stage.is_begun():
+        return "to do"
     try:
         return "complete" if stage.is_complete() else "to do"
     except UserError as error:

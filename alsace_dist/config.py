@@ -1,15 +1,10 @@
-"""The one YAML that describes a run: pydantic models, one per section; dotted overrides; errors that name the key."""
+"""What describes a run: pydantic models, one per section of its YAML."""
 
 import string
-from collections.abc import Iterable, Mapping
-from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal, Self, get_args
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
-
-from alsace_dist.artifacts import write_text
-from alsace_dist.errors import UserError
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 Split = Literal["pretrain", "labeled", "unlabeled", "test"]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -20,7 +15,22 @@ Count = Annotated[int, Field(ge=1)]
 class Section(BaseModel):
     """Base of every section: unknown keys are errors, values do not change after loading."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """pydantic would take ``true`` for 1."""
+        kinds = list(_types_in(cls.model_fields[str(info.field_name)].annotation))
+        if isinstance(value, bool) and bool not in kinds and (int in kinds or float in kinds):
+            raise ValueError(f"must be a number, not {str(value).lower()}")
+        return value
+
+
+def _types_in(annotation: Any) -> Iterator[Any]:
+    yield annotation
+    for part in get_args(annotation):
+        yield from _types_in(part)
 
 
 class TaskConfig(Section):
@@ -53,9 +63,12 @@ class TaskConfig(Section):
                 raise ValueError(f"verbalizers for {language} must hold one answer per label ({len(self.labels)})")
         for language, template in self.templates().items():
             try:
-                used = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
+                parts = [part for part in string.Formatter().parse(template) if part[1] is not None]
             except ValueError as error:
                 raise ValueError(f"template for {language} is broken ({error}); write {{{{ for a brace") from None
+            if any(form or conversion for _, _, form, conversion in parts):
+                raise ValueError(f"template for {language} must hold bare {{field}}s, without ':' or '!'")
+            used = [name for _, name, _, _ in parts]
             if not used or set(used) - set(self.fields):
                 raise ValueError(f"template for {language} must use {{field}} of fields {self.fields}, it uses {used}")
         return self
@@ -108,7 +121,21 @@ class InputConfig(Section):
     def _check(self) -> Self:
         if self.kind != "demo" and not self.path:
             raise ValueError(f"path is needed for kind {self.kind}")
+        for name, kinds in INPUT_KINDS_WITH.items():
+            if self.kind not in kinds and getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name} is only used with kind {' or '.join(kinds)}; remove it")
         return self
+
+
+# Settings of an input that only some kinds of input have.
+INPUT_KINDS_WITH = {
+    "path": ("jsonl", "table", "huggingface"),
+    "columns": ("table", "huggingface"),
+    "subsets": ("huggingface",),
+    "hub_split": ("huggingface",),
+    "revision": ("huggingface",),
+    "num_groups": ("demo",),
+}
 
 
 class DataConfig(Section):
@@ -326,8 +353,9 @@ class SelectConfig(Section):
 
     calibration: Literal["none", "marginal"] | None = None
     """marginal: per language, a bias per candidate that makes its mean prediction equal to the reference's."""
-    reference: Literal["source", "pooled"] = "source"
-    """Reference of the calibration: the source language's mean prediction, or the mean over all languages."""
+    reference: Literal["source", "pooled"] | None = None
+    """Reference of the calibration: the source language's mean prediction (the default), or the pooled one, the mean
+    over all languages."""
     vote: Literal["hard", "soft", "source"] | None = None
     """What languages are scored against. hard: one vote per language and group (ties by summed probability); soft:
     summed probabilities; source: the source language's own answer, for where most votes would be noise."""
@@ -338,24 +366,48 @@ class SelectConfig(Section):
     rule: Literal["threshold", "top_k", "explicit", "all", "source", "random"] | None = None
     """threshold: score at or above the mean; top_k; explicit; baselines: all, source only, random (as many as the
     threshold rule picks)."""
-    top_k: Count = 3
-    """Number of teachers under rule top_k."""
+    top_k: Count | None = None
+    """Number of teachers under rule top_k (default 3)."""
     teachers: list[str] = []
     """Teachers under rule explicit."""
     weighting: Literal["equal", "score"] | None = None
     """Weight of a teacher in the ensemble: equal, or proportional to exp(beta * score)."""
-    beta: Positive = 12.0
-    """Sharpness of the score weights."""
+    beta: Positive | None = None
+    """Sharpness of the score weights (default 12)."""
     num_groups: Count | None = None
     """Select and distil with this many unlabeled groups only: the first ones, rounded up to whole shards; null: all."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _options_of_choices(cls, value: Any) -> Any:
+        """Fill in the options that the choices have, and refuse those that they would ignore."""
+        if not isinstance(value, dict):
+            return value
+        filled = dict(value)
+        for option, (choice, needed, default) in OPTION_OF.items():
+            if filled.get(choice) == needed:
+                if filled.get(option) is None and default is not None:
+                    filled[option] = default
+            elif filled.get(option):
+                raise ValueError(f"{option} is only used with {choice}: {needed}; remove it")
+        return filled
+
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if (self.rule == "explicit") != bool(self.teachers):
-            raise ValueError("teachers and rule: explicit go together")
+        if self.rule == "explicit" and not self.teachers:
+            raise ValueError("rule: explicit needs teachers; list them")
         if self.vote == "source" and self.leave_one_out:
             raise ValueError("leave_one_out leaves a language out of a vote, and vote: source has none")
         return self
+
+
+# Options of `select` that belong to one value of a choice: option -> (choice, its value, the option's default there).
+OPTION_OF: dict[str, tuple[str, str, Any]] = {
+    "reference": ("calibration", "marginal", "source"),
+    "top_k": ("rule", "top_k", 3),
+    "teachers": ("rule", "explicit", None),
+    "beta": ("weighting", "score", 12.0),
+}
 
 
 class DistillConfig(TrainConfig):
@@ -450,132 +502,3 @@ class Config(Section):
             if extra := sorted(overrides.keys() - VARIANT_KEYS):
                 raise ValueError(f"variants.{name}.{extra[0]}: a variant may change {', '.join(sorted(VARIANT_KEYS))}")
         return self
-
-
-def variant(config: Config, name: str) -> Config:
-    """The config of one variant. Raises ``UserError`` if there is none of that name or its settings do not fit."""
-    if name not in config.variants:
-        raise UserError(f"variants.{name}: no such variant; the config has {', '.join(config.variants) or 'none'}")
-    overrides = config.variants[name]
-    base = config.model_dump(mode="json", exclude={"variants"}, exclude_unset=True)
-    if "method" in overrides:  # another preset decides anew what the base config took from its own
-        for section, parts in METHODS[config.method].items():
-            base[section] = {key: value for key, value in base[section].items() if value != parts.get(key)}
-    return _validate(_merge(base, overrides), f"variants.{name}: ")
-
-
-def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Config:
-    """Read a YAML file, lay dotted overrides (``{"distill.learning_rate": 3e-5}``) over it and validate.
-
-    Raises ``UserError`` that names the file, the key and the remedy.
-    """
-    file = Path(path)
-    try:
-        value = yaml.load(file.read_text(encoding="utf-8"), _Loader)
-    except FileNotFoundError:
-        raise UserError(f"{file}: no such file; give the path of a run's YAML") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{file}: cannot be read as YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{file}: must be a mapping of sections, see docs/config.md")
-    for key, item in (overrides or {}).items():
-        value = _merge(value, _nest(key, item))
-    config = _validate(value, f"{file}: ")
-    for name in config.variants:
-        try:
-            variant(config, name)  # an impossible variant is an error now, not after hours of training
-        except UserError as error:
-            raise UserError(f"{file}: {error}") from None
-    return config
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML that refuses a key given twice, and in which `no` is Norwegian: only true and false are booleans."""
-
-    yaml_implicit_resolvers = {
-        first: [rule for rule in rules if rule[0] != "tag:yaml.org,2002:bool" or first in "tTfF"]
-        for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        own = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
-        keys = [self.construct_object(key, deep=True) for key in own]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-def parse_value(text: str) -> Any:
-    """An override's value as YAML would read it; text that is not YAML, or only looks like a mapping, stays text."""
-    try:
-        value = yaml.load(text, _Loader)
-    except yaml.YAMLError:
-        return text
-    return text if isinstance(value, dict) and not text.lstrip().startswith("{") else value
-
-
-def _nest(dotted: str, value: Any) -> dict[str, Any]:
-    for part in reversed(dotted.split(".")):
-        value = {part: value}
-    return value
-
-
-def _merge(base: Any, overrides: Any) -> Any:
-    """Overrides laid over base, mapping by mapping; anything else replaces."""
-    if not isinstance(base, dict) or not isinstance(overrides, Mapping):
-        return overrides
-    merged = dict(base)
-    for key, value in overrides.items():
-        merged[key] = _merge(merged.get(key), value)
-    return merged
-
-
-def _validate(value: dict[str, Any], prefix: str) -> Config:
-    try:
-        return Config.model_validate(value)
-    except ValidationError as error:
-        raise UserError(prefix + "; ".join(_problems(error, value))) from None
-
-
-def _problems(error: ValidationError, value: Any) -> Iterable[str]:
-    """One phrase per problem: the dotted key, what is wrong, and for an unknown key the keys that exist."""
-    for row in error.errors():
-        key = ".".join(_as_written(row["loc"], value, row["type"]))
-        message = row["msg"].removeprefix("Value error, ")
-        if row["type"] == "extra_forbidden":
-            known = ", ".join(_known_keys(row["loc"][:-1]))
-            message = f"unknown key; known here: {known}" if known else "unknown key"
-        elif row["type"] == "missing":
-            message = "is needed and missing; add it (docs/config.md says what it holds)"
-        elif row["type"] != "value_error":
-            message = f"{message}, not {row['input']!r}"
-        yield f"{key}: {message}" if key else message
-
-
-def _as_written(location: tuple[int | str, ...], value: Any, kind: str) -> Iterable[str]:
-    """The parts of a location that stand in the YAML: pydantic adds the names of the types of a union."""
-    for number, part in enumerate(location):
-        if (isinstance(value, dict) and part in value) or (isinstance(value, list) and isinstance(part, int)):
-            value = value[part]  # type: ignore[index]
-            yield str(part)
-        elif kind == "missing" and number == len(location) - 1:
-            yield str(part)
-
-
-def _known_keys(location: tuple[int | str, ...]) -> list[str]:
-    section: Any = Config
-    for part in location:
-        if isinstance(part, int):
-            continue
-        annotation = section.model_fields[part].annotation if part in section.model_fields else None
-        candidates = [annotation, *getattr(annotation, "__args__", ())]
-        section = next((one for one in candidates if isinstance(one, type) and issubclass(one, Section)), None)
-        if section is None:
-            return []
-    return sorted(section.model_fields)
-
-
-def save_config(config: Config, path: Path) -> None:
-    """Write the resolved config (every default filled in) as YAML, atomically."""
-    write_text(path, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True))

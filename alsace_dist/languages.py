@@ -163,6 +163,7 @@ def targets(group: Group, weights: Mapping[str, float], mode: str) -> dict[str, 
     itself), "anchor" (its own distribution). Every language counts once in the mean over pairs under the last two, and
     as often as it has teachers under "others".
     """
+    assert mode in ("others", "ensemble", "anchor"), mode
     probabilities = {
         language: np.exp(np.asarray(row, dtype=np.float64)) for language, row in group.items() if language in weights
     }

@@ -7,7 +7,6 @@ checkpoint's ``lm_head.weight`` and spliced back into the whole head on export.
 """
 
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -150,7 +149,7 @@ class Weights:
             index = self.directory / f"{stem}.{suffix}.index.json"
             single = self.directory / f"{stem}.{suffix}"
             if index.exists():
-                value = read_json(index)
+                value = read_json(index, "get a sound checkpoint")
                 files = value.get("weight_map") if isinstance(value, dict) else None
                 if not isinstance(files, dict) or not all(isinstance(name, str) for name in files.values()):
                     raise UserError(f"{index}: holds no weight_map of file names; get a sound checkpoint")
@@ -231,18 +230,12 @@ def head_key(weights: Weights) -> str:
     return HEAD if HEAD in weights else EMBEDDING
 
 
-def expected_tensors(module: CandidateScorer | LanguageModel) -> Iterator[tuple[str, str, nn.Parameter]]:
-    """(name in the module, name in the checkpoint, parameter) of every parameter of the body."""
-    for name, parameter in module.body.named_parameters():
-        yield f"body.{name}", name, parameter
-
-
 def check_weights(module: CandidateScorer, weights: Weights) -> None:
     """Compare names and shapes of a checkpoint with the model. Raises ``UserError`` with all that do not fit.
 
     Tensors that transformers itself leaves out or duplicates are allowed.
     """
-    needed = {key: tuple(getattr(p, "ds_shape", p.shape)) for _, key, p in expected_tensors(module)}
+    needed = {key: tuple(getattr(p, "ds_shape", p.shape)) for key, p in module.body.named_parameters()}
     known = {HEAD, "encoder.embed_tokens.weight", "decoder.embed_tokens.weight"}
     known.add("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight")
     problems = [f"{key} is missing" for key in sorted(needed.keys() - weights.keys())]
@@ -281,7 +274,7 @@ def load_model_config(directory: Path) -> Any:
     from transformers import MT5Config
 
     path = directory / "config.json"
-    value = read_json(path)
+    value = read_json(path, "get a sound checkpoint")
     kind = value.get("model_type") if isinstance(value, dict) else None
     if kind != "mt5":
         raise UserError(f"{path}: model_type is {kind!r}; only 'mt5' is supported")
@@ -291,16 +284,21 @@ def load_model_config(directory: Path) -> Any:
         raise UserError(f"{path}: {' '.join(str(error).split())[:200]}; get a sound checkpoint") from None
 
 
-def resolve_model(path: str, revision: str | None = None) -> Path:
-    """Local directory of a model, downloading it from the hub if ``path`` is not a directory.
+CONFIG_FILES = ["*.json", "*.model"]
+MODEL_FILES = [*CONFIG_FILES, "*.safetensors", "pytorch_model*.bin"]
+
+
+def resolve_model(path: str, revision: str | None = None, patterns: list[str] = MODEL_FILES) -> Path:
+    """Local directory of a model, downloading the files that ``patterns`` name from the hub if it is not a directory.
 
     Raises ``UserError`` if it is neither here nor to be had.
     """
     if Path(path).is_dir():
+        if revision:
+            raise UserError(f"model.revision: {path} is a directory, which has no revisions; remove it")
         return Path(path)
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.json", "*.safetensors", "pytorch_model*.bin", "*.model"]
     try:
         return Path(snapshot_download(path, revision=revision, allow_patterns=patterns))
     except Exception as error:  # the hub client raises dozens of kinds; to a person they are all this one

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from alsace_dist import artifacts
-from alsace_dist.config import Config, variant
+from alsace_dist.config import Config
+from alsace_dist.config_file import variant
 from alsace_dist.errors import UserError
 from alsace_dist.layout import Layout, data_url
 from alsace_dist.runtime import Runtime
@@ -20,7 +21,8 @@ from alsace_dist.runtime import Runtime
 class Stage:
     """One stage: its command, of which round and variant, and what it writes.
 
-    ``fingerprints()``: output directory -> (kind, fingerprint); readable once the stages before it are complete.
+    ``directories``: what it writes. ``fingerprints()``: output directory -> (kind, fingerprint); readable once the
+    stages before it are complete, and it may fetch the model from the hub.
     ``execute(runtime)``: does the work, on every rank if ``is_distributed``, else in one process with None.
     """
 
@@ -29,6 +31,7 @@ class Stage:
     variant: str
     round: int
     is_distributed: bool
+    directories: tuple[Path, ...]
     fingerprints: Callable[[], dict[Path, tuple[str, dict[str, Any]]]]
     execute: Callable[[Runtime | None], None]
 
@@ -41,6 +44,11 @@ class Stage:
         if self.variant:
             parts.append(f"({self.variant})")
         return " ".join(parts)
+
+    def is_begun(self) -> bool:
+        """Whether there is anything of its outputs, whatever it was made with."""
+        names = (artifacts.MANIFEST, artifacts.STARTED)
+        return any((directory / name).exists() for directory in self.directories for name in names)
 
     def is_complete(self) -> bool:
         """Whether all its outputs are there. Raises ``UserError`` if one is there with other settings."""
@@ -75,8 +83,8 @@ def _shared_stages(config: Config) -> Iterator[Stage]:
 
     layout = Layout(Path(config.run_dir))
 
-    def stage(command: str, is_distributed: bool, fingerprints: Any, execute: Any) -> Stage:
-        return Stage(command, config, "", 0, is_distributed, fingerprints, execute)
+    def stage(command: str, directory: Path, is_distributed: bool, fingerprints: Any, execute: Any) -> Stage:
+        return Stage(command, config, "", 0, is_distributed, (directory,), fingerprints, execute)
 
     if config.data.directory is None:
 
@@ -84,10 +92,17 @@ def _shared_stages(config: Config) -> Iterator[Stage]:
             artifacts.begin(layout.data, prepare.KIND, prepare.fingerprint(config))
             prepare.prepare(config, layout.data)
 
-        yield stage("prepare", False, lambda: {layout.data: (prepare.KIND, prepare.fingerprint(config))}, run_prepare)
+        yield stage(
+            "prepare",
+            layout.data,
+            False,
+            lambda: {layout.data: (prepare.KIND, prepare.fingerprint(config))},
+            run_prepare,
+        )
     if config.model.nano:
         yield stage(
             "pretrain-nano",
+            layout.pretrain,
             True,
             lambda: {layout.pretrain: ("pretrain", pretrain.fingerprint(config))},
             lambda runtime: pretrain.pretrain(config, layout.pretrain, pretrain.fingerprint(config), runtime),
@@ -99,6 +114,7 @@ def _shared_stages(config: Config) -> Iterator[Stage]:
 
         yield stage(
             "finetune",
+            layout.finetune,
             True,
             lambda: {layout.finetune: ("finetune", finetune_fingerprint())},
             lambda runtime: train.finetune(
@@ -135,6 +151,7 @@ def _variant_stages(config: Config, name: str) -> Iterator[Stage]:
             name,
             0,
             False,
+            (layout.evaluation,),
             lambda: {layout.evaluation: (evaluate.KIND, evaluate.fingerprint(config, before, after, teachers, biases))},
             run_evaluate,
         )
@@ -159,6 +176,7 @@ def _score_stage(config: Config, layout: Layout, round_: int, splits: list[str])
         layout.variant,
         round_,
         True,
+        tuple(outputs),
         lambda: {path: (score.KIND, value) for path, value in fingerprints().items()},
         execute,
     )
@@ -178,6 +196,7 @@ def _select_stage(
         layout.variant,
         round_,
         False,
+        (directory,),
         lambda: {directory: (select.KIND, select.fingerprint(config, scores))},
         execute,
     )
@@ -202,6 +221,7 @@ def _distill_stage(config: Config, layout: Layout, round_: int) -> Stage:
         layout.variant,
         round_,
         True,
+        (layout.distill(round_),),
         lambda: {layout.distill(round_): ("distill", fingerprint())},
         execute,
     )

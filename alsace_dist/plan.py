@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from alsace_dist.config import Config, EngineConfig, ModelConfig, Split, TrainConfig, variant
+from alsace_dist.config import Config, EngineConfig, Split, TrainConfig
+from alsace_dist.config_file import variant
 from alsace_dist.errors import UserError
 from alsace_dist.layout import Layout, data_url
 from alsace_dist.shards import Dataset, open_dataset
@@ -141,7 +142,8 @@ def _model(config: Config) -> tuple[Any, int | None, list[str]]:
 
         note = "The nano model's vocabulary is as configured; sentinels and answers are added to its tokenizer."
         return MT5Config(**config.model.nano.model_dump()), len(distinct), [note]
-    directory = _model_directory(config.model)
+    assert config.model.path is not None
+    directory = modeling.resolve_model(config.model.path, config.model.revision, modeling.CONFIG_FILES)
     model_config = modeling.load_model_config(directory)
     if not any(path.suffix == ".model" or path.name == "tokenizer.json" for path in directory.iterdir()):
         note = "There is no tokenizer beside config.json: every answer is taken for one token."
@@ -151,25 +153,6 @@ def _model(config: Config) -> tuple[Any, int | None, list[str]]:
     if answers.single_token:
         return model_config, len(answers.vocabulary), []
     return model_config, None, ["Some answers have several tokens, so the whole output head is kept."]
-
-
-def _model_directory(model: ModelConfig) -> Path:
-    """Where the model's config.json is. From the hub come the small files alone, not the weights."""
-    from alsace_dist import modeling
-
-    assert model.path is not None
-    if Path(model.path).is_dir():
-        return modeling.resolve_model(model.path, model.revision)
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(model.path, revision=model.revision, allow_patterns=["*.json", "*.model"]))
-    except Exception as error:  # the hub client raises dozens of kinds; to a person they are all this one
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"model.path: {model.path!r} is neither a directory nor to be had from the hub ({reason}); "
-            "check the name, or give a directory that holds its config.json"
-        ) from None
 
 
 # --- memory --------------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ import numpy as np
 
 from alsace_dist import artifacts
 from alsace_dist.config import NOT_IN_FINGERPRINT, Config, PretrainConfig
+from alsace_dist.errors import UserError
 from alsace_dist.layout import Layout, data_url
 from alsace_dist.runtime import Runtime
 from alsace_dist.shards import Group, open_dataset, read_shard
@@ -210,7 +211,14 @@ def _missing_words(texts: list[str], known: set[str], most: int) -> list[tuple[s
 
 
 def make_rows(groups: Iterable[Group], tokenizer: Any) -> list[Row]:
-    """One row per (group, language), in the groups' order, languages sorted."""
+    """One row per (group, language), in the groups' order, languages sorted.
+
+    Raises ``UserError`` if the languages of a group have different fields, which could not be paired.
+    """
+    groups = list(groups)
+    for group in groups:
+        if len({tuple(sorted(fields)) for fields in group.texts.values()}) > 1:
+            raise UserError(f"group {group.key!r} has other fields in other languages; prepare the data with one task")
     members = [
         (group.key, language, group.texts[language][field])
         for group in groups

@@ -5,6 +5,7 @@ Columns: ``key``, ``language``, ``log_probs`` (list of float32, one per candidat
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -31,6 +32,13 @@ class Scores:
         return grouped
 
 
+def _schema() -> Any:
+    import pyarrow as pa
+
+    kinds = {"key": pa.string(), "language": pa.string(), "log_probs": pa.list_(pa.float32()), "label": pa.int32()}
+    return pa.schema(kinds.items())
+
+
 def write_scores(path: Path, scores: Scores, metadata: dict[str, str]) -> None:
     """Write one shard's scores atomically; equal rows and metadata give equal bytes."""
     import pyarrow as pa
@@ -38,11 +46,12 @@ def write_scores(path: Path, scores: Scores, metadata: dict[str, str]) -> None:
 
     table = pa.table(
         {
-            "key": pa.array(scores.keys, pa.string()),
-            "language": pa.array(scores.languages, pa.string()),
-            "log_probs": pa.array([row.tolist() for row in scores.log_probs], pa.list_(pa.float32())),
-            "label": pa.array(scores.labels, pa.int32()),
-        }
+            "key": scores.keys,
+            "language": scores.languages,
+            "log_probs": [row.tolist() for row in scores.log_probs],
+            "label": scores.labels,
+        },
+        schema=_schema(),
     ).replace_schema_metadata(metadata)
     with atomic_path(path) as temporary:
         pq.write_table(table, temporary, compression="zstd")
@@ -65,13 +74,13 @@ def read_score_file(path: Path) -> Scores:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    remedy = "delete its directory and run `alsace score` again"
     try:
-        table = pq.read_table(path, columns=["key", "language", "log_probs", "label"])
-    except (OSError, pa.ArrowException) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(
-            f"{path}: not a score file ({reason}); delete its directory and run `alsace score` again"
-        ) from None
+        table = pq.read_table(path, columns=_schema().names).cast(_schema())
+    except (OSError, pa.ArrowException, ValueError) as error:
+        raise UserError(f"{path}: not a score file ({' '.join(str(error).split())}); {remedy}") from None
+    if bad := next((name for name in ("key", "language", "log_probs") if table.column(name).null_count), None):
+        raise UserError(f"{path}: column {bad} has holes; {remedy}")
     column = table.column("log_probs").combine_chunks()
     values = column.flatten().to_numpy(zero_copy_only=False)
     lengths = column.value_lengths().to_numpy(zero_copy_only=False)

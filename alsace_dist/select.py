@@ -55,6 +55,7 @@ def select(config: Config, scores: Path, directory: Path, fingerprint: dict[str,
         raise UserError(f"{scores}: has no scores in the source language {source!r}; check data.source_language")
     teachers = choose_teachers(section, found, source, config.seed)
     if section.weighting == "score":
+        assert section.beta is not None
         weights = languages.score_weights(found, teachers, section.beta)
     else:
         weights = {teacher: 1 / len(teachers) for teacher in teachers}
@@ -85,6 +86,7 @@ def choose_teachers(section: SelectConfig, scores: Mapping[str, float], source: 
     if section.rule == "source":
         return [source]
     if section.rule == "top_k":
+        assert section.top_k is not None
         if section.top_k > len(ranked):
             raise UserError(f"select.top_k: {section.top_k} asked for, there are {len(ranked)} languages; lower it")
         return ranked[: section.top_k]

@@ -279,6 +279,8 @@ def _load_dataset(source: InputConfig, name: str | None) -> Any:
     import datasets
 
     directory = Path(source.path, name or "")
+    if source.revision and Path(source.path).exists():
+        raise UserError(f"{source.path}: is here, and has no revision {source.revision!r}; remove revision")
     try:
         if (directory / "dataset_dict.json").exists():
             return datasets.load_from_disk(str(directory))[source.hub_split]

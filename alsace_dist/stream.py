@@ -32,8 +32,9 @@ class CanonicalOrder:
     """Training examples by (step, slot).
 
     A pass is the concatenation of all shards in a shuffled order, each shuffled within. It is cut into ``num_streams``
-    equal parts that are read side by side, so that a global batch mixes many shards; slot ``j`` of a step belongs to
-    stream ``j mod num_streams``. Up to ``num_streams - 1`` examples of a pass are left over; others in each pass.
+    parts that are read side by side, so that a global batch mixes many shards; slot ``j`` of a step belongs to stream
+    ``j mod num_streams``, and a stream is as long as it has slots. Up to ``num_streams - 1`` examples of a pass are
+    left over; others in each pass.
     """
 
     def __init__(self, counts: Sequence[int], global_batch_size: int, seed: int) -> None:
@@ -44,10 +45,14 @@ class CanonicalOrder:
             raise ValueError("no examples")
         self.global_batch_size = global_batch_size
         self.seed = seed
-        most = min(int((self.counts > 0).sum()), MAX_STREAMS, self.total)
-        # A divisor of the batch size, so that every stream moves at the same pace.
-        self.num_streams = next(n for n in range(most, 0, -1) if global_batch_size % n == 0)
-        self.stream_length = self.total // self.num_streams
+        most = min(int((self.counts > 0).sum()), MAX_STREAMS, global_batch_size)
+        # As many as leave the slowest of them at least one example.
+        self.num_streams = next(
+            n for n in range(most, 0, -1) if self.total * (global_batch_size // n) >= global_batch_size
+        )
+        self._slots = [len(range(stream, global_batch_size, self.num_streams)) for stream in range(self.num_streams)]
+        self._lengths = [self.total * slots // global_batch_size for slots in self._slots]
+        self._starts = np.cumsum([0, *self._lengths]).tolist()
         self._pass = lru_cache(maxsize=4)(self._make_pass)
         self._permutation = lru_cache(maxsize=4 * MAX_STREAMS)(self._make_permutation)
 
@@ -58,10 +63,10 @@ class CanonicalOrder:
     def locate(self, step: int, slot: int) -> Position:
         """The example in slot ``slot`` (0 <= slot < global batch size) of step ``step``."""
         stream = slot % self.num_streams
-        consumed = step * (self.global_batch_size // self.num_streams) + slot // self.num_streams
-        pass_index, offset = divmod(consumed, self.stream_length)
+        consumed = step * self._slots[stream] + slot // self.num_streams
+        pass_index, offset = divmod(consumed, self._lengths[stream])
         shards, starts = self._pass(pass_index)
-        place = stream * self.stream_length + offset
+        place = self._starts[stream] + offset
         rank = int(np.searchsorted(starts, place, side="right")) - 1
         shard = int(shards[rank])
         return Position(pass_index, shard, int(self._permutation(pass_index, shard)[place - starts[rank]]))

@@ -209,13 +209,13 @@ def test_another_configuration_is_refused_whether_begun_or_complete(tmp_path: Pa
     with pytest.raises(UserError) as caught:
         is_complete(directory, "thing", new)
     assert str(caught.value) == (
-        f'{directory}: made with other settings (model.pretrain: "{"x" * 56}... -> "y"; section.decay: null -> 0; '
+        f'{directory}: made with other settings (model.pretrain: "{"x" * 56}... -> "y"; section.decay: (nothing) -> 0; '
         "section.lr: 0.1 -> 0.2); choose another run_dir, undo the change, or delete that directory"
     )
     with pytest.raises(UserError, match=r"made with other settings \(another kind of stage\)"):
         is_complete(directory, "other", old)
     many = old | {f"k{index}": index for index in range(6)}
-    with pytest.raises(UserError, match=r"\(k0: null -> 0; k1: .*; k2: .*; k3: null -> 3; and 2 more\)"):
+    with pytest.raises(UserError, match=r"\(k0: \(nothing\) -> 0; k1: .*; k2: .*; k3: \(nothing\) -> 3; and 2 more\)"):
         is_complete(directory, "thing", many)
     assert {path: path.read_bytes() for path in directory.iterdir()} == before
 
@@ -254,7 +254,8 @@ def test_a_directory_that_lost_a_file_is_not_complete(directory: Path) -> None:
         ({"a": {"b": {"c": 1}}}, {"a": {"b": {"c": "1"}}}, ['a.b.c: 1 -> "1"']),
         ({"a": [1, 2]}, {"a": [2, 1]}, ["a: [1, 2] -> [2, 1]"]),
         ({"a": {"b": 1}}, {"a": None}, ['a: {"b": 1} -> null']),
-        ({"a": "ü"}, {}, ['a: "ü" -> null']),
+        ({"a": "ü"}, {}, ['a: "ü" -> (nothing)']),
+        ({"a": None}, {}, ["a: null -> (nothing)"]),
         ({"b": 1, "a": 1}, {"b": 2, "a": 2}, ["a: 1 -> 2", "b: 1 -> 2"]),
     ],
 )

@@ -7,7 +7,8 @@ from typing import Any, get_args
 import pytest
 import yaml
 
-from alsace_dist.config import METHODS, Config, Section, load_config, save_config, variant
+from alsace_dist.config import METHODS, Config, Section
+from alsace_dist.config_file import load_config, save_config, variant
 from alsace_dist.errors import UserError
 
 BASE: dict[str, Any] = {
@@ -138,8 +139,18 @@ IMPOSSIBLE = [
     ({"data": {"inputs": [{"kind": "jsonl"}]}}, "data.inputs.0: path is needed for kind jsonl"),
     ({"data": {"languages": ["de", "fr"]}}, "data: languages must hold the source_language 'en'"),
     ({"data": {"splits": {"test": 0.6}}}, "data: the shares in splits add up to more than 1"),
-    ({"select": {"rule": "explicit"}}, "select: teachers and rule: explicit go together"),
-    ({"select": {"teachers": ["en"]}}, "select: teachers and rule: explicit go together"),
+    ({"select": {"rule": "explicit"}}, "select: rule: explicit needs teachers; list them"),
+    ({"select": {"teachers": ["en"]}}, "select: teachers is only used with rule: explicit; remove it"),
+    ({"select": {"top_k": 2}}, "select: top_k is only used with rule: top_k; remove it"),
+    ({"select": {"weighting": "equal", "beta": 2}}, "select: beta is only used with weighting: score; remove it"),
+    ({"method": "paper", "select": {"reference": "pooled"}}, "select: reference is only used with calibration"),
+    ({"rounds": True}, "rounds: must be a number, not true"),
+    ({"engine": {"num_processes": False}}, "engine.num_processes: must be a number, not false"),
+    ({"distill": {"learning_rate": float("inf")}}, "distill.learning_rate: Input should be a finite number"),
+    ({"task": {"template": "{text:d}"}}, "task: template for default must hold bare {field}s"),
+    ({"task": {"template": "{text!r}"}}, "task: template for default must hold bare {field}s"),
+    ({"data": {"inputs": [{"path": "x", "hub_split": "test"}]}}, "data.inputs.0: hub_split is only used with kind hu"),
+    ({"data": {"inputs": [{"path": "x", "num_groups": 5}]}}, "data.inputs.0: num_groups is only used with kind demo"),
     ({"rounds": 0}, "rounds: 0 changes nothing; set it to 1, or set evaluate.calibrate: true"),
     ({"method": "paper", "evaluate": {"calibrate": True}}, "evaluate.calibrate needs select.calibration: marginal"),
     ({"task": {"labels": ["a", "a"]}}, "task: labels holds a name twice"),
@@ -338,7 +349,9 @@ def test_a_variant_with_another_method_takes_that_methods_presets(tmp_path: Path
     assert parts(variant(config, "mixed")) == ("marginal", "threshold", "equal", "others")
     for name in config.variants:
         found = variant(config, name)
-        assert (found.variants, found.select.beta, found.distill.num_epochs) == ({}, 3.0, 7)
+        # Weights that are chosen anew have their own sharpness, if any.
+        beta = None if found.select.weighting == "equal" else 3.0
+        assert (found.variants, found.select.beta, found.distill.num_epochs) == ({}, beta, 7)
         for shared in ("run_dir", "seed", "task", "data", "model", "engine", "finetune", "score"):
             assert getattr(found, shared) == getattr(config, shared)
     assert variant(config, "twice").rounds == 2

@@ -17,7 +17,8 @@ import yaml
 
 from alsace_dist import evaluate, select
 from alsace_dist.artifacts import write_manifest
-from alsace_dist.config import METHODS, Config, DistillConfig, EngineConfig, load_config
+from alsace_dist.config import METHODS, Config, DistillConfig, EngineConfig
+from alsace_dist.config_file import load_config
 from alsace_dist.errors import EXIT_STOPPED, EXIT_USER_ERROR
 from alsace_dist.prepare import prepare
 from alsace_dist.score_files import Scores, write_scores

@@ -14,13 +14,13 @@ import pytest
 
 import alsace_dist
 from alsace_dist.artifacts import write_json, write_manifest
-from alsace_dist.config import load_config, save_config
+from alsace_dist.config_file import load_config, save_config
 
 PACKAGE = Path(alsace_dist.__file__).parent
 FILES = {path.stem: path for path in PACKAGE.glob("*.py") if path.stem != "__init__"}
 
 LAYERS = [
-    {"errors", "artifacts", "config", "layout", "languages", "statistics", "wording"},
+    {"errors", "artifacts", "config", "config_file", "layout", "languages", "statistics", "wording"},
     {"runtime", "metrics", "plots"},
     {"tasks", "shards", "sources", "score_files", "stream", "collate", "modeling", "engine", "checkpoint", "loop"}
     | {"demo_corpus"},

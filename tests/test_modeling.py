@@ -456,6 +456,8 @@ def test_a_tokenizer_that_is_none(tmp_path: Path, text: str | None) -> None:
 
 def test_names_of_models(tmp_path: Path) -> None:
     assert resolve_model(str(tmp_path)) == tmp_path
+    with pytest.raises(UserError, match=r"^model\.revision: .* is a directory, which has no revisions; remove it"):
+        resolve_model(str(tmp_path), "main")
     with pytest.raises(
         UserError, match=r"^model\.path: 'a/b/c' is neither a directory nor to be had from the hub \(.*\)"
     ):

@@ -65,6 +65,13 @@ def test_dry_run_says_what_is_done_and_what_is_to_do(finished: Path) -> None:
     assert "learning_rate: 0.001 -> 0.5" in changed
 
 
+def test_dry_run_asks_no_hub_for_a_model(world: Path, tmp_path: Path) -> None:
+    value = tiny.make_config(world, run_dir=str(tmp_path / "run"), model={"path": "nobody/has-such-a-model"})
+    printed = tiny.alsace("run", str(tiny.write_config(tmp_path / "c.yaml", value)), "--dry-run").stdout
+    assert [line.split(maxsplit=2)[:2] for line in printed.splitlines()] == [["to", "do"]] * len(printed.splitlines())
+    assert "finetune" in printed
+
+
 def test_a_deleted_stage_is_made_again_the_same(finished: Path) -> None:
     metrics = finished / "run/evaluation/metrics.json"
     content = metrics.read_bytes()

@@ -13,7 +13,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported: it rea
 import numpy as np
 import pytest
 
-from alsace_dist.config import Config, EngineConfig, TrainConfig, load_config
+from alsace_dist.config import Config, EngineConfig, TrainConfig
+from alsace_dist.config_file import load_config
 from alsace_dist.errors import UserError
 from alsace_dist.plan import (
     Memory,

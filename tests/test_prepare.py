@@ -502,7 +502,7 @@ def test_ignored_settings_are_errors() -> None:
     with pytest.raises(UserError, match=r"data\.splits: every input has a split of its own"):
         prepare(make_config([{"path": "a.jsonl", "split": "test"}], splits={"labeled": 5}), Path("run/data"))
     with pytest.raises(UserError, match=r"data\.inputs\.0\.columns\.fields\.txt: not one of task\.fields"):
-        source = {"path": "a.jsonl", "split": "test", "columns": {"fields": {"txt": "x"}}}
+        source = {"kind": "table", "path": "a.csv", "split": "test", "columns": {"fields": {"txt": "x"}}}
         prepare(make_config([source]), Path("run/data"))
 
 

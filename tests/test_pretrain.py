@@ -12,6 +12,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from alsace_dist.config import PretrainConfig
+from alsace_dist.errors import UserError
 from alsace_dist.pretrain import (
     NUM_SENTINELS,
     SENTINELS,
@@ -212,6 +213,12 @@ GROUPS = [
     Group("g1", 1, {"de": {"hypothesis": "Der Hund", "premise": "Eine Katze"}}),
     Group("g2", None, {name: {"premise": f"{name} p", "hypothesis": f"{name} h"} for name in ("ru", "en", "de")}),
 ]
+
+
+def test_languages_with_different_fields_cannot_be_paired(tokenizer: Any) -> None:
+    group = Group("g7", None, {"en": {"a": "one", "b": "two"}, "de": {"a": "eins"}})
+    with pytest.raises(UserError, match="group 'g7' has other fields in other languages; prepare the data with one"):
+        make_rows([group], tokenizer)
 
 
 def test_one_row_per_group_and_language_with_its_translations(tokenizer: Any) -> None:

@@ -11,7 +11,8 @@ import yaml
 
 from alsace_dist import languages
 from alsace_dist.artifacts import is_complete, load_manifest, read_json, verify_files, write_manifest
-from alsace_dist.config import Config, SelectConfig, load_config
+from alsace_dist.config import Config, SelectConfig
+from alsace_dist.config_file import load_config
 from alsace_dist.errors import UserError
 from alsace_dist.score_files import KIND, Scores, read_scores, write_scores
 from alsace_dist.select import TEACHERS, choose_teachers, fingerprint, select

@@ -41,7 +41,7 @@ def stream(
 
 def positions(order: CanonicalOrder, num_passes: int) -> dict[int, list[Position]]:
     """All positions of the first passes, by pass, in slot order."""
-    num_steps = math.ceil(num_passes * order.stream_length * order.num_streams / order.global_batch_size)
+    num_steps = math.ceil(num_passes * order.total / order.global_batch_size)  # the slowest stream needs no more
     found: dict[int, list[Position]] = defaultdict(list)
     for step in range(num_steps):
         for slot in range(order.global_batch_size):
@@ -58,7 +58,6 @@ def test_a_pass_has_every_example_at_most_once_and_leaves_out_fewer_than_there_a
     counts: list[int], size: int
 ) -> None:
     order = CanonicalOrder(counts, size, 5)
-    assert size % order.num_streams == 0
     for seen in positions(order, 4).values():
         assert len({(place.shard, place.example) for place in seen}) == len(seen)
         assert all(0 <= place.example < counts[place.shard] for place in seen)
@@ -89,12 +88,19 @@ def test_passes_differ_and_so_do_seeds() -> None:
     assert len(shard_orders) > 5  # the shards' order is shuffled as well
 
 
-def test_a_batch_mixes_as_many_shards_as_divide_it() -> None:
-    order = CanonicalOrder([100] * 16, 32, 0)
+@pytest.mark.parametrize("size", [32, 31, 17, 50])
+def test_a_batch_mixes_as_many_shards_as_there_are(size: int) -> None:
+    order = CanonicalOrder([100] * 16, size, 0)
     assert order.num_streams == 16
-    assert len({order.locate(0, slot).shard for slot in range(32)}) == 16
+    # Streams start wherever a shard ends or goes on, so two of them may share one.
+    assert len({order.locate(0, slot).shard for slot in range(size)}) >= 12
     assert CanonicalOrder([1000] * 200, 256, 0).num_streams == 64
-    assert CanonicalOrder([100] * 3, 32, 0).num_streams == 2
+
+
+def test_few_examples_leave_each_stream_one_at_least() -> None:
+    order = CanonicalOrder([1] * 5, 7, 0)
+    for seen in positions(order, 3).values():
+        assert len(seen) >= order.num_streams
 
 
 def test_fewer_examples_than_a_batch_are_seen_again_in_the_same_step() -> None:

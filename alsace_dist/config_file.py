@@ -1,0 +1,145 @@
+"""A run's YAML: read, overridden by dotted names, validated with errors that name the key, written when resolved."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from alsace_dist.artifacts import write_text
+from alsace_dist.config import METHODS, OPTION_OF, Config, Section
+from alsace_dist.errors import UserError
+
+
+def variant(config: Config, name: str) -> Config:
+    """The config of one variant. Raises ``UserError`` if there is none of that name or its settings do not fit."""
+    if name not in config.variants:
+        raise UserError(f"variants.{name}: no such variant; the config has {', '.join(config.variants) or 'none'}")
+    overrides = config.variants[name]
+    base = config.model_dump(mode="json", exclude={"variants"}, exclude_unset=True)
+    if "method" in overrides:  # another preset decides anew what the base config took from its own
+        for section, parts in METHODS[config.method].items():
+            base[section] = {key: value for key, value in base[section].items() if value != parts.get(key)}
+    chosen = overrides.get("select") or {}
+    for option, (choice, _, _) in OPTION_OF.items():  # and what it chooses anew has its own options
+        if ("method" in overrides or choice in chosen) and option not in chosen:
+            base.get("select", {}).pop(option, None)
+    return _validate(_merge(base, overrides), f"variants.{name}: ")
+
+
+def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Config:
+    """Read a YAML file, lay dotted overrides (``{"distill.learning_rate": 3e-5}``) over it and validate.
+
+    Raises ``UserError`` that names the file, the key and the remedy.
+    """
+    file = Path(path)
+    try:
+        value = yaml.load(file.read_text(encoding="utf-8"), _Loader)
+    except FileNotFoundError:
+        raise UserError(f"{file}: no such file; give the path of a run's YAML") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{file}: cannot be read as YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{file}: must be a mapping of sections, see docs/config.md")
+    for key, item in (overrides or {}).items():
+        value = _merge(value, _nest(key, item))
+    config = _validate(value, f"{file}: ")
+    for name in config.variants:
+        try:
+            variant(config, name)  # an impossible variant is an error now, not after hours of training
+        except UserError as error:
+            raise UserError(f"{file}: {error}") from None
+    return config
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML that refuses a key given twice, and in which `no` is Norwegian: only true and false are booleans."""
+
+    yaml_implicit_resolvers = {
+        first: [rule for rule in rules if rule[0] != "tag:yaml.org,2002:bool" or first in "tTfF"]
+        for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        own = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+        keys = [self.construct_object(key, deep=True) for key in own]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def parse_value(text: str) -> Any:
+    """An override's value as YAML would read it; text that is not YAML, or only looks like a mapping, stays text."""
+    try:
+        value = yaml.load(text, _Loader)
+    except yaml.YAMLError:
+        return text
+    return text if isinstance(value, dict) and not text.lstrip().startswith("{") else value
+
+
+def _nest(dotted: str, value: Any) -> dict[str, Any]:
+    for part in reversed(dotted.split(".")):
+        value = {part: value}
+    return value
+
+
+def _merge(base: Any, overrides: Any) -> Any:
+    """Overrides laid over base, mapping by mapping; anything else replaces."""
+    if not isinstance(base, dict) or not isinstance(overrides, Mapping):
+        return overrides
+    merged = dict(base)
+    for key, value in overrides.items():
+        merged[key] = _merge(merged.get(key), value)
+    return merged
+
+
+def _validate(value: dict[str, Any], prefix: str) -> Config:
+    try:
+        return Config.model_validate(value)
+    except ValidationError as error:
+        raise UserError(prefix + "; ".join(_problems(error, value))) from None
+
+
+def _problems(error: ValidationError, value: Any) -> Iterable[str]:
+    """One phrase per problem: the dotted key, what is wrong, and for an unknown key the keys that exist."""
+    for row in error.errors():
+        key = ".".join(_as_written(row["loc"], value, row["type"]))
+        message = row["msg"].removeprefix("Value error, ")
+        if row["type"] == "extra_forbidden":
+            known = ", ".join(_known_keys(row["loc"][:-1]))
+            message = f"unknown key; known here: {known}" if known else "unknown key"
+        elif row["type"] == "missing":
+            message = "is needed and missing; add it (docs/config.md says what it holds)"
+        elif row["type"] != "value_error":
+            message = f"{message}, not {row['input']!r}"
+        yield f"{key}: {message}" if key else message
+
+
+def _as_written(location: tuple[int | str, ...], value: Any, kind: str) -> Iterable[str]:
+    """The parts of a location that stand in the YAML: pydantic adds the names of the types of a union."""
+    for number, part in enumerate(location):
+        if (isinstance(value, dict) and part in value) or (isinstance(value, list) and isinstance(part, int)):
+            value = value[part]  # type: ignore[index]
+            yield str(part)
+        elif kind == "missing" and number == len(location) - 1:
+            yield str(part)
+
+
+def _known_keys(location: tuple[int | str, ...]) -> list[str]:
+    section: Any = Config
+    for part in location:
+        if isinstance(part, int):
+            continue
+        annotation = section.model_fields[part].annotation if part in section.model_fields else None
+        candidates = [annotation, *getattr(annotation, "__args__", ())]
+        section = next((one for one in candidates if isinstance(one, type) and issubclass(one, Section)), None)
+        if section is None:
+            return []
+    return sorted(section.model_fields)
+
+
+def save_config(config: Config, path: Path) -> None:
+    """Write the resolved config (every default filled in) as YAML, atomically."""
+    write_text(path, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
