@@ -31,6 +31,17 @@ class Example:
     entropy: float
 
 
+@dataclass(frozen=True)
+class Source:
+    """Where training examples come from: a dataset, the languages of it that learn, how many examples each shard has,
+    and ``make(shard, rows)``, which gives its prompts their targets."""
+
+    dataset: Dataset
+    languages: list[str]
+    counts: list[int]
+    make: Callable[[int, list[EncodedText]], list[Example]]
+
+
 def finetune_fingerprint(config: Config, model: dict[str, Any]) -> dict[str, Any]:
     """Everything the finetuned model depends on; ``model``: identity of the model that it starts from."""
     assert config.finetune is not None
@@ -73,15 +84,13 @@ def finetune(config: Config, model: Path, directory: Path, fingerprint: dict[str
         counts = np.diff(np.minimum(np.cumsum([0, *counts]), limit)).tolist()
     one_hot = np.eye(len(config.task.labels), dtype=np.float32)
 
-    def make(row: EncodedText, index: int) -> Example:
+    def make(row: EncodedText) -> Example:
         if row.label is None or not 0 <= row.label < len(one_hot):
             raise UserError(f"{dataset.url}: group {row.key!r} has the label {row.label}; prepare the data again")
         return Example(row.input_ids, row.language, one_hot[row.label], 1.0, 0.0)
 
-    def load(shard: int, rows: list[EncodedText]) -> list[Example]:
-        return [make(row, index) for index, row in enumerate(rows[: counts[shard]])]
-
-    _train("finetune", config, config.finetune, model, directory, fingerprint, dataset, [source], counts, load, runtime)
+    examples = Source(dataset, [source], counts, lambda shard, rows: [make(row) for row in rows[: counts[shard]]])
+    _train("finetune", config, config.finetune, model, directory, fingerprint, examples, runtime)
 
 
 def distill(
@@ -110,7 +119,7 @@ def distill(
     # The mean over all pairs, not over a batch's pairs: a batch needs to know nothing of the others.
     mean_weight = teachers["num_pairs"][section.targets] / max(1, sum(counts))
 
-    def load(shard: int, rows: list[EncodedText]) -> list[Example]:
+    def make(shard: int, rows: list[EncodedText]) -> list[Example]:
         groups = score_files.read_score_file(scores / f"{dataset.shards[shard].stem}.parquet").groups()
         found = {
             key: languages.targets(languages.calibrate(group, biases), weights, str(section.targets))
@@ -118,7 +127,7 @@ def distill(
         }
         return [_distill_example(row, found, mean_weight, scores) for row in rows]
 
-    _train("distill", config, section, model, directory, fingerprint, dataset, taught, counts, load, runtime)
+    _train("distill", config, section, model, directory, fingerprint, Source(dataset, taught, counts, make), runtime)
 
 
 def _distill_example(
@@ -145,29 +154,26 @@ def _train(
     model: Path,
     directory: Path,
     fingerprint: dict[str, Any],
-    dataset: Dataset,
-    taught: list[str],
-    counts: list[int],
-    make: Callable[[int, list[EncodedText]], list[Example]],
+    examples: Source,
     runtime: Runtime,
 ) -> None:
     from alsace_dist import collate, engine, loop, modeling
 
     tokenizer = modeling.load_tokenizer(model)
     start = modeling.load_model_config(model).decoder_start_token_id
-    answers = encode_answers(config.task, tokenizer, taught, start)
+    answers = encode_answers(config.task, tokenizer, examples.languages, start)
     module, value = engine.load_scorer(model, answers, config.engine, section.dropout, runtime)
     if section.freeze_vocabulary:
         module.body.shared.weight.requires_grad_(False)
     collator = collate.AnswerCollator(answers, tokenizer.pad_token_id)
 
     def load(shard: int) -> list[Example]:
-        groups = read_shard(dataset, dataset.shards[shard])
-        return make(shard, encode_groups(config.task, tokenizer, groups, taught))
+        groups = read_shard(examples.dataset, examples.dataset.shards[shard])
+        return examples.make(shard, encode_groups(config.task, tokenizer, groups, examples.languages))
 
-    def collate_examples(examples: list[Example]) -> loop.MicroBatch:
-        inputs = collator([example.input_ids for example in examples], [example.language for example in examples])
-        loss = AnswerLoss(inputs, examples, answers.num_candidates, runtime.device)
+    def collate_examples(batch: list[Example]) -> loop.MicroBatch:
+        inputs = collator([example.input_ids for example in batch], [example.language for example in batch])
+        loss = AnswerLoss(inputs, batch, answers.num_candidates, runtime.device)
         return loop.MicroBatch(loss, *inputs.num_tokens)
 
     runtime.main_first(lambda: artifacts.begin(directory, kind, fingerprint))
@@ -182,7 +188,7 @@ def _train(
             fingerprint=fingerprint,
             module=module,
             value=value,
-            counts=counts,
+            counts=examples.counts,
             load=load,
             build=lambda example, pass_index: example,
             length=lambda example: len(example.input_ids),
