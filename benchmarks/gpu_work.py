@@ -1,0 +1,321 @@
+"""What benchmarks/gpu.py times: models of random weights, batches, the project's loops and bare ones, FLOPs."""
+
+import gc
+import math
+import statistics
+import sys
+import time
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import MT5Config
+
+from alsace_dist import engine, plan
+from alsace_dist.collate import AnswerCollator, Inputs
+from alsace_dist.config import DistillConfig, EngineConfig, TrainConfig
+from alsace_dist.errors import UserError
+from alsace_dist.modeling import CandidateScorer, make_body
+from alsace_dist.runtime import Runtime
+from alsace_dist.stream import micro_batches
+from alsace_dist.tasks import Answers
+from alsace_dist.train import AnswerLoss, Example
+
+ANSWERS = Answers({"en": ((10,), (11,), (12,))}, decoder_prefix=(0, 3), single_token=True)
+Runs = AbstractContextManager[Callable[[], Any]]  # within it, a function that does the work once
+
+
+@dataclass(frozen=True)
+class Size:
+    """A model, as arguments of ``MT5Config``, and the work that is measured with it."""
+
+    geometry: dict[str, int]
+    section: TrainConfig
+    median_length: int = 45
+    num_rows: int = 3840  # a shard of 256 groups in 15 languages
+    tokens_per_batch: int = 16384
+    block_seconds: float = 4.0
+    num_blocks: int = 3
+
+
+def _geometry(*values: int) -> dict[str, int]:
+    names = ("vocab_size", "d_model", "d_kv", "d_ff", "num_heads", "num_layers", "num_decoder_layers")
+    return dict(zip(names, values, strict=True))
+
+
+_480 = partial(DistillConfig, num_steps=1, global_batch_size=480, learning_rate=1e-5)  # 32 in each of 15 languages
+SIZES = {
+    "tiny": Size(
+        _geometry(500, 32, 8, 64, 4, 2, 1),
+        DistillConfig(num_steps=1, global_batch_size=12, micro_batch_size=4, learning_rate=3e-3),
+        *(10, 48, 256, 0.2, 2),
+    ),
+    "large": Size(_geometry(250112, 1024, 64, 2816, 16, 24, 24), _480(micro_batch_size=80)),
+    "xl": Size(_geometry(250112, 2048, 64, 5120, 32, 24, 24), _480(micro_batch_size=32, freeze_vocabulary=True)),
+}
+
+
+@dataclass
+class Row:
+    """What was measured of one part: sequences per second of every block, and bytes, which are None without a GPU."""
+
+    part: str
+    settings: str
+    num_sequences: int
+    tokens_per_sequence: float
+    flops_per_sequence: float
+    plan_bytes: int
+    rates: dict[str, list[float]] = field(default_factory=dict)
+    peak_bytes: dict[str, int | None] = field(default_factory=dict)
+    states_bytes: int | None = None
+    collating_seconds: float | None = None
+
+    def summary(self, peak: float | None) -> dict[str, float | None]:
+        """Medians and ratios; ``peak``: FLOP/s of the device. MFU is the bare loop's where that ran alone."""
+        rate, bare = (statistics.median(self.rates[name]) if name in self.rates else None for name in ("ours", "bare"))
+        ratios = [a / b for a, b in zip(self.rates.get("ours", []), self.rates.get("bare", []), strict=False)]
+        return {
+            "sequences_per_second": rate,
+            "tokens_per_second": rate and rate * self.tokens_per_sequence,
+            "mfu": (rate or bare or 0.0) * self.flops_per_sequence / peak if peak else None,
+            "bare_sequences_per_second": bare,
+            "ratio": statistics.median(ratios) if ratios else None,
+            "ratio_min": min(ratios, default=None),
+            "ratio_max": max(ratios, default=None),
+            "collating_share": rate and self.collating_seconds and self.collating_seconds * rate / self.num_sequences,
+        }
+
+
+# --- the model and its work ----------------------------------------------------------------------------------------
+
+
+def forward_flops(geometry: dict[str, int], lengths: Sequence[int], num_decoder_tokens: int) -> float:
+    """FLOPs of one forward pass over sequences of these lengths, counted as the docstring of this file says."""
+    width, inner = geometry["d_model"], geometry["num_heads"] * geometry["d_kv"]
+    feed_forward = 3 * width * geometry["d_ff"]  # gated: two matrices in, one out
+    num_layers, num_decoder_layers = geometry["num_layers"], geometry["num_decoder_layers"]
+    per_encoder_token = num_layers * (4 * width * inner + feed_forward) + num_decoder_layers * 2 * width * inner
+    per_decoder_token = num_decoder_layers * (6 * width * inner + feed_forward)
+    sizes = np.asarray(lengths, dtype=np.float64)
+    num_outputs = num_decoder_tokens * len(sizes)
+    pairs = num_layers * (sizes**2).sum() + num_decoder_layers * num_decoder_tokens * (num_outputs + sizes.sum())
+    return float(2 * (per_encoder_token * sizes.sum() + per_decoder_token * num_outputs + 2 * inner * pairs))
+
+
+def make_examples(size: Size, count: int) -> list[Example]:
+    """Random prompts with XNLI's distribution of lengths, and random target distributions."""
+    rng = np.random.default_rng(count)
+    lengths = np.clip(rng.lognormal(math.log(size.median_length), 0.4, count).round().astype(int), 4, 256)
+    targets = rng.dirichlet(np.ones(ANSWERS.num_candidates), count).astype(np.float32)
+    ids = [rng.integers(3, size.geometry["vocab_size"], length).tolist() for length in lengths]
+    return [Example(row, "en", target, 1.0, 0.0) for row, target in zip(ids, targets, strict=True)]
+
+
+def collate(examples: Sequence[Example]) -> Inputs:
+    """A padded batch, on the CPU."""
+    return AnswerCollator(ANSWERS, pad_id=0)([one.input_ids for one in examples], ["en"] * len(examples))
+
+
+def split(examples: Sequence[Example], section: TrainConfig, device: torch.device) -> list[AnswerLoss]:
+    """The micro-batches of a step, as ``loop.run`` and ``train`` make them."""
+    lengths = [len(example.input_ids) for example in examples]
+    count = math.ceil(len(examples) / section.micro_batch_size)
+    chosen = [[examples[i] for i in part] for part in micro_batches(lengths, section.micro_batch_size, count)]
+    return [AnswerLoss(collate(part), part, ANSWERS.num_candidates, device) for part in chosen]
+
+
+def make_row(part: str, size: Size, settings: str, plan_bytes: int, examples: list[Example], times: int) -> Row:
+    """A row before its measurements; ``times``: FLOPs in forward passes.
+
+    Raises ``UserError`` if the GPU has not even room for what the plan counts.
+    """
+    if torch.cuda.is_available() and plan_bytes > (total := torch.cuda.get_device_properties(0).total_memory):
+        raise UserError(f"left out: it needs {plan_bytes / 1e9:.0f} GB, and the GPU has {total / 1e9:.0f} GB")
+    lengths = [len(example.input_ids) for example in examples]
+    flops = times * forward_flops(size.geometry, lengths, len(ANSWERS.decoder_prefix))
+    return Row(part, settings, len(lengths), sum(lengths) / len(lengths), flops / len(lengths), plan_bytes)
+
+
+class RandomWeights:
+    """``value(name)`` of a model that no file holds: T5's initial values, made on ``device``, the same every time."""
+
+    def __init__(self, size: Size, device: torch.device) -> None:
+        self.geometry, self.device = size.geometry, device
+        self.parameters = plan.count_parameters(MT5Config(**self.geometry), len(ANSWERS.vocabulary))
+        with torch.device("meta"):
+            self.shapes = {name: parameter.shape for name, parameter in self.build(False).named_parameters()}
+
+    def build(self, gradient_checkpointing: bool) -> CandidateScorer:
+        """The module, as ``engine.load_scorer`` builds it."""
+        body = make_body(MT5Config(**self.geometry), 0.0)
+        if gradient_checkpointing:
+            body.gradient_checkpointing_enable({"use_reentrant": False})
+        return CandidateScorer(body, ANSWERS)
+
+    def __call__(self, name: str) -> Tensor:
+        shape = self.shapes[name]
+        if len(shape) == 1:
+            return torch.ones(shape, device=self.device)
+        generator = torch.Generator(self.device).manual_seed(zlib.crc32(name.encode()))
+        scale = 1.0 if name.endswith("shared.weight") else shape[-1] ** -0.5
+        if name.endswith(".q.weight"):
+            scale *= self.geometry["d_kv"] ** -0.5
+        return torch.randn(shape, device=self.device, generator=generator).mul_(scale)
+
+    def load(self, config: EngineConfig, group: Runtime, freeze_vocabulary: bool = False) -> Any:
+        """A module with these weights in the engine's precision."""
+        module: Any = engine.load_module(lambda: self.build(config.gradient_checkpointing), self, config, group)
+        module.body.shared.weight.requires_grad_(not freeze_vocabulary)
+        return module
+
+
+# --- what is timed -------------------------------------------------------------------------------------------------
+
+
+def log_probs(module: Any, rows: list[Example], batches: list[list[int]], device: torch.device) -> np.ndarray:
+    """A pass over a shard, as ``score`` makes it: log-probabilities [rows, K]."""
+    results = np.empty((len(rows), ANSWERS.num_candidates), dtype=np.float32)
+    with torch.inference_mode():
+        for batch in batches:
+            results[batch] = module(*collate([rows[index] for index in batch]).to(device)).cpu().numpy()
+    return results
+
+
+def bare_scoring(module: Any, rows: list[Example], batches: list[list[int]], device: torch.device) -> Runs:
+    """The same forwards over batches that lie on the device; nobody takes the results."""
+    ready = [collate([rows[index] for index in batch]).to(device) for batch in batches]
+
+    @torch.inference_mode()
+    def run() -> None:
+        for arguments in ready:
+            module(*arguments)
+
+    return nullcontext(run)
+
+
+@contextmanager
+def training(
+    weights: RandomWeights,
+    examples: list[Example],
+    config: EngineConfig,
+    section: TrainConfig,
+    group: Runtime,
+    row: Row | None = None,
+) -> Iterator[Callable[[], Tensor]]:
+    """Optimizer steps on one global batch, as ``loop.run`` makes them but for reading shards and writing metrics.
+
+    Yields a function that returns a step's summed loss. Into ``row`` goes the peak of a step without activations.
+    """
+    trained = engine.TrainEngine(weights.load(config, group, section.freeze_vocabulary), config, section, group)
+    try:
+        for name in trained.parameters:
+            trained.load_weight(name, weights(name))
+        if row and row.states_bytes is None:
+            take_peak(group.device)
+            shortest = min(examples, key=lambda example: len(example.input_ids))
+            trained.step(split([shortest], section, group.device), section.learning_rate)
+            row.states_bytes = take_peak(group.device)
+
+        def run() -> Tensor:
+            loss = trained.step(split(examples, section, group.device), section.learning_rate)
+            group.any_rank(False)  # whether to stop, asked after every step
+            return loss
+
+        yield run
+    finally:
+        trained.engine.destroy()
+
+
+@contextmanager
+def bare_training(
+    weights: RandomWeights, examples: list[Example], config: EngineConfig, section: TrainConfig, group: Runtime
+) -> Iterator[Callable[[], Tensor]]:
+    """The same steps in plain PyTorch: float32 copies of the weights, float32 sums of gradients, fused AdamW."""
+    config = config.model_copy(update={"zero_stage": 0})
+    module = weights.load(config, group, section.freeze_vocabulary).train()
+    losses = split(examples, section, group.device)
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    copies = [parameter.detach().to(torch.float32, copy=True) for parameter in trained]
+    sums: Any = [torch.zeros_like(copy) for copy in copies]
+    for copy, total in zip(copies, sums, strict=True):
+        copy.grad = total
+    is_fused = group.device.type == "cuda"
+    optimizer = torch.optim.AdamW(copies, section.learning_rate, weight_decay=section.weight_decay, fused=is_fused)
+
+    def run() -> Tensor:
+        torch._foreach_zero_(sums)
+        summed = torch.zeros((), device=group.device)
+        for loss_of in losses:
+            loss = loss_of(module)
+            (loss / len(examples)).backward()
+            torch._foreach_add_(sums, [parameter.grad for parameter in trained])
+            module.zero_grad(set_to_none=True)
+            summed += loss.detach()
+        nn.utils.clip_grad_norm_(copies, section.max_gradient_norm)
+        optimizer.step()
+        with torch.no_grad():
+            torch._foreach_copy_(trained, copies)
+        return summed
+
+    yield run
+
+
+def take_peak(device: torch.device) -> int | None:
+    """Wait for the device; most bytes in tensors since the last call, None on the CPU."""
+    if device.type == "cpu":
+        return None
+    torch.cuda.synchronize(device)
+    peak = torch.cuda.max_memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    return peak
+
+
+def release() -> None:
+    """Give memory that nobody refers to any more back to the GPU."""
+    gc.collect()
+    torch.cuda.empty_cache()  # does nothing without a GPU
+
+
+def compare(
+    row: Row,
+    contestants: dict[str, Callable[[], Runs]],
+    collating: Callable[[], Any],
+    size: Size,
+    device: torch.device,
+    deadline: float,
+) -> Row:
+    """Time blocks of the contestants in turn into ``row``; after ``deadline`` (monotonic) no further round begins.
+
+    ``collating``: makes the batches of one run, which is timed alone.
+    """
+    for _ in range(size.num_blocks):
+        for name, opened in contestants.items():
+            with opened() as run:
+                for _ in range(2):  # warm-up
+                    run()
+                take_peak(device)
+                start = time.perf_counter()
+                num_runs = 0
+                while num_runs == 0 or time.perf_counter() - start < size.block_seconds:
+                    run()
+                    num_runs += 1
+                row.peak_bytes[name] = take_peak(device)
+                seconds = time.perf_counter() - start
+            row.rates.setdefault(name, []).append(num_runs * row.num_sequences / seconds)
+            del run
+            release()
+        if time.monotonic() > deadline:
+            break
+    start = time.perf_counter()
+    collating()
+    row.collating_seconds = time.perf_counter() - start
+    return row
