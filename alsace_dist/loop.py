@@ -91,13 +91,14 @@ def run(job: Job, runtime: Runtime) -> None:
     writer = MetricsWriter(job.directory, job.tensorboard, first, runtime.is_main)
     meter = _Meter(runtime, section)
     with progress(job.kind, num_steps, first, runtime.is_main) as advance:
-        batches = stream.batches(first, num_steps)
+        batches = stream.batches(
+            first, num_steps, lambda step, batch: _micro_batches(job, stream, step, batch, runtime.world_size)
+        )
         for step in range(first, num_steps):
             with meter.waiting():
-                batch = next(batches)
+                parts = next(batches)
             if section.dropout:
                 torch.manual_seed(hash((job.seed, step, runtime.rank)))
-            parts = _micro_batches(job, stream, step, batch, runtime.world_size)
             rate = learning_rate(section, step, num_steps)
             loss = engine.step([part.loss for part in parts], rate)
             meter.count(parts)

@@ -187,7 +187,7 @@ def training_memory(parameters: Parameters, section: TrainConfig, engine: Engine
     copy = 0 if stage == 0 and not is_bf16 else 4 * own
     optimizer = copy + (8 * own if section.optimizer == "adamw" else 0)
     weights = weight * (parameters.kept if stage < 3 else math.ceil(parameters.kept / num_ranks))
-    buffers, host = _bucket_bytes(engine), 0
+    buffers, host = _bucket_bytes(engine, trained), 0
     if engine.offload_optimizer and stage > 0:
         gradients = (4 * trained if stage == 1 else 0) + (4 * own if is_bf16 and stage < 3 else 0)
         staging = 4 * own if stage == 3 else weight * own + (4 * own if stage == 2 and not is_bf16 else 0)
@@ -203,13 +203,13 @@ def training_memory(parameters: Parameters, section: TrainConfig, engine: Engine
     return Memory(weights, gradients, optimizer, buffers, host)
 
 
-def _bucket_bytes(engine: EngineConfig) -> int:
-    """Size of the bucket in which DeepSpeed reduces gradients: as long as it trains in ZeRO-3, else while it goes
-    backward. ZeRO-0, and ZeRO-1 in bf16 without offload, have none of a fixed size."""
+def _bucket_bytes(engine: EngineConfig, trained: int) -> int:
+    """Size of the bucket in which DeepSpeed reduces gradients, no larger than the model: as long as it trains in
+    ZeRO-3, else while it goes backward. ZeRO-0, and ZeRO-1 in bf16 without offload, have none of a fixed size."""
     stage = engine.zero_stage
     if stage == 0 or (stage == 1 and engine.dtype == "bf16" and not engine.offload_optimizer):
         return 0
-    size = engine.deepspeed.get("zero_optimization", {}).get("reduce_bucket_size", REDUCE_BUCKET_SIZE)
+    size = engine.deepspeed.get("zero_optimization", {}).get("reduce_bucket_size", min(trained, REDUCE_BUCKET_SIZE))
     return int(size) * (2 if stage == 2 and engine.dtype == "bf16" else 4)
 
 

@@ -101,8 +101,7 @@ def pretrain(config: Config, directory: Path, fingerprint: dict[str, Any], runti
 
     def collate_examples(examples: list[SpanExample]) -> loop.MicroBatch:
         inputs = collate_spans(examples, tokenizer.pad_token_id, model_config.decoder_start_token_id)
-        arguments = inputs.to(runtime.device)
-        return loop.MicroBatch(lambda module: module(*arguments).sum(), *inputs.num_tokens)
+        return loop.MicroBatch(lambda module: module(*inputs.to(runtime.device)).sum(), *inputs.num_tokens)
 
     loop.run(
         loop.Job(

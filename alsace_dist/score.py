@@ -4,7 +4,9 @@ The unit of work is a shard, and its result does not depend on who computes it. 
 counter; what a killed run has finished is kept.
 """
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from alsace_dist.errors import Stopped, UserError
 from alsace_dist.runtime import PeerFailed, Runtime, shared_counter
 from alsace_dist.score_files import KIND, Scores, read_metadata, read_score_file, write_scores
 from alsace_dist.shards import Dataset, ShardInfo, open_dataset, read_shard
+from alsace_dist.stream import ahead, score_batches
 from alsace_dist.tasks import EncodedText, encode_answers, encode_groups
 
 
@@ -73,7 +76,7 @@ class _Pass:
         self.dataset, self.directory, self.fingerprint = dataset, directory, fingerprint
         self.collator = AnswerCollator(answers, tokenizer.pad_token_id)
         self.tokens_per_batch = config.score.tokens_per_batch
-        self.num_drawn = 0
+        self.num_done = 0
         self.digest = artifacts.digest_json(fingerprint)
         self.num_tokens = self.num_padded = 0
         self.statistics: dict[str, list[int]] = {}
@@ -105,11 +108,15 @@ class _Pass:
     def _metadata(self, shard: ShardInfo) -> dict[str, str]:
         return {"fingerprint": self.digest, "shard": shard.sha256}
 
-    def _draw(self, todo: list[ShardInfo]) -> Iterator[ShardInfo]:
-        counter = shared_counter(f"score/{self.directory}/{self.digest}")
-        while (index := counter()) < len(todo):
-            self.num_drawn = index + 1
-            yield todo[index]
+    def _batches(self, todo: list[ShardInfo]) -> "Iterator[_Batch]":
+        """All batches of the shards that this rank draws, in order; made ahead of the model, in a thread."""
+        draw = shared_counter(f"score/{self.directory}/{self.digest}")
+        while (index := draw()) < len(todo):
+            work = _ShardWork(self, todo[index], index + 1)
+            if not work.cut:
+                work.write()
+            for number, rows in enumerate(work.cut):
+                yield _Batch(work, rows, self._collate(work, rows), number == 0, number == len(work.cut) - 1)
 
     def _run_freely(self, todo: list[ShardInfo], advance: Any) -> bool:
         """Without ZeRO-3 a forward concerns nobody else: each rank works at its own pace.
@@ -118,17 +125,9 @@ class _Pass:
         """
         import torch
 
-        done = 0
-        with torch.inference_mode():
-            for shard in self._draw(todo):
-                if self.runtime.stop.is_set:
-                    break
-                work = _ShardWork(self, shard)
-                for batch in work.batches:
-                    work.put(batch, self._forward(work, batch))
-                work.write()
-                advance(self.num_drawn - done)  # the counter tells how far all ranks are
-                done = self.num_drawn
+        with torch.inference_mode(), closing(ahead(self._batches(todo))) as batches:
+            while batch := self._next(batches):
+                self._keep(batch, self._forward(batch), advance)
         return self.runtime.any_rank(self.runtime.stop.is_set)[0]
 
     def _run_in_step(self, todo: list[ShardInfo], advance: Any) -> bool:
@@ -138,62 +137,75 @@ class _Pass:
         """
         import torch
 
-        work: _ShardWork | None = None
-        shards = self._draw(todo)
-        stand_in: tuple[_ShardWork, list[int]] | None = None
+        batch: _Batch | None = None
         error: Exception | None = None
-        with torch.inference_mode():
+        log_probs, stand_in = np.empty(0), None
+        with torch.inference_mode(), closing(ahead(self._batches(todo))) as batches:
             while True:
                 try:
-                    while work is None or not work.batches:
-                        if work is not None:
-                            work.write()
-                            advance(1)
-                            work = None
-                        if self.runtime.stop.is_set or (shard := next(shards, None)) is None:
-                            break
-                        work = _ShardWork(self, shard)
+                    if batch is not None:
+                        self._keep(batch, log_probs, advance)
+                    batch = self._next(batches)
                 except Exception as caught:
                     error = caught
-                has_batch = work is not None and bool(work.batches)
-                some_batch, failed = self.runtime.any_rank(has_batch, error is not None)
+                some_batch, failed = self.runtime.any_rank(batch is not None, error is not None)
                 if error is not None:
                     raise error
                 if failed:
                     raise PeerFailed("another rank failed while scoring")
                 if not some_batch:
                     break
-                if work is not None and has_batch:
-                    batch = work.batches.pop(0)
-                    stand_in = (work, work.shortest)
-                    work.put(batch, self._forward(work, batch))
+                if batch is None:
+                    stand_in = stand_in or self._stand_in()
+                    self.module(*stand_in.to(self.runtime.device))
                 else:
-                    stand_in = stand_in or self._any_batch()
-                    self._forward(*stand_in)
+                    log_probs = self._forward(batch)
         return self.runtime.any_rank(self.runtime.stop.is_set)[0]
 
-    def _any_batch(self) -> tuple["_ShardWork", list[int]]:
-        work = next(w for shard in self.dataset.shards if (w := _ShardWork(self, shard)).rows)
-        return work, work.shortest
+    def _next(self, batches: "Generator[_Batch]") -> "_Batch | None":
+        """The next batch; None at the end, or before the next shard if a stop is asked for."""
+        batch = next(batches, None)
+        if batch is not None and batch.is_first and self.runtime.stop.is_set:
+            batches.close()
+            return None
+        return batch
 
-    def _forward(self, work: "_ShardWork", batch: list[int]) -> np.ndarray:
-        rows = [work.rows[index] for index in batch]
-        inputs = self.collator([row.input_ids for row in rows], [row.language for row in rows])
-        tokens, padded = inputs.num_tokens
+    def _stand_in(self) -> Any:
+        """A short batch, for a rank without work."""
+        work = next(w for shard in self.dataset.shards if (w := _ShardWork(self, shard, 0)).rows)
+        return self._collate(work, work.cut[-1][-1:])
+
+    def _collate(self, work: "_ShardWork", rows: list[int]) -> Any:
+        texts = [work.rows[index] for index in rows]
+        return self.collator([text.input_ids for text in texts], [text.language for text in texts])
+
+    def _forward(self, batch: "_Batch") -> np.ndarray:
+        tokens, padded = batch.inputs.num_tokens
         self.num_tokens += tokens
         self.num_padded += padded
-        log_probs: np.ndarray = self.module(*inputs.to(self.runtime.device)).cpu().numpy()
+        log_probs: np.ndarray = self.module(*batch.inputs.to(self.runtime.device)).cpu().numpy()
         return log_probs
+
+    def _keep(self, batch: "_Batch", log_probs: np.ndarray, advance: Any) -> None:
+        """Put a batch's results in their places; with the last one the shard is written."""
+        for index, row in zip(batch.rows, log_probs, strict=True):
+            batch.work.results[index] = row
+        if batch.is_last:
+            batch.work.write()
+            self._count(batch.work.rows)
+            advance(batch.work.number - self.num_done)  # the shared counter tells how far all ranks are
+            self.num_done = batch.work.number
 
     def encode(self, shard: ShardInfo) -> list[EncodedText]:
         """All rows of a shard."""
         groups = read_shard(self.dataset, shard)
-        rows = encode_groups(self.config.task, self.tokenizer, groups, self.dataset.languages)
+        return encode_groups(self.config.task, self.tokenizer, groups, self.dataset.languages)
+
+    def _count(self, rows: list[EncodedText]) -> None:
         for row in rows:
             counts = self.statistics.setdefault(row.language, [0, 0, 0, 0])
             for index, value in enumerate((1, len(row.input_ids), row.num_unknown, int(row.is_cut))):
                 counts[index] += value
-        return rows
 
     def _merge(self) -> None:
         """Assert that every (group, language) is there once, then complete the directory."""
@@ -214,21 +226,28 @@ class _Pass:
         self.runtime.main_first(finish)
 
 
+@dataclass(frozen=True)
+class _Batch:
+    """A batch of a shard: which of its rows, as padded tensors; whether it is the shard's first or last."""
+
+    work: "_ShardWork"
+    rows: list[int]
+    inputs: Any
+    is_first: bool
+    is_last: bool
+
+
 class _ShardWork:
-    """A shard being scored: its rows, the batches still to do, the results so far."""
+    """A shard being scored: its rows, how they are cut into batches, the results so far.
 
-    def __init__(self, owner: _Pass, shard: ShardInfo) -> None:
-        from alsace_dist.stream import score_batches
+    ``number``: how many shards have been drawn, this one included.
+    """
 
-        self.owner, self.shard = owner, shard
+    def __init__(self, owner: _Pass, shard: ShardInfo, number: int) -> None:
+        self.owner, self.shard, self.number = owner, shard, number
         self.rows = owner.encode(shard)
-        self.batches = score_batches([len(row.input_ids) for row in self.rows], owner.tokens_per_batch)
-        self.shortest = self.batches[-1][-1:] if self.batches else []
+        self.cut = score_batches([len(row.input_ids) for row in self.rows], owner.tokens_per_batch)
         self.results: list[np.ndarray] = [np.empty(0)] * len(self.rows)
-
-    def put(self, batch: list[int], log_probs: np.ndarray) -> None:
-        for index, row in zip(batch, log_probs, strict=True):
-            self.results[index] = row
 
     def write(self) -> None:
         path = self.owner._path(self.shard)

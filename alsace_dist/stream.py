@@ -6,8 +6,8 @@ next step needs.
 """
 
 import threading
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections import OrderedDict, deque
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,6 +16,7 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 
 Row = TypeVar("Row")
+Item = TypeVar("Item")
 MAX_STREAMS = 64
 
 
@@ -137,17 +138,25 @@ class TrainStream(Generic[Row]):
         place = self.order.locate(step, slot)
         return self._build(self.cache[place.shard][place.example], place.pass_index)
 
-    def batches(self, first: int, last: int) -> Iterator[list[Any]]:
-        """The batches of steps first, ..., last - 1; the next one is made while the current one is used."""
-        with ThreadPoolExecutor(max_workers=1) as pool:
-            ahead: list[Future[list[Any]]] = []
-            for step in range(first, min(first + 2, last)):
-                ahead.append(pool.submit(self.batch, step))
-            for step in range(first, last):
-                batch = ahead.pop(0).result()
-                if step + 2 < last:
-                    ahead.append(pool.submit(self.batch, step + 2))
-                yield batch
+    def batches(self, first: int, last: int, make: Callable[[int, list[Any]], Item]) -> Iterator[Item]:
+        """``make(step, batch)`` of steps first, ..., last - 1, the next ones made while the current one is used."""
+        return ahead(make(step, self.batch(step)) for step in range(first, last))
+
+
+def ahead(items: Iterator[Item], depth: int = 2) -> Generator[Item]:
+    """The same items, up to ``depth`` of them made in a thread before they are asked for.
+
+    An error while making one is raised where it is asked for.
+    """
+    done = object()
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        made: deque[Future[Any]] = deque(pool.submit(next, items, done) for _ in range(depth))
+        try:
+            while (item := made.popleft().result()) is not done:
+                made.append(pool.submit(next, items, done))
+                yield item
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def micro_batches(lengths: Sequence[int], size: int, count: int) -> list[list[int]]:

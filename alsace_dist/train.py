@@ -209,13 +209,16 @@ class AnswerLoss:
     def __init__(self, inputs: Any, examples: list[Example], num_candidates: int, device: Any) -> None:
         import torch
 
-        self._arguments = inputs.to(device)
         rows = np.stack([np.broadcast_to(example.target, num_candidates) for example in examples])
-        self._targets = torch.from_numpy(rows.astype(np.float32)).to(device)
-        self._weights = torch.tensor([example.weight for example in examples], device=device)
-        self._entropies = torch.tensor([example.entropy for example in examples], device=device)
+        self._inputs, self._device = inputs, device
+        self._targets = torch.from_numpy(rows.astype(np.float32))
+        self._weights = torch.tensor([example.weight for example in examples])
+        self._entropies = torch.tensor([example.entropy for example in examples])
 
     def __call__(self, module: Any) -> Any:
-        log_probs = module(*self._arguments)
-        cross_entropy = -(self._targets * log_probs).sum(dim=-1)
-        return (self._weights * (cross_entropy - self._entropies)).sum()
+        from alsace_dist.collate import to_device
+
+        targets, weights, entropies = to_device(self._device, self._targets, self._weights, self._entropies)
+        log_probs = module(*self._inputs.to(self._device))
+        cross_entropy = -(targets * log_probs).sum(dim=-1)
+        return (weights * (cross_entropy - entropies)).sum()

@@ -318,7 +318,7 @@ def test_print_plan_without_data_says_so(prepared: Config, capsys: pytest.Captur
     assert rows["all"] == ["300,176,768", "300.18 M"]
     assert rows["output head, rows kept here"] == ["1,536"]
     # ZeRO-3 on two ranks: (2 + 8 + 12) bytes of 172 M parameters each, halved.
-    assert rows["* 3"] == ["0.172", "0.688", "1.03", "1.89", "2.00", "-", "0.172"]
+    assert rows["* 3"] == ["0.172", "0.688", "1.03", "1.89", "0.688", "-", "0.172"]
     assert rows["0"][:4] == ["0.344", "1.03", "2.07", "3.44"]
     assert rows["exported model"] == ["1.20", "6 in the end"]  # finetune, the run, paper, three rounds of long
     assert "2 ranks" in text

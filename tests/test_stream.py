@@ -2,6 +2,7 @@
 
 import math
 import threading
+import time
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from alsace_dist.stream import CanonicalOrder, Position, ShardCache, TrainStream, micro_batches, score_batches
+from alsace_dist.stream import CanonicalOrder, Position, ShardCache, TrainStream, ahead, micro_batches, score_batches
 
 # Counts per shard and global batch size: even, uneven, empty shards, one shard, a batch larger than the data, more
 # shards than slots, a prime batch, more shards than streams.
@@ -177,8 +178,23 @@ def test_a_pass_opens_no_shard_again_except_where_streams_meet() -> None:
 def test_batches_made_ahead_are_the_same_in_the_same_order() -> None:
     expected = stream([7, 3, 11], 4)
     for first, last in ((0, 9), (5, 6), (5, 7), (3, 3)):
-        ahead = stream([7, 3, 11], 4)
-        assert list(ahead.batches(first, last)) == [expected.batch(step) for step in range(first, last)]
+        found = stream([7, 3, 11], 4).batches(first, last, lambda step, batch: (step, batch))
+        assert list(found) == [(step, expected.batch(step)) for step in range(first, last)]
+
+
+def test_items_are_made_ahead_and_no_further_than_asked() -> None:
+    made: list[int] = []
+    items = ahead((made.append(number) or number for number in range(10)), depth=2)
+    assert next(items) == 0
+    for _ in range(1000):
+        if len(made) == 3:
+            break
+        time.sleep(0.005)
+    time.sleep(0.02)
+    assert made == [0, 1, 2]  # the one in use, and two more
+    items.close()
+    assert next(items, None) is None
+    assert made == [0, 1, 2]
 
 
 def test_an_error_while_loading_reaches_the_one_who_asks_for_the_batch() -> None:
@@ -187,7 +203,7 @@ def test_an_error_while_loading_reaches_the_one_who_asks_for_the_batch() -> None
 
     broken: TrainStream[int] = TrainStream(CanonicalOrder([4], 2, 0), load, lambda row, _: row, 0, 1)
     with pytest.raises(OSError, match="disk gone"):
-        next(broken.batches(0, 5))
+        next(broken.batches(0, 5, lambda step, batch: batch))
 
 
 def test_a_shard_with_another_number_of_rows_than_counted_is_not_used() -> None:
