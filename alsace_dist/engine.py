@@ -307,7 +307,7 @@ def _make_optimizer(
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
         return DeepSpeedCPUAdam(groups, lr=train.learning_rate, adamw_mode=True)
-    return torch.optim.AdamW(groups, lr=train.learning_rate, fused=runtime.device.type == "cuda")
+    return torch.optim.AdamW(groups, lr=train.learning_rate, fused=True)
 
 
 def load_scorer(

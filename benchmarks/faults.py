@@ -8,10 +8,8 @@ score bytes or the losses differ from the undisturbed run's, or if a group outli
 """
 
 import argparse
-import os
 import random
 import shutil
-import signal
 import sys
 import tempfile
 import time
@@ -94,10 +92,8 @@ def disturb(command: str, config: Path, rng: random.Random) -> tuple[bool, float
         end = time.monotonic() + rng.uniform(0.5, 9.0)
         while time.monotonic() < end and process.poll() is None:
             time.sleep(0.01)
-        ranks = tiny.ranks_of(process) if process.poll() is None else []
-        if not ranks:
+        if process.poll() is not None or not tiny.kill_one(tiny.ranks_of(process), rng):
             return False, 0.0
-        os.kill(rng.choice(ranks), signal.SIGKILL)
         start = time.monotonic()
         process.wait(timeout=2 * MAX_HANG_SECONDS)
         return True, time.monotonic() - start

@@ -1,9 +1,6 @@
 """Scoring on real ranks: exactly once, the same bytes for any number of ranks, after kills too; errors that stop."""
 
-import os
-import random
 import shutil
-import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -81,10 +78,8 @@ def test_a_rank_killed_while_scoring_costs_nothing_but_time(
     output = tmp_path / "x/run/scores/unlabeled"
     with tiny.started("score", str(config)) as process:
         tiny.wait_for(lambda: any(output.glob("*.parquet")) or process.poll() is not None)
-        ranks = tiny.ranks_of(process)
         start = time.monotonic()
-        if ranks:
-            os.kill(random.choice(ranks), signal.SIGKILL)
+        tiny.kill_one(tiny.ranks_of(process))
         process.wait(timeout=60)
         assert time.monotonic() - start < 60
     tiny.alsace("score", str(config))

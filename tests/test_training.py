@@ -3,8 +3,6 @@
 The loss of every step is logged, so a trace is compared step by step.
 """
 
-import os
-import random
 import shutil
 import signal
 import subprocess
@@ -58,7 +56,7 @@ def test_a_rank_killed_while_training_leaves_no_trace(
         tiny.wait_for((finetune / "started.json").exists)
         ranks = tiny.ranks_of(process)
         tiny.wait_for(lambda: any(finetune.glob(f"checkpoints/{pattern}")), every_seconds=0.001)
-        os.kill(random.choice(ranks), signal.SIGKILL)
+        assert tiny.kill_one(ranks)
         process.wait(timeout=60)
         assert process.returncode != 0
         assert process.stderr is not None

@@ -147,6 +147,15 @@ def ranks_of(process: "subprocess.Popen[str]") -> list[int]:
         return []
 
 
+def kill_one(ranks: list[int], rng: Any = random) -> bool:
+    """Kill one of these processes with SIGKILL, as the kernel does when memory runs out; False if it had ended."""
+    try:
+        os.kill(rng.choice(ranks), signal.SIGKILL)
+    except (ProcessLookupError, IndexError):
+        return False
+    return True
+
+
 def wait_for(condition: Any, seconds: float = 90, every_seconds: float = 0.02) -> None:
     """Wait until a condition holds. Fails the test if it does not in time."""
     end = time.monotonic() + seconds
