@@ -274,7 +274,8 @@ class TrainConfig(Section):
     global_batch_size: Count = 64
     """Examples per optimizer step, over all ranks."""
     micro_batch_size: Count = 64
-    """Most examples per forward pass on a rank; the result does not depend on it."""
+    """Most examples per forward pass on a rank; fewer, where that saves more padding than another pass costs. The
+    result does not depend on it."""
     optimizer: Literal["adamw", "adafactor"] = "adamw"
     """adamw, or adafactor with parameter scaling (ZeRO 0 only)."""
     learning_rate: Positive

@@ -5,6 +5,7 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from alsace_dist.engine import TrainEngine
 from alsace_dist.errors import Stopped
 from alsace_dist.metrics import MetricsWriter, progress
 from alsace_dist.runtime import Runtime
-from alsace_dist.stream import CanonicalOrder, TrainStream, micro_batches
+from alsace_dist.stream import PASS_COST, CanonicalOrder, TrainStream, micro_batches
 
 
 @dataclass(frozen=True)
@@ -91,12 +92,11 @@ def run(job: Job, runtime: Runtime) -> None:
     writer = MetricsWriter(job.directory, job.tensorboard, first, runtime.is_main)
     meter = _Meter(runtime, section)
     with progress(job.kind, num_steps, first, runtime.is_main) as advance:
-        batches = stream.batches(
-            first, num_steps, lambda step, batch: _micro_batches(job, stream, step, batch, runtime.world_size)
-        )
+        batches = stream.batches(first, num_steps, lambda step, batch: _micro_batches(job, batch, runtime))
         for step in range(first, num_steps):
             with meter.waiting():
                 parts = next(batches)
+            parts = _as_many_on_every_rank(parts, job, partial(stream.example, step, 0), runtime)
             if section.dropout:
                 torch.manual_seed(hash((job.seed, step, runtime.rank)))
             rate = learning_rate(section, step, num_steps)
@@ -119,19 +119,19 @@ def run(job: Job, runtime: Runtime) -> None:
     _finish(job, engine, num_steps)
 
 
-def _micro_batches(
-    job: Job, stream: TrainStream[Any], step: int, batch: list[Any], world_size: int
-) -> list[MicroBatch]:
-    """This rank's micro-batches of a step: as many on every rank, for every one of them is collective."""
-    section = job.section
-    count = math.ceil(math.ceil(section.global_batch_size / world_size) / section.micro_batch_size)
-    parts = []
-    for indices in micro_batches([job.length(example) for example in batch], section.micro_batch_size, count):
-        if indices:
-            parts.append(job.collate([batch[index] for index in indices]))
-        else:
-            stand_in = job.collate([stream.example(step, 0)])
-            parts.append(MicroBatch(_without_effect(stand_in.loss), 0, stand_in.num_padded_tokens))
+def _micro_batches(job: Job, batch: list[Any], runtime: Runtime) -> list[MicroBatch]:
+    """This rank's share of a step in micro-batches."""
+    lengths = [job.length(example) for example in batch]
+    cut = micro_batches(lengths, job.section.micro_batch_size, PASS_COST[runtime.device.type])
+    return [job.collate([batch[index] for index in indices]) for indices in cut]
+
+
+def _as_many_on_every_rank(parts: list[MicroBatch], job: Job, stand_in: Callable[[], Any], runtime: Runtime) -> Any:
+    """Micro-batches filled up with ones without effect, for each of them is collective. Collective."""
+    most = round(runtime.max(len(parts)))
+    if len(parts) < most:
+        extra = parts[-1] if parts else job.collate([stand_in()])
+        parts = parts + [MicroBatch(_without_effect(extra.loss), 0, extra.num_padded_tokens)] * (most - len(parts))
     return parts
 
 

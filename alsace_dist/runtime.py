@@ -78,6 +78,15 @@ class Runtime:
         result: list[float] = tensor.tolist()
         return result
 
+    def max(self, value: float) -> float:
+        """Largest value of any rank. Collective."""
+        import torch
+        import torch.distributed as dist
+
+        tensor = torch.tensor(value, dtype=torch.float64)
+        dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.control)
+        return float(tensor)
+
     def gather(self, value: Any) -> list[Any]:
         """A small JSON-like value of every rank, in rank order. Collective."""
         import torch.distributed as dist

@@ -18,6 +18,9 @@ import numpy as np
 Row = TypeVar("Row")
 Item = TypeVar("Item")
 MAX_STREAMS = 64
+# Tokens whose computation takes as long as what a forward and backward pass costs whatever its size. Measured on a CPU
+# (one thread, bf16): 108 for mT5-small, 530 for the nano model. For GPUs an estimate: 20 ms of launches, 1e5 tokens/s.
+PASS_COST = {"cpu": 128, "cuda": 2048}
 
 
 @dataclass(frozen=True)
@@ -159,15 +162,26 @@ def ahead(items: Iterator[Item], depth: int = 2) -> Generator[Item]:
             pool.shutdown(cancel_futures=True)
 
 
-def micro_batches(lengths: Sequence[int], size: int, count: int) -> list[list[int]]:
-    """Cut a rank's share of a step into exactly ``count`` micro-batches of at most ``size`` examples, by length.
+def micro_batches(lengths: Sequence[int], size: int, pass_cost: int) -> list[list[int]]:
+    """Cut a rank's share of a step into micro-batches of at most ``size`` examples, by length, longest first.
 
-    Returns indices. Some may be empty, on a rank with a smaller share: it still takes part in the collectives.
+    Of all such cuts the one that costs least, where a micro-batch costs its tokens, padding included, and ``pass_cost``
+    tokens for being a forward and backward pass of its own. Returns indices.
     """
     by_length = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
-    chunks = [by_length[start : start + size] for start in range(0, len(by_length), size)]
-    assert len(chunks) <= count
-    return chunks + [[] for _ in range(count - len(chunks))]
+    ordered = np.array([lengths[index] for index in by_length], dtype=np.float64)
+    costs, starts = np.zeros(len(ordered) + 1), [0] * (len(ordered) + 1)
+    for end in range(1, len(ordered) + 1):
+        begins = np.arange(max(0, end - size), end)
+        candidates = costs[begins] + (end - begins) * ordered[begins] + pass_cost
+        best = int(candidates.argmin())
+        costs[end], starts[end] = candidates[best], int(begins[best])
+    parts: list[list[int]] = []
+    end = len(ordered)
+    while end > 0:
+        parts.insert(0, by_length[starts[end] : end])
+        end = starts[end]
+    return parts
 
 
 def score_batches(lengths: Sequence[int], tokens_per_batch: int) -> list[list[int]]:

@@ -26,7 +26,7 @@ from alsace_dist.config import DistillConfig, EngineConfig, TrainConfig
 from alsace_dist.errors import UserError
 from alsace_dist.modeling import CandidateScorer, make_body
 from alsace_dist.runtime import Runtime
-from alsace_dist.stream import micro_batches
+from alsace_dist.stream import PASS_COST, micro_batches
 from alsace_dist.tasks import Answers
 from alsace_dist.train import AnswerLoss, Example
 
@@ -128,8 +128,8 @@ def collate(examples: Sequence[Example]) -> Inputs:
 def split(examples: Sequence[Example], section: TrainConfig, device: torch.device) -> list[AnswerLoss]:
     """The micro-batches of a step, as ``loop.run`` and ``train`` make them."""
     lengths = [len(example.input_ids) for example in examples]
-    count = math.ceil(len(examples) / section.micro_batch_size)
-    chosen = [[examples[i] for i in part] for part in micro_batches(lengths, section.micro_batch_size, count)]
+    cut = micro_batches(lengths, section.micro_batch_size, PASS_COST[device.type])
+    chosen = [[examples[i] for i in part] for part in cut]
     return [AnswerLoss(collate(part), part, ANSWERS.num_candidates, device) for part in chosen]
 
 

@@ -5,6 +5,7 @@ import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from itertools import combinations, pairwise
 from typing import Any
 
 import numpy as np
@@ -251,20 +252,34 @@ LENGTHS = [
 
 @pytest.mark.parametrize("lengths", LENGTHS)
 @pytest.mark.parametrize("size", [1, 4, 64])
-def test_micro_batches_hold_everything_once_longest_first(lengths: list[int], size: int) -> None:
-    count = math.ceil(len(lengths) / size) + 2
-    parts = micro_batches(lengths, size, count)
-    assert len(parts) == count  # as many on every rank, some of them empty
-    assert max(map(len, parts)) <= size
+@pytest.mark.parametrize("pass_cost", [0, 30, 10_000])
+def test_micro_batches_hold_everything_once_longest_first(lengths: list[int], size: int, pass_cost: int) -> None:
+    parts = micro_batches(lengths, size, pass_cost)
+    assert all(0 < len(part) <= size for part in parts)
     order = [index for part in parts for index in part]
     assert sorted(order) == list(range(len(lengths)))
     assert [lengths[index] for index in order] == sorted(lengths, reverse=True)
-    assert parts == sorted(parts, key=len, reverse=True)
+    if pass_cost == 0:
+        assert all(len({lengths[index] for index in part}) == 1 for part in parts)
+    if pass_cost == 10_000:
+        assert len(parts) == math.ceil(len(lengths) / size)
 
 
-def test_a_share_that_does_not_fit_into_the_micro_batches_is_not_cut_short() -> None:
-    with pytest.raises(AssertionError):
-        micro_batches([1, 2, 3], 1, 2)
+def cost(lengths: list[int], pass_cost: int) -> int:
+    """Of one micro-batch."""
+    return pass_cost + len(lengths) * max(lengths)
+
+
+@pytest.mark.parametrize("pass_cost", [0, 3, 7, 20])
+@pytest.mark.parametrize("size", [2, 3, 7])
+def test_no_other_cut_into_micro_batches_costs_less(size: int, pass_cost: int) -> None:
+    lengths = [9, 1, 8, 3, 3, 7, 2]
+    ordered = sorted(lengths, reverse=True)
+    cuts = [pairwise([0, *inner, 7]) for num in range(7) for inner in combinations(range(1, 7), num)]
+    allowed = [cut for cut in map(list, cuts) if all(end - begin <= size for begin, end in cut)]
+    least = min(sum(cost(ordered[begin:end], pass_cost) for begin, end in cut) for cut in allowed)
+    parts = micro_batches(lengths, size, pass_cost)
+    assert sum(cost([lengths[index] for index in part], pass_cost) for part in parts) == least
 
 
 @pytest.mark.parametrize("lengths", LENGTHS)
@@ -283,4 +298,4 @@ def test_score_batches_hold_everything_once_within_the_budget(lengths: list[int]
 
 def test_equal_lengths_keep_their_order() -> None:
     assert score_batches([2, 5, 2, 5, 2], 10) == [[1, 3], [0, 2, 4]]
-    assert micro_batches([2, 5, 2, 5, 2], 2, 3) == [[1, 3], [0, 2], [4]]
+    assert micro_batches([2, 5, 2, 5, 2], 2, 3) == [[1, 3], [0], [2, 4]]

@@ -69,6 +69,17 @@ def test_a_rank_killed_while_training_leaves_no_trace(
     )
 
 
+@pytest.mark.parametrize("zero_stage", [2, 3])
+def test_ranks_with_unequal_numbers_of_micro_batches_train_the_same(
+    world: Path, tmp_path: Path, undisturbed: Path, zero_stage: int
+) -> None:
+    """Of the 10 examples of a step 4, 3 and 3 go to three ranks: two micro-batches of at most 3, and one, and one."""
+    settings = {"num_processes": 3, "zero_stage": zero_stage}
+    tiny.alsace("finetune", str(make_run(world, tmp_path / "x", engine=settings, finetune={"micro_batch_size": 3})))
+    got, wanted = losses(tmp_path / "x"), losses(undisturbed)
+    assert [loss for _, loss in got] == pytest.approx([loss for _, loss in wanted], rel=2e-4)
+
+
 def stop_after_first_step(config: Path, run: Path) -> None:
     metrics = run / "finetune/metrics.jsonl"
     with tiny.started("finetune", str(config)) as process:
