@@ -18,7 +18,7 @@ from alsace_dist.engine import TrainEngine
 from alsace_dist.errors import Stopped
 from alsace_dist.metrics import MetricsWriter, progress
 from alsace_dist.runtime import Runtime
-from alsace_dist.stream import PASS_COST, CanonicalOrder, TrainStream, micro_batches
+from alsace_dist.stream import PASS_COST, REDUCTION_COST, CanonicalOrder, TrainStream, micro_batches
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,9 @@ def run(job: Job, runtime: Runtime) -> None:
 def _micro_batches(job: Job, batch: list[Any], runtime: Runtime) -> list[MicroBatch]:
     """This rank's share of a step in micro-batches."""
     lengths = [job.length(example) for example in batch]
-    cut = micro_batches(lengths, job.section.micro_batch_size, PASS_COST[runtime.device.type])
+    kind = runtime.device.type
+    cost = PASS_COST[kind] + (REDUCTION_COST[kind] if job.engine.zero_stage >= 2 and runtime.world_size > 1 else 0)
+    cut = micro_batches(lengths, job.section.micro_batch_size, cost)
     return [job.collate([batch[index] for index in indices]) for indices in cut]
 
 
