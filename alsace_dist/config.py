@@ -110,8 +110,8 @@ class InputConfig(Section):
     """Columns of a table or a Hugging Face dataset."""
     subsets: dict[str, str] = {}
     """huggingface: language -> configuration name, joined by id or row number; empty: one table in long form."""
-    hub_split: str = "train"
-    """huggingface: the split to read."""
+    hub_split: str | None = None
+    """huggingface: the split to read; null: train. A single split that `save_to_disk` wrote has none to choose from."""
     revision: str | None = None
     """huggingface: the revision (branch, tag or commit) to read."""
     num_groups: Count = 1000
@@ -222,8 +222,9 @@ class EngineConfig(Section):
 
     num_processes: Count | Literal["auto"] = "auto"
     """Ranks on this machine; auto: one per GPU, without GPUs one per core, four at most."""
-    zero_stage: Literal[0, 1, 2, 3] = 2
-    """ZeRO stage; from 3 on the parameters are sharded too, also for scoring."""
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    """What the ranks share out. 1: the optimizer's states; 2: the gradients too, which then travel after every
+    micro-batch and not once a step; 3: the weights too, also for scoring."""
     dtype: Literal["bf16", "fp32"] = "bf16"
     """Precision of weights and activations; the loss and the optimizer are always float32."""
     offload_optimizer: bool = False

@@ -171,9 +171,9 @@ class TrainEngine:
     def step(self, losses: Sequence[Callable[[nn.Module], Tensor]], learning_rate: float) -> Tensor:
         """One optimizer step: forward, backward and update.
 
-        Each element of ``losses`` computes, with the module, the float32 sum of the losses of one micro-batch; every
-        rank gives equally many. The gradient is that of the sum over all ranks and micro-batches divided by the global
-        batch size. Returns this rank's sum (detached).
+        Each element of ``losses`` computes, with the module, the float32 sum of the losses of one micro-batch. Every
+        rank gives one at least, from ZeRO-2 on equally many. The gradient is that of the sum over all ranks and
+        micro-batches divided by the global batch size. Returns this rank's sum (detached).
         """
         for group in self.engine.optimizer.param_groups:
             group["lr"] = learning_rate

@@ -96,7 +96,7 @@ def run(job: Job, runtime: Runtime) -> None:
         for step in range(first, num_steps):
             with meter.waiting():
                 parts = next(batches)
-            parts = _as_many_on_every_rank(parts, job, partial(stream.example, step, 0), runtime)
+            parts = _enough_for_the_others(parts, job, partial(stream.example, step, 0), runtime)
             if section.dropout:
                 torch.manual_seed(hash((job.seed, step, runtime.rank)))
             rate = learning_rate(section, step, num_steps)
@@ -128,9 +128,10 @@ def _micro_batches(job: Job, batch: list[Any], runtime: Runtime) -> list[MicroBa
     return [job.collate([batch[index] for index in indices]) for indices in cut]
 
 
-def _as_many_on_every_rank(parts: list[MicroBatch], job: Job, stand_in: Callable[[], Any], runtime: Runtime) -> Any:
-    """Micro-batches filled up with ones without effect, for each of them is collective. Collective."""
-    most = round(runtime.max(len(parts)))
+def _enough_for_the_others(parts: list[MicroBatch], job: Job, stand_in: Callable[[], Any], runtime: Runtime) -> Any:
+    """Micro-batches filled up with ones without effect: from ZeRO-2 on to as many as another rank has, for there every
+    pass is collective; below it to one, for the last pass of a step is. Collective."""
+    most = round(runtime.max(len(parts))) if job.engine.zero_stage >= 2 else 1
     if len(parts) < most:
         extra = parts[-1] if parts else job.collate([stand_in()])
         parts = parts + [MicroBatch(_without_effect(extra.loss), 0, extra.num_padded_tokens)] * (most - len(parts))

@@ -262,7 +262,7 @@ def _read_huggingface(source: InputConfig, task: TaskConfig) -> Iterator[Row]:
         tables = dataset.select_columns(wanted).with_format("arrow").iter(1000)
         for place, cells in _cells_of_tables(tables, where):
             # The row number alone would collide between the splits of one dataset, which are inputs of their own.
-            cells.setdefault(source.columns.id, f"{source.path}/{source.hub_split}/{place.number}")
+            cells.setdefault(source.columns.id, f"{source.path}/{source.hub_split or 'train'}/{place.number}")
             row = _row_of_cells(place, cells, source, task, language or cells[source.columns.language])
             yield row._replace(label=_class_name(row.label, names)) if isinstance(label, datasets.ClassLabel) else row
 
@@ -278,15 +278,17 @@ def _load_dataset(source: InputConfig, name: str | None) -> Any:
     """One split of a dataset from the hub, a local folder, or what ``save_to_disk`` wrote there."""
     import datasets
 
-    directory = Path(source.path, name or "")
+    directory, split = Path(source.path, name or ""), source.hub_split or "train"
+    if source.hub_split and (directory / "state.json").exists():
+        raise UserError(f"{directory}: is a single split, there is no {source.hub_split!r} to choose; remove hub_split")
     if source.revision and Path(source.path).exists():
         raise UserError(f"{source.path}: is here, and has no revision {source.revision!r}; remove revision")
     try:
         if (directory / "dataset_dict.json").exists():
-            return datasets.load_from_disk(str(directory))[source.hub_split]
+            return datasets.load_from_disk(str(directory))[split]
         if (directory / "state.json").exists():
             return datasets.load_from_disk(str(directory))
-        return datasets.load_dataset(source.path, name, split=source.hub_split, revision=source.revision)
+        return datasets.load_dataset(source.path, name, split=split, revision=source.revision)
     except Exception as error:  # the library hands on whatever its many back ends raise
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         remedy = "check path, subsets, hub_split and the network, or fetch it beforehand and give the local path"

@@ -8,12 +8,12 @@ demo's sentences, so that a test can run all of it.
 
 The contenders are whole loops that run in turns, a shard or a step each, in an order that rotates:
 
-* ours: ``score.score`` and ``train.distill``, shards, manifests and all, with default settings (ZeRO-2) but for smaller
+* ours: ``score.score`` and ``train.distill``, shards, manifests and all, with default settings (ZeRO-1) but for smaller
   shards (16 groups) and scoring batches (2,048 tokens), so that a turn is short;
 * bare scoring: ``CandidateScorer`` over the same batches, ready-made tensors, nothing is read or written;
 * ``generate(max_new_tokens=1, output_scores=True)`` over the same ready-made batches;
 * bare training: the same model and micro-batches, ready-made tensors; gradients summed in float32, clipped; fused AdamW
-  on float32 weights of which each rank updates half and then gathers the other: the work of ZeRO-2, by hand;
+  on float32 weights of which each rank updates half and then gathers the other: the work of ZeRO-1, by hand;
 * ``transformers.Trainer`` with the same DeepSpeed settings, examples and targets, through mT5's whole head; its batches
   are a rank's examples of a step (or ``micro_batch_size`` of them) in their order;
 * pairwise distillation, as the paper's authors' code does it: for every pair of a teacher and another language two

@@ -194,7 +194,7 @@ def plain_scoring(
 
 
 class ShardedAdamW:
-    """AdamW on float32 weights of which every rank updates a part: what ZeRO-2 does, by hand, on one flat tensor."""
+    """AdamW on float32 weights of which every rank updates a part: what ZeRO-1 does, by hand, on one flat tensor."""
 
     def __init__(self, module: Any, value: Callable[[str], Any], runtime: Runtime) -> None:
         import torch

@@ -65,7 +65,7 @@ def test_a_tiny_run_checks_measures_prints_and_writes(tmp_path: Path) -> None:
     bf16 = [row["difference"] for row in report["checks"] if row["what"].startswith("bf16")]
     assert min(bf16) > 0  # it did compute in bf16
     scoring, training = report["rows"]
-    assert [scoring["part"], training["part"]] == ["score tiny", "train tiny"] and "ZeRO-2" in training["settings"]
+    assert [scoring["part"], training["part"]] == ["score tiny", "train tiny"] and "ZeRO-1" in training["settings"]
     for row in report["rows"]:
         pairs = list(zip(row["rates"]["ours"], row["rates"]["bare"], strict=True))
         assert len(pairs) == 2

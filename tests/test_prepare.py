@@ -209,6 +209,18 @@ def test_saved_dataset_in_long_form_with_class_labels(cache: None, names: list[s
     assert files == ["saved/validation/data-00000-of-00001.arrow"]
 
 
+def test_a_single_saved_split_has_none_to_choose_from(cache: None) -> None:
+    import datasets
+
+    columns = {name: LONG_FORM[name] for name in LONG_FORM} | {"label": ["bad", None, "bad", "bad"]}
+    datasets.Dataset.from_dict(columns).save_to_disk("single")
+    source = {"kind": "huggingface", "path": "single", "split": "unlabeled"}
+    prepare(make_config([source]), Path("run/data"))
+    assert set(by_key("unlabeled")) == set(EXPECTED)
+    with pytest.raises(UserError, match=r"^single: is a single split, there is no 'test' to choose; remove hub_split$"):
+        prepare(make_config([source | {"hub_split": "test"}]), Path("run/other"))
+
+
 @pytest.mark.parametrize("with_id", [True, False])
 def test_subsets_of_a_local_folder(cache: None, with_id: bool) -> None:
     """Configurations as on the hub: joined by id (rows in different order), or by row number without one."""

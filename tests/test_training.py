@@ -69,7 +69,7 @@ def test_a_rank_killed_while_training_leaves_no_trace(
     )
 
 
-@pytest.mark.parametrize("zero_stage", [2, 3])
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
 def test_ranks_with_unequal_numbers_of_micro_batches_train_the_same(
     world: Path, tmp_path: Path, undisturbed: Path, zero_stage: int
 ) -> None:
