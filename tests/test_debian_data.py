@@ -213,6 +213,7 @@ def test_splits_are_disjoint_and_deterministic():
     for group in splits["test"] + splits["unlabeled"]:
         assert group.label and len(group.texts) >= data.MIN_LANGUAGES
     assert any(group.label is None for group in splits["pretrain"])
+    assert splits["parallel"] == [group for group in splits["pretrain"] if len(group.texts) >= data.PARALLEL_LANGUAGES]
 
     assert data.split(all_groups, 0, sizes) == splits
     assert data.split(all_groups, 1, sizes)["test"] != splits["test"]
@@ -233,6 +234,7 @@ def test_record_hides_labels_and_translations_where_they_must_not_be():
     assert data.record(group, "labeled") == {"id": "p", "label": "games", "texts": {"en": {"text": "p"}}}
     assert data.record(group, "unlabeled") == {"id": "p", "texts": texts}
     assert data.record(group, "pretrain") == {"id": "pretrain-p", "texts": texts}
+    assert data.record(group, "parallel") == data.record(group, "pretrain")
 
 
 def fake_apt(languages: list[str], messages: str = ""):
@@ -260,7 +262,7 @@ def test_command_line_writes_the_same_files_again(tmp_path, monkeypatch):
     for name in ("one", "two"):
         monkeypatch.setattr(sys, "argv", ["data.py", "--out", str(tmp_path / name)])
         data.main()
-    names = [f"{name}.jsonl" for name in ("labeled", "pretrain", "test", "unlabeled")]
+    names = [f"{name}.jsonl" for name in ("labeled", "parallel", "pretrain", "test", "unlabeled")]
     assert sorted(path.name for path in (tmp_path / "one").iterdir()) == names
     for name in names:
         text = (tmp_path / "one" / name).read_bytes()

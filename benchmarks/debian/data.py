@@ -4,12 +4,13 @@
 
 Fetches the package index and the translated descriptions of one Debian release with apt, from
 the sources the system already has, into a private directory (the system's own apt state is not
-touched), and writes four JSONL files to DIR:
+touched), and writes five JSONL files to DIR:
 
     test.jsonl       labelled groups with many languages
     unlabeled.jsonl  the same kind of groups, without labels
     labeled.jsonl    labelled groups, English only
     pretrain.jsonl   everything that is not of a test source, in all languages, without labels
+    parallel.jsonl   those of them in five languages or more
 
 One line is one group of packages with the same English description:
 
@@ -37,6 +38,7 @@ from debian.deb822 import Deb822
 LANGUAGES = ["en", "da", "it", "fr", "de", "sk", "ja", "pt_BR", "uk", "ko", "pl", "ru"]
 SIZES = {"test": 1500, "unlabeled": 1500, "labeled": 6000}
 MIN_LANGUAGES = 6  # of a test or unlabeled group, English included
+PARALLEL_LANGUAGES = 5  # of a group of parallel.jsonl, English included
 MAX_CHARS = 300  # the synopsis and about the first paragraph
 
 # Archive sections by class. Left out, so never labelled: sections that do not tell what a
@@ -230,7 +232,7 @@ def split(groups: list[Group], seed: int, sizes: dict[str, int]) -> dict[str, li
     Of the groups with at least MIN_LANGUAGES, a third each, by a hash of the cluster, can become
     test and unlabeled ones, those with the most languages first; the last third leaves the
     labelled split some of the well-known packages that are translated most. Pretraining gets all
-    but the clusters of the test split.
+    but the clusters of the test split; the "parallel" ones are those in many languages.
     """
 
     def rank(group: Group) -> str:
@@ -246,11 +248,13 @@ def split(groups: list[Group], seed: int, sizes: dict[str, int]) -> dict[str, li
     tested = {group.cluster for group in test}
     taken = tested | {group.cluster for group in unlabeled}
     free = [group for group in groups if group.cluster not in taken]
+    pretrain = [group for group in groups if group.cluster not in tested]
     return {
         "test": test,
         "unlabeled": unlabeled,
         "labeled": pick(free, sizes["labeled"], rank, repeat=True),
-        "pretrain": [group for group in groups if group.cluster not in tested],
+        "pretrain": pretrain,
+        "parallel": [group for group in pretrain if len(group.texts) >= PARALLEL_LANGUAGES],
     }
 
 
@@ -286,7 +290,7 @@ def pick(
 def record(group: Group, name: str) -> dict:
     """The JSON line of a group in the split `name`."""
     # Pretraining has the texts of the labeled and unlabeled groups too, and an id names one group of a dataset.
-    line: dict = {"id": f"pretrain-{group.name}" if name == "pretrain" else group.name}
+    line: dict = {"id": f"pretrain-{group.name}" if name in ("pretrain", "parallel") else group.name}
     if name in ("test", "labeled"):
         line["label"] = group.label
     languages = ["en"] if name == "labeled" else list(group.texts)
