@@ -68,7 +68,8 @@ def run(corpus: str, seed: int) -> None:
     directory = Path("runs/ablation") / f"{corpus}-{seed}"
     settings = {"run_dir": str(directory), "seed": seed, "variants": yaml.safe_load(VARIANTS.read_text())} | overrides
     print(f"--- {corpus}, seed {seed}", file=sys.stderr)
-    call(["-m", "alsace_dist", "run", str(config), *(f"--{key}={json.dumps(value)}" for key, value in settings.items())])
+    options = [f"--{key}={json.dumps(value)}" for key, value in settings.items()]
+    call(["-m", "alsace_dist", "run", str(config), *options])
     RESULTS.mkdir(exist_ok=True)
     shutil.copyfile(directory / "report.json", RESULTS / f"{corpus}-{seed}.json")
 
