@@ -178,6 +178,10 @@ def verify_file(directory: Path, manifest: Manifest, name: str, hashes: bool = T
         raise UserError(f"{path}: content differs from the sha256 in {MANIFEST}; {remedy}")
 
 
+class OtherSettings(UserError):
+    """A directory holds, finished or begun, the output of another configuration."""
+
+
 MISSING = object()  # not None, which is a value of its own
 
 
@@ -203,7 +207,7 @@ def _shorten(value: Any) -> str:
 def is_complete(directory: Path, kind: str, fingerprint: dict[str, Any]) -> bool:
     """Whether the directory holds exactly this output already.
 
-    Raises ``UserError`` if it holds, finished or begun, the output of another configuration, and says what differs.
+    Raises ``OtherSettings`` if it holds, finished or begun, the output of another configuration, and says what differs.
     """
     for name in (MANIFEST, STARTED):
         path = directory / name
@@ -214,7 +218,7 @@ def is_complete(directory: Path, kind: str, fingerprint: dict[str, Any]) -> bool
             raise UserError(f"{path}: broken; delete {directory} and run its stage again")
         rows = differences(found.get("fingerprint"), json.loads(json.dumps(fingerprint)))
         if rows or found.get("kind") != kind:
-            raise UserError(
+            raise OtherSettings(
                 f"{directory}: made with other settings ({'; '.join(rows[:4]) or 'another kind of stage'}"
                 f"{f'; and {len(rows) - 4} more' if len(rows) > 4 else ''}); "
                 "choose another run_dir, undo the change, or delete that directory"

@@ -10,6 +10,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -35,7 +36,7 @@ FILE_BYTES = 4 << 30  # largest part that a rank holds in memory before it write
 
 
 def save(directory: Path, engine: TrainEngine, step: int, fingerprint: dict[str, Any], keep: int) -> None:
-    """Write a checkpoint after ``step`` optimizer steps and delete all but the ``keep`` newest. Collective.
+    """Write a checkpoint after ``step`` optimizer steps and delete all but it and the ``keep - 1`` before. Collective.
 
     Parameters are gathered one at a time; each rank keeps and writes its share.
     """
@@ -54,7 +55,9 @@ def save(directory: Path, engine: TrainEngine, step: int, fingerprint: dict[str,
 
     def finish() -> None:
         write_manifest(target, KIND, fingerprint, [], {"step": step}, entries)
-        for old in _steps(directory)[keep:]:
+        # One of a later step did not verify, or training would have gone on from there.
+        kept = [path for path in _steps(directory) if path <= target][:keep]
+        for old in set(directory.glob("step-*")) - set(kept):
             (old / MANIFEST).unlink(missing_ok=True)  # first, so that a half-deleted one is never taken for whole
             shutil.rmtree(old)
 
@@ -83,7 +86,10 @@ class _PartWriter:
             return
         path = self.directory / f"{self.prefix}-{len(self.entries):05d}.safetensors"
         with atomic_path(path) as temporary:
-            save_file(self._pending, temporary, metadata={"format": "pt"})
+            try:
+                save_file(self._pending, temporary, metadata={"format": "pt"})
+            except SafetensorError as error:  # how it says that the disk is full
+                raise UserError(f"{path}: {error}; free space, then run the same command again") from None
         self.entries[path.name] = file_entry(path)
         self.keys[path.name] = list(self._pending)
         self._pending, self._bytes = {}, 0

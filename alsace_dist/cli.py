@@ -1,5 +1,7 @@
 """The command ``alsace``: one thin function per command, read by fire. ``alsace COMMAND --help`` shows its flags."""
 
+import functools
+import inspect
 import os
 import sys
 import traceback
@@ -48,11 +50,11 @@ def run(config: str, *, dry_run: bool = False, debug: bool = False, **overrides:
 
     loaded = _load(config, overrides)
     found = pipeline.stages(loaded)
-    if _is_true("dry-run", dry_run):
+    if dry_run:
         for stage in found:
             print(f"{_state(stage):<9} {stage.name}")
         return
-    _save(loaded)
+    pipeline.write_config(loaded, Path(config))
     for stage in found:
         _run_stage(stage, loaded, debug)
     _report(loaded)
@@ -152,24 +154,37 @@ def report(run: str, *, debug: bool = False) -> None:
     """
     from alsace_dist.layout import CONFIG_FILE
 
-    path = Path(str(run)) / CONFIG_FILE
+    path = Path(run) / CONFIG_FILE
     if not path.exists():
         raise UserError(f"{path}: no such file; give the directory of a run")
-    _report(_load(str(path), {"run_dir": str(run)}))
+    _report(_load(str(path), {"run_dir": run}))
 
 
-def plan(config: str, *, num_processes: int = 0, debug: bool = False, **overrides: Any) -> None:
+def calibrate(config: str, *, variant: str = "", debug: bool = False, **overrides: Any) -> None:
+    """Biases of the final model from its own unlabeled scores, which evaluate.calibrate adds at inference.
+
+    Args:
+        config: the run's YAML.
+        variant: of which variant of the config.
+        debug: show tracebacks.
+        overrides: settings by dotted name.
+    """
+    _single("calibrate", config, overrides, debug, None, variant)
+
+
+def plan(config: str, *, num_processes: str = "auto", debug: bool = False, **overrides: Any) -> None:
     """Say how many parameters the model has and what memory its states take per rank, without loading it.
 
     Args:
         config: the run's YAML.
-        num_processes: ranks over all nodes; default: as many as would run here.
+        num_processes: ranks over all nodes; auto: as many as would run here.
         debug: show tracebacks.
         overrides: settings by dotted name.
     """
     from alsace_dist import plan as planning
 
-    planning.print_plan(_load(config, overrides), num_processes)
+    num_ranks = 0 if num_processes == "auto" else _whole_number("num_processes", num_processes)
+    planning.print_plan(_load(config, overrides), num_ranks)
 
 
 def doctor(config: str = "", *, debug: bool = False, **overrides: Any) -> None:
@@ -194,6 +209,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "score": score,
     "select": select,
     "distill": distill,
+    "calibrate": calibrate,
     "evaluate": evaluate,
     "report": report,
     "plan": plan,
@@ -207,11 +223,34 @@ def main() -> None:
 
     debug = any(argument in ("--debug", "--debug=True", "--debug=true") for argument in sys.argv)
     error: BaseException | None = None
+    # Fire complains of arguments that it has no use for after the command has run: so it only chooses.
+    chosen: list[Callable[[], None]] = []
     try:
-        fire.Fire(COMMANDS, name="alsace")
+        fire.Fire({name: _chooser(function, chosen) for name, function in COMMANDS.items()}, name="alsace")
+        for call in chosen:
+            call()
     except (Exception, KeyboardInterrupt) as caught:
         error = caught
     _leave(error, debug)
+
+
+def _chooser(function: Callable[..., None], chosen: list[Callable[[], None]]) -> Callable[..., None]:
+    """The command as fire sees it: it notes the call, with its flags as typed."""
+    import fire
+
+    @functools.wraps(function)
+    def choose(*arguments: str, **flags: str) -> None:
+        defaults = {name: one.default for name, one in inspect.signature(function).parameters.items()}
+        values: dict[str, Any] = dict(flags)
+        for name in flags.keys() & defaults.keys():
+            if isinstance(defaults[name], bool):
+                values[name] = _is_true(name, flags[name])
+            elif isinstance(defaults[name], int):
+                values[name] = _whole_number(name, flags[name])
+        chosen.append(functools.partial(function, *arguments, **values))
+
+    # As text: fire would read 1e-3 in a name as a number, and drop what follows a '#'.
+    return fire.decorators.SetParseFn(str)(choose)
 
 
 def _leave(error: BaseException | None, debug: bool) -> None:
@@ -223,7 +262,7 @@ def _leave(error: BaseException | None, debug: bool) -> None:
         code = runtime.exit_code(error)
         if runtime.in_group():
             runtime.record_failure(error)
-        if debug or not (isinstance(error, UserError | Stopped) or runtime.is_secondary(error)):
+        if debug or not (isinstance(error, UserError | Stopped | runtime.RankFailed) or runtime.is_secondary(error)):
             traceback.print_exception(error)
         # The launcher prints the error that came first, once, as the last line.
         if runtime.ERROR_DIR not in os.environ:
@@ -248,23 +287,15 @@ def _as_user_error(error: BaseException) -> BaseException:
 def _load(path: str, overrides: Mapping[str, Any]) -> "Config":
     from alsace_dist.config_file import load_config, parse_value
 
-    values = {key: parse_value(value) if isinstance(value, str) else value for key, value in overrides.items()}
-    if "run_dir" in values:
-        values["run_dir"] = str(overrides["run_dir"])
-    return load_config(str(path), values)
-
-
-def _save(config: "Config") -> None:
-    from alsace_dist.config_file import save_config
-    from alsace_dist.layout import Layout
-
-    save_config(config, Layout(Path(config.run_dir)).config)
+    values = {key: value if key == "run_dir" else parse_value(value) for key, value in overrides.items()}
+    return load_config(path, values)
 
 
 def _single(
-    command: str, path: str, overrides: Mapping[str, Any], debug: bool, round_: int = 0, variant: str = ""
+    command: str, path: str, overrides: Mapping[str, Any], debug: bool, round_: int | None = 0, variant: str = ""
 ) -> None:
-    """One stage: as a rank if torchrun started this process, else as the launcher of its ranks."""
+    """One stage: as a rank if torchrun started this process, else as the launcher of its ranks. ``round_`` None: the
+    last."""
     from alsace_dist import pipeline, runtime
 
     config = _load(path, overrides)
@@ -273,16 +304,17 @@ def _single(
     matching = [
         stage
         for stage in pipeline.stages(config)
-        if (stage.command, stage.round, stage.variant) == (command, round_, variant)
+        if (stage.command, stage.variant) == (command, variant) and round_ in (None, stage.round)
     ]
     if not matching:
-        raise UserError(f"{path}: has no stage {command!r} with round {round_}; `alsace run --dry-run` lists them")
+        which = f"{command!r} with round {round_}" if round_ is not None else repr(command)
+        raise UserError(f"{path}: has no stage {which}; `alsace run --dry-run` lists them")
     if runtime.in_group():
         for stage in matching:
             if not stage.is_complete():
                 _run_as_rank(stage)
         return
-    _save(config)
+    pipeline.write_config(config, Path(path))
     for stage in matching:
         _run_stage(stage, config, debug)
 
@@ -314,13 +346,18 @@ def _run_stage(stage: "Stage", config: "Config", debug: bool) -> None:
     runtime.launch(arguments + (["--debug"] if debug else []), runtime.num_local_processes(config.engine), debug)
 
 
-def _is_true(name: str, value: object) -> bool:
-    """A flag's value: fire hands ``--flag=false`` on as text."""
-    if isinstance(value, bool):
-        return value
-    if str(value).lower() in ("true", "false"):
-        return str(value).lower() == "true"
-    raise UserError(f"--{name}={value}: give true or false, or nothing")
+def _is_true(name: str, text: str) -> bool:
+    """A flag's value; fire makes True of ``--flag``."""
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    raise UserError(f"--{name}={text}: give true or false, or nothing")
+
+
+def _whole_number(name: str, text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise UserError(f"--{name}={text}: give a whole number") from None
 
 
 def _state(stage: "Stage") -> str:

@@ -1,15 +1,17 @@
 """What describes a run: pydantic models, one per section of its YAML."""
 
+import os
 import string
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 Split = Literal["pretrain", "labeled", "unlabeled", "test"]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
 Count = Annotated[int, Field(ge=1)]
+Location = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]  # of files; ~ as shells read it
 
 
 class Section(BaseModel):
@@ -20,10 +22,11 @@ class Section(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _no_truth_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
-        """pydantic would take ``true`` for 1."""
+        """pydantic would take ``true`` for 1, also within a mapping."""
         kinds = list(_types_in(cls.model_fields[str(info.field_name)].annotation))
-        if isinstance(value, bool) and bool not in kinds and (int in kinds or float in kinds):
-            raise ValueError(f"must be a number, not {str(value).lower()}")
+        truths = [one for one in (value.values() if isinstance(value, Mapping) else [value]) if isinstance(one, bool)]
+        if truths and Any not in kinds and bool not in kinds and (int in kinds or float in kinds):
+            raise ValueError(f"must be a number, not {str(truths[0]).lower()}")
         return value
 
 
@@ -52,12 +55,19 @@ class TaskConfig(Section):
     @field_validator("labels", mode="before")
     @classmethod
     def _labels_as_text(cls, value: Any) -> Any:
-        return [str(label) for label in value] if isinstance(value, list) else value
+        """YAML reads true and 1 as what they are; data spells them as text."""
+        if not isinstance(value, list):
+            return value
+        return [str(label).lower() if isinstance(label, bool) else str(label) for label in value]
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if len(set(self.labels)) != len(self.labels):
-            raise ValueError("labels holds a name twice")
+        for name in ("labels", "fields"):
+            if len(set(getattr(self, name))) != len(getattr(self, name)):
+                raise ValueError(f"{name} holds a name twice")
+        if wrong := [field for field in self.fields if not field.isidentifier()]:
+            raise ValueError(f"fields: {wrong[0]!r} is not a name that a template can hold; use letters, digits and _")
+        used_anywhere: set[str] = set()
         for language, answers in self.answers().items():
             if len(answers) != len(self.labels):
                 raise ValueError(f"verbalizers for {language} must hold one answer per label ({len(self.labels)})")
@@ -68,9 +78,12 @@ class TaskConfig(Section):
                 raise ValueError(f"template for {language} is broken ({error}); write {{{{ for a brace") from None
             if any(form or conversion for _, _, form, conversion in parts):
                 raise ValueError(f"template for {language} must hold bare {{field}}s, without ':' or '!'")
-            used = [name for _, name, _, _ in parts]
+            used = [name or "" for _, name, _, _ in parts]
             if not used or set(used) - set(self.fields):
                 raise ValueError(f"template for {language} must use {{field}} of fields {self.fields}, it uses {used}")
+            used_anywhere |= set(used)
+        if unused := sorted(set(self.fields) - used_anywhere):
+            raise ValueError(f"fields: no template uses {unused[0]}; remove it or use it")
         return self
 
     def templates(self) -> dict[str, str]:
@@ -102,7 +115,7 @@ class InputConfig(Section):
 
     kind: Literal["jsonl", "table", "huggingface", "demo"] = "jsonl"
     """jsonl (plain or .gz), table (Parquet or CSV in long form), huggingface (through `datasets`), demo (generated)."""
-    path: str = ""
+    path: Annotated[str, AfterValidator(os.path.expanduser)] = ""
     """File, or glob pattern of files; for huggingface a hub name or a local path."""
     split: Split | None = None
     """All groups of this input go to that split; null: divided as `data.splits` says."""
@@ -141,7 +154,7 @@ INPUT_KINDS_WITH = {
 class DataConfig(Section):
     """Where parallel groups come from and how they are divided."""
 
-    directory: str | None = None
+    directory: Location | None = None
     """An existing prepared dataset (directory or fsspec URL); then nothing is prepared."""
     inputs: list[InputConfig] = []
     """Sources of parallel groups."""
@@ -166,9 +179,12 @@ class DataConfig(Section):
         if (self.directory is None) == (not self.inputs):
             raise ValueError("give either inputs or directory")
         if self.directory is not None:
-            for name in ("splits", "languages", "exposure"):
-                if getattr(self, name):
+            for name in ("splits", "withhold_labels", "languages", "exposure", "groups_per_shard", "on_bad"):
+                if getattr(self, name) != type(self).model_fields[name].default:
                     raise ValueError(f"{name} says how inputs are prepared, and there are none; remove it")
+        wanted = {source.split for source in self.inputs} | self.splits.keys()
+        if self.exposure and "pretrain" not in wanted:
+            raise ValueError("exposure thins out the pretrain split, and nothing goes there; remove it")
         if self.languages is not None and self.source_language not in self.languages:
             raise ValueError(f"languages must hold the source_language {self.source_language!r}")
         if any(source.split is None for source in self.inputs) and not self.splits:
@@ -201,7 +217,7 @@ class NanoConfig(Section):
 class ModelConfig(Section):
     """The multilingual model."""
 
-    path: str | None = None
+    path: Location | None = None
     """Local directory or hub name of an mT5 checkpoint; null: the nano model is pretrained first."""
     revision: str | None = None
     """Revision on the hub."""
@@ -250,7 +266,7 @@ class EngineConfig(Section):
         if self.offload_optimizer and self.zero_stage == 0:
             raise ValueError("offload_optimizer needs zero_stage 1, 2 or 3")
         owned = {"train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "optimizer"}
-        owned |= {"scheduler", "fp16", "bf16", "checkpoint", "gradient_clipping"}
+        owned |= {"scheduler", "fp16", "bf16", "checkpoint", "gradient_clipping", "managed_gradient_accumulation"}
         if clash := sorted(owned & self.deepspeed.keys()):
             raise ValueError(f"deepspeed.{clash[0]} is set from this config's own keys; remove it")
         zero = self.deepspeed.get("zero_optimization", {})
@@ -275,8 +291,8 @@ class TrainConfig(Section):
     global_batch_size: Count = 64
     """Examples per optimizer step, over all ranks."""
     micro_batch_size: Count = 64
-    """Most examples per forward pass on a rank; fewer, where that saves more padding than another pass costs. The
-    result does not depend on it."""
+    """Most examples per forward pass on a rank; fewer, where that saves more padding than another pass costs. Without
+    dropout the result does not depend on it."""
     optimizer: Literal["adamw", "adafactor"] = "adamw"
     """adamw, or adafactor with parameter scaling (ZeRO 0 only)."""
     learning_rate: Positive
@@ -451,7 +467,7 @@ METHODS: dict[str, dict[str, dict[str, str]]] = {
 class Config(Section):
     """A run."""
 
-    run_dir: str
+    run_dir: Location
     """Directory of the run's outputs."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed of splits, order, initial weights and resampling."""
@@ -492,6 +508,8 @@ class Config(Section):
     def _check(self) -> Self:
         if "pretrain" in self.model_fields_set and not self.model.nano and self.pretrain != PretrainConfig():
             raise ValueError("pretrain is only done for model.nano; remove the section")
+        if self.pretrain.freeze_vocabulary:
+            raise ValueError("pretrain.freeze_vocabulary: a new vocabulary must learn; remove it")
         for name in ("finetune", "distill"):
             section = getattr(self, name)
             if section is not None and section.optimizer == "adafactor" and self.engine.zero_stage != 0:
@@ -500,6 +518,8 @@ class Config(Section):
             raise ValueError("rounds: 0 changes nothing; set it to 1, or set evaluate.calibrate: true")
         if self.evaluate.calibrate and self.select.calibration != "marginal":
             raise ValueError("evaluate.calibrate needs select.calibration: marginal")
+        if "main" in self.variants:
+            raise ValueError("variants.main: so the report calls the run itself; choose another name")
         for name, overrides in self.variants.items():
             if extra := sorted(overrides.keys() - VARIANT_KEYS):
                 raise ValueError(f"variants.{name}.{extra[0]}: a variant may change {', '.join(sorted(VARIANT_KEYS))}")

@@ -7,7 +7,6 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from alsace_dist.artifacts import write_text
 from alsace_dist.config import METHODS, OPTION_OF, Config, Section
 from alsace_dist.errors import UserError
 
@@ -21,7 +20,8 @@ def variant(config: Config, name: str) -> Config:
     if "method" in overrides:  # another preset decides anew what the base config took from its own
         for section, parts in METHODS[config.method].items():
             base[section] = {key: value for key, value in base[section].items() if value != parts.get(key)}
-    chosen = overrides.get("select") or {}
+    given = overrides.get("select")
+    chosen = given if isinstance(given, Mapping) else {}
     for option, (choice, _, _) in OPTION_OF.items():  # and what it chooses anew has its own options
         if ("method" in overrides or choice in chosen) and option not in chosen:
             base.get("select", {}).pop(option, None)
@@ -71,12 +71,15 @@ class _Loader(yaml.SafeLoader):
 
 
 def parse_value(text: str) -> Any:
-    """An override's value as YAML would read it; text that is not YAML, or only looks like a mapping, stays text."""
+    """An override's value as YAML would read it; what is not YAML stays text, and so does what only looks like a
+    mapping: ``a: b``, or a template's ``{text}``."""
     try:
         value = yaml.load(text, _Loader)
     except yaml.YAMLError:
         return text
-    return text if isinstance(value, dict) and not text.lstrip().startswith("{") else value
+    if not isinstance(value, dict) or (text.lstrip().startswith("{") and (not value or any(value.values()))):
+        return value
+    return text
 
 
 def _nest(dotted: str, value: Any) -> dict[str, Any]:
@@ -140,6 +143,7 @@ def _known_keys(location: tuple[int | str, ...]) -> list[str]:
     return sorted(section.model_fields)
 
 
-def save_config(config: Config, path: Path) -> None:
-    """Write the resolved config (every default filled in) as YAML, atomically."""
-    write_text(path, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+def config_text(config: Config) -> str:
+    """The resolved config, every default filled in, as YAML."""
+    text: str = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return text

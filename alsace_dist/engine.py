@@ -1,6 +1,7 @@
 """DeepSpeed, and nothing else of the project knows it: engines for scoring and training, and their full states."""
 
 import contextlib
+import io
 import logging
 import os
 import warnings
@@ -133,7 +134,8 @@ def inference_module(module: nn.Module, engine: EngineConfig, runtime: Runtime) 
 
 def _initialize(deepspeed: Any, **arguments: Any) -> Any:
     try:
-        return deepspeed.initialize(**arguments)
+        with contextlib.redirect_stdout(io.StringIO()):  # some of its optimizers print what memory they take
+            return deepspeed.initialize(**arguments)
     except (ValueError, TypeError, AssertionError, KeyError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from alsace_dist import __version__
 from alsace_dist.artifacts import (
     MANIFEST,
     Manifest,
@@ -50,6 +51,7 @@ def fingerprint(
         "after": load_manifest(after, SCORES_KIND).digest,
         "teachers": None if teachers is None else _select_manifest(teachers).digest,
         "biases": None if bias_dir is None else _select_manifest(bias_dir).digest,
+        "code": __version__,
     }
 
 
@@ -112,7 +114,7 @@ def _biases(config: "Config", bias_dir: Path | None) -> dict[str, np.ndarray] | 
         return None
     if bias_dir is None:
         raise UserError(
-            "evaluate.calibrate: needs the biases of stage select; run it, or set evaluate.calibrate: false"
+            "evaluate.calibrate: needs the biases of stage calibrate; run it, or set evaluate.calibrate: false"
         )
     biases = _read_selection(bias_dir)["biases"]
     if not biases:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from alsace_dist import artifacts, checkpoint
 from alsace_dist.config import EngineConfig, TrainConfig
 from alsace_dist.engine import TrainEngine
-from alsace_dist.errors import Stopped
+from alsace_dist.errors import Stopped, UserError
 from alsace_dist.metrics import MetricsWriter, progress
 from alsace_dist.runtime import Runtime
 from alsace_dist.stream import PASS_COST, REDUCTION_COST, CanonicalOrder, TrainStream, micro_batches
@@ -107,6 +107,11 @@ def run(job: Job, runtime: Runtime) -> None:
             if done % section.log_every_steps == 0 or done == num_steps:
                 values = meter.read(loss, engine) | {"learning_rate": rate}
                 writer.write(done, values)
+                if not math.isfinite(values["loss"]):
+                    raise UserError(
+                        f"{job.kind}: the loss is {values['loss']} at step {done}; lower {job.kind}.learning_rate, and "
+                        f"delete {job.directory}"
+                    )
                 note = f"loss {values['loss']:.4f}"
             advance(1, note)
             (stop,) = runtime.any_rank(runtime.stop.is_set)

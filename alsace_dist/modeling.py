@@ -82,9 +82,10 @@ class CandidateScorer(nn.Module):
         counted = answer_ids.flatten(0, 1) != -100
         tokens = answer_ids.flatten(0, 1)[counted]
         token_log_probs = -nn.functional.cross_entropy(self.head(hidden[counted]), tokens, reduction="none")
-        rows = torch.nonzero(counted)[:, 0]
-        sums = torch.zeros(batch * num_candidates, device=hidden.device).index_add(0, rows, token_log_probs)
-        return torch.log_softmax(sums.view(batch, num_candidates), dim=-1)
+        # Not index_add, whose order, and so last bits, vary on GPUs.
+        by_position = torch.zeros(counted.shape, device=hidden.device)
+        by_position[counted] = token_log_probs
+        return torch.log_softmax(by_position.sum(dim=1).view(batch, num_candidates), dim=-1)
 
 
 class LanguageModel(nn.Module):

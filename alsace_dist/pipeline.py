@@ -11,10 +11,11 @@ from typing import Any
 
 from alsace_dist import artifacts
 from alsace_dist.config import Config
-from alsace_dist.config_file import variant
+from alsace_dist.config_file import config_text, load_config, variant
 from alsace_dist.errors import UserError
 from alsace_dist.layout import Layout, data_url
 from alsace_dist.runtime import Runtime
+from alsace_dist.tasks import check_prepared
 
 
 @dataclass(frozen=True)
@@ -61,20 +62,51 @@ class Stage:
 def stages(config: Config) -> list[Stage]:
     """All stages of a run and its variants, in an order in which each finds what it needs.
 
-    Raises ``UserError`` if the data's splits leave one of them without input.
+    Raises ``UserError`` if the data's splits leave one of them without input, or ``data.directory`` does not fit.
     """
-    _check_splits(config)
+    if config.data.directory is None:
+        _check_splits(config)
+    else:
+        check_prepared(config)
     found = list(_shared_stages(config))
     for name in ("", *config.variants):
         found += _variant_stages(variant(config, name) if name else config, name)
     return found
 
 
+def write_config(config: Config, source: Path) -> None:
+    """Write the resolved config into the run, if it says anything new; ``source``: the YAML that it was read from.
+
+    Raises ``UserError`` if the run holds outputs of other settings, or if ``source`` is a person's file that would be
+    written over.
+    """
+    path, text = Layout(Path(config.run_dir)).config, config_text(config)
+    if path.exists():
+        old = path.read_text(encoding="utf-8")
+        if old == text:
+            return
+        if path.samefile(source) and old != config_text(load_config(source)):
+            raise UserError(f"{source}: lies where the run's resolved config goes; move it out of run_dir")
+        for stage in stages(config):
+            _refuse_other_settings(stage)
+    artifacts.write_text(path, text)
+
+
+def _refuse_other_settings(stage: Stage) -> None:
+    if stage.is_begun():
+        try:
+            stage.is_complete()
+        except artifacts.OtherSettings:
+            raise
+        except UserError:
+            pass  # an input of it is missing: it will be said when it is its turn
+
+
 def _check_splits(config: Config) -> None:
     filled = {source.split for source in config.data.inputs} | set(config.data.splits)
     needed = ["unlabeled", "test"] + ["labeled"] * bool(config.finetune) + ["pretrain"] * bool(config.model.nano)
     missing = [split for split in needed if split not in filled]
-    if config.data.inputs and missing:
+    if missing:
         raise UserError(f"data.splits: nothing goes to split {missing[0]!r}; give it a share, or an input of its own")
 
 
@@ -87,17 +119,12 @@ def _shared_stages(config: Config) -> Iterator[Stage]:
         return Stage(command, config, "", 0, is_distributed, (directory,), fingerprints, execute)
 
     if config.data.directory is None:
-
-        def run_prepare(runtime: Runtime | None) -> None:
-            artifacts.begin(layout.data, prepare.KIND, prepare.fingerprint(config))
-            prepare.prepare(config, layout.data)
-
         yield stage(
             "prepare",
             layout.data,
             False,
             lambda: {layout.data: (prepare.KIND, prepare.fingerprint(config))},
-            run_prepare,
+            lambda runtime: prepare.prepare(config, layout.data),
         )
     if config.model.nano:
         yield stage(

@@ -3,6 +3,7 @@
 No weights are read: a model of the right geometry is built on PyTorch's meta device, where tensors have no memory.
 """
 
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -333,7 +334,15 @@ def _training_rows(config: Config) -> Iterator[list[str]]:
     for name, one in _variants(config):
         if unlabeled and one.rounds:
             title = f"distill ({name})" if name else "distill"
-            yield _training_row(title, unlabeled, one.distill, _num_examples(unlabeled), one.rounds)
+            yield _training_row(title, unlabeled, one.distill, _num_distilled(unlabeled, one), one.rounds)
+
+
+def _num_distilled(data: Dataset, config: Config) -> int:
+    """Examples of the first ``select.num_groups`` groups, rounded up to whole shards."""
+    before = itertools.accumulate((shard.num_groups for shard in data.shards), initial=0)
+    wanted = config.select.num_groups or math.inf
+    shards = [shard for shard, start in zip(data.shards, before, strict=False) if start < wanted]
+    return sum(sum(shard.num_examples.values()) for shard in shards)
 
 
 def _training_row(name: str, data: Dataset, section: TrainConfig, num_examples: int, times: int) -> list[str]:

@@ -8,6 +8,7 @@ makes the whole record bad: silently thinner groups would bias what is later com
 """
 
 import sys
+import unicodedata
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
@@ -17,11 +18,21 @@ from typing import Any, NamedTuple
 import rich.progress
 from rich.console import Console
 
-from alsace_dist.artifacts import MANIFEST, digest_bytes, digest_file, digest_json, write_manifest
+from alsace_dist.artifacts import MANIFEST, begin, digest_bytes, digest_file, digest_json, write_manifest
 from alsace_dist.config import Config, Split
 from alsace_dist.errors import UserError
 from alsace_dist.shards import Dataset, Group, write_dataset
-from alsace_dist.sources import BAD_RECORDS, BadRecords, Place, Row, generate_demo, read_groups, source_files
+from alsace_dist.sources import (
+    BAD_RECORDS,
+    BadRecords,
+    Place,
+    Row,
+    generate_demo,
+    is_unicode,
+    read_groups,
+    source_files,
+)
+from alsace_dist.tasks import check_languages
 
 KIND = "data"
 # Splits take undivided groups in this order, so that asking for more training data leaves the test groups as they are.
@@ -77,14 +88,14 @@ def prepare(config: Config, directory: Path, on_bad: str | None = None) -> dict[
     identity = fingerprint(config)
     bad = BadRecords()
     entries, num_no_language = _read_inputs(config, bad)
+    divided = _divide(entries, config)
     parts = {
-        split: [entry for entry in part if _fits_split(entry, split, config, bad)]
-        for split, part in _divide(entries, config).items()
+        split: [entry for entry in part if _fits_split(entry, split, config, bad)] for split, part in divided.items()
     }
     details = {
         "bad_records": bad.counts(),
         "num_no_language": num_no_language,
-        "num_left_out": len(entries) - sum(len(part) for part in parts.values()),
+        "num_left_out": len(entries) - sum(len(part) for part in divided.values()),
     }
     try:
         bad.settle(directory.parent / BAD_RECORDS, on_bad == "skip")
@@ -149,13 +160,17 @@ def _check_group(rows: list[Row], config: Config, bad: BadRecords) -> Group | No
     key, place = rows[0].key, rows[0].place
     if key is None:
         bad.add(place, "missing id", "the id must be a non-empty text or a number")
-    elif not _is_unicode(key):
+    elif not is_unicode(key):
         bad.add(place, "invalid UTF-8", f"in the id {_show(key)}")
     label = _check_label(rows, config.task.labels, bad)
     texts: dict[str, dict[str, str]] = {}
     places: dict[str, Place] = {}
     for row in rows:
-        if not isinstance(row.language, str) or not row.language.strip() or not _is_unicode(row.language):
+        if (
+            not isinstance(row.language, str)
+            or not row.language.isprintable()
+            or row.language.split() != [row.language]
+        ):
             bad.add(row.place, "missing language", f"{_show(row.language)} does not name a language")
         elif row.language in places:
             earlier = places[row.language]
@@ -185,9 +200,9 @@ def _check_label(rows: list[Row], labels: list[str], bad: BadRecords) -> int | N
 
 
 def _label_name(label: Any, labels: list[str]) -> str:
-    """The label as ``task.labels`` spells it: JSON's true is YAML's True, and pandas makes 1.0 of 1 beside gaps."""
+    """The label as ``task.labels`` spells it: Python and pandas write True, and 1.0 for 1 beside gaps."""
     spellings = [str(label)]
-    if isinstance(label, bool):
+    if str(label) in ("True", "False"):
         spellings.append(str(label).lower())
     elif isinstance(label, float) and label.is_integer():
         spellings.append(str(int(label)))
@@ -207,26 +222,17 @@ def _check_fields(row: Row, names: list[str], bad: BadRecords) -> dict[str, str]
             bad.add(row.place, "missing field", f"{row.language}.{name}")
         elif not isinstance(text, str):
             bad.add(row.place, "non-string text", f"{row.language}.{name} is {_show(text)}")
-        elif not _is_unicode(text):
+        elif not is_unicode(text):
             bad.add(row.place, "invalid UTF-8", f"in {row.language}.{name}: {_show(text)}")
-        elif not text.strip():
+        elif not any(unicodedata.category(character)[0] not in "CZ" for character in text):
             bad.add(row.place, "empty text", f"{row.language}.{name}")
         else:
             texts[name] = text
     return texts
 
 
-def _is_unicode(text: str) -> bool:
-    """Whether UTF-8 can spell the text: lone surrogates come from JSON escapes and from bytes that are no UTF-8."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
 def _show(value: Any) -> str:
-    text = ascii(value) if isinstance(value, str) and not _is_unicode(value) else repr(value)
+    text = ascii(value) if isinstance(value, str) and not is_unicode(value) else repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
 
@@ -286,6 +292,10 @@ def _check_parts(parts: dict[str, list[Entry]], entries: list[Entry], config: Co
     if missing := sorted(set(config.data.languages or ()) - languages):
         found = ", ".join(sorted(languages))
         raise UserError(f"data.languages: {missing[0]!r} is in no input (they have {found}); correct or remove it")
+    by_split = {split: {name for entry in part for name in entry.group.texts} for split, part in parts.items()}
+    if missing := sorted(config.data.exposure.keys() - by_split.get("pretrain", set())):
+        raise UserError(f"data.exposure.{missing[0]}: the pretrain split has nothing in that language; remove it")
+    check_languages(config, by_split)
 
 
 def _thin_out(groups: list[Group], exposure: Mapping[str, float], seed: int) -> list[Group]:
@@ -307,6 +317,7 @@ def _write(
 ) -> dict[str, Dataset]:
     """Write every split's dataset, then the manifest that makes the directory complete."""
     (directory / MANIFEST).unlink(missing_ok=True)
+    begin(directory, KIND, identity)
     written: dict[str, Dataset] = {}
     statistics: dict[str, Any] = {}
     for split, part in parts.items():

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import torch
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
+STOPPED = "stopped on request; the same command goes on from here"
 ERROR_DIR = "ALSACE_ERROR_DIR"  # where the ranks of a local group leave their errors and process ids
 _PR_SET_PDEATHSIG = 1
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # malloc.h
@@ -124,14 +125,18 @@ class PeerFailed(Exception):
     """Another rank failed; its own error says why."""
 
 
+class RankFailed(Exception):
+    """A rank met a defect of the program; its traceback is printed already."""
+
+
 def start(engine: EngineConfig) -> Runtime:
     """Join the process group (NCCL with GPUs, else gloo) as the environment says.
 
     Raises ``UserError`` if there are fewer GPUs than ranks on this machine.
     """
-    _die_with_parent()
     stop = StopFlag()
     stop.install()
+    _die_with_parent()  # and says that this rank takes signals
     import torch
     import torch.distributed as dist
 
@@ -192,7 +197,14 @@ def _keep_memory() -> None:
 
 
 # How gloo, NCCL and the store say that a rank at the other end is gone.
-_PEER_GONE = ("connection closed by peer", "connection reset by peer", "broken pipe", "socket closed", "remote process")
+_PEER_GONE = (
+    "connection closed by peer",
+    "connection reset by peer",
+    "broken pipe",
+    "socket closed",
+    "remote process",
+    "remote worker",
+)
 
 
 def is_secondary(error: BaseException) -> bool:
@@ -260,55 +272,65 @@ def launch(arguments: Sequence[str], num_processes: int, debug: bool = False) ->
             # handlers, so that the signals come here and the ranks have the time that a checkpoint takes.
             agent = threading.Thread(target=run, daemon=True)
             agent.start()
-            _wait_and_forward_signals(agent, Path(directory))
+            is_asked_to_stop = _wait_and_forward_signals(agent, Path(directory))
         finally:
             del os.environ[ERROR_DIR]
         if outcome:
             raise _explain(outcome[0], Path(directory), debug)
+        if is_asked_to_stop:  # too late for this stage, but there may be others
+            raise Stopped(STOPPED)
 
 
-def _wait_and_forward_signals(agent: threading.Thread, directory: Path) -> None:
-    def forward(number: int, frame: FrameType | None) -> None:
-        for file in directory.glob("rank*.pid"):
-            try:
-                os.kill(int(file.read_text()), number)
-            except (ProcessLookupError, ValueError):
-                continue
-
-    previous = {number: signal.signal(number, forward) for number in STOP_SIGNALS}
+def _wait_and_forward_signals(agent: threading.Thread, directory: Path) -> bool:
+    """Wait for the agent; whether a stop signal came. It goes on to every rank as soon as the rank can take it."""
+    received: list[int] = []
+    told: set[Path] = set()
+    previous = {number: signal.signal(number, lambda number, _: received.append(number)) for number in STOP_SIGNALS}
     try:
         while agent.is_alive():
             agent.join(0.1)
+            for file in set(directory.glob("rank*.pid")) - told if received else ():
+                try:
+                    os.kill(int(file.read_text()), received[0])
+                except ValueError:  # it is being written
+                    continue
+                except ProcessLookupError:
+                    pass
+                told.add(file)
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+    return bool(received)
 
 
 def _explain(error: BaseException, directory: Path, debug: bool) -> Exception:
-    """The one error to show: the earliest that a rank reported for itself, else how the first rank died."""
+    """The one error to show: the earliest that a rank reported for itself, else how a rank died."""
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     if not isinstance(error, ChildFailedError):
         return error if isinstance(error, Exception) else RuntimeError(repr(error))
-    rank, failure = error.get_first_failure()
-    if failure.exitcode == EXIT_STOPPED:
-        return Stopped("stopped on request; the same command goes on from here")
     rows = sorted(
         (row["is_secondary"], row["seconds"], file.stem, row)
         for file in directory.glob("rank*.json")
         if (row := json.loads(file.read_text()))
     )
     first = rows[0] if rows else None
-    if failure.exitcode < 0 and failure.exitcode != -signal.SIGTERM:
-        name = signal.Signals(-failure.exitcode).name
+    # The first by its time may be one that saw the other die: the times are whole seconds.
+    codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
+    killed = next((rank for rank, code in codes.items() if code < 0 and code != -signal.SIGTERM), None)
+    if killed is not None and (first is None or first[0]):
+        name = signal.Signals(-codes[killed]).name
         hint = " (often: out of memory)" if name == "SIGKILL" else ""
-        return UserError(f"rank {rank} was killed by {name}{hint}; the same command goes on from the last checkpoint")
+        return UserError(f"rank {killed} was killed by {name}{hint}; the same command goes on from the last checkpoint")
+    rank, failure = error.get_first_failure()
+    if failure.exitcode == EXIT_STOPPED:
+        return Stopped(STOPPED)
     if first is None:
         return UserError(f"rank {rank} ended with exit code {failure.exitcode}; its output above says why")
     if debug or not first[3]["is_user_error"]:
         print(first[3]["traceback"], file=sys.stderr)
-    prefix = "" if first[3]["is_user_error"] else f"{first[2]} failed: "
-    return UserError(prefix + first[3]["message"])
+    message = first[3]["message"]
+    return UserError(message) if first[3]["is_user_error"] else RankFailed(f"{first[2]} failed: {message}")
 
 
 def exit_code(error: BaseException) -> int:

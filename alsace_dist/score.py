@@ -27,7 +27,8 @@ def fingerprint(config: Config, model: dict[str, Any], url: str) -> dict[str, An
     return {
         "score": config.score.model_dump(mode="json"),
         "task": config.task.model_dump(mode="json"),
-        "engine": config.engine.model_dump(mode="json", include={"dtype", "zero_stage", "num_threads"}),
+        "engine": config.engine.model_dump(mode="json", include={"dtype", "num_threads"})
+        | {"is_sharded": config.engine.zero_stage == 3},
         "languages": config.data.languages,
         "model": model,
         "data": open_dataset(url).digest,

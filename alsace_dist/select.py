@@ -37,6 +37,8 @@ def select(config: Config, scores: Path, directory: Path, fingerprint: dict[str,
     groups = list(read_scores(scores, section.num_groups).groups().values())
     if not groups:
         raise UserError(f"{scores}: holds no scores; unlabeled groups are needed to select teachers")
+    if not all(np.isfinite(row).all() for group in groups for row in group.values()):
+        raise UserError(f"{scores}: holds scores that are no numbers; the model has diverged: lower its learning rate")
     biases: dict[str, np.ndarray] = {}
     if section.calibration == "marginal":
         try:
@@ -60,11 +62,13 @@ def select(config: Config, scores: Path, directory: Path, fingerprint: dict[str,
     else:
         weights = {teacher: 1 / len(teachers) for teacher in teachers}
     normalised = languages.softmax_scores(found)
+    unscored = sorted({language for group in groups for language in group} - found.keys())
     value = {
         "rule": section.rule,
         "num_groups": len(groups),
         "teachers": teachers,
-        "students": [language for language in languages.best_first(found) if language not in teachers],
+        # Last those without a score: they are in no group with the source language, whose answers are the vote.
+        "students": [language for language in (*languages.best_first(found), *unscored) if language not in teachers],
         "scores": found,
         "threshold": float(np.mean(list(normalised.values()))) if section.rule == "threshold" else None,
         "normalised_scores": normalised,

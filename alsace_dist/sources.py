@@ -8,6 +8,7 @@ import glob
 import gzip
 import io
 import json
+import math
 import sys
 import zlib
 from collections import Counter
@@ -25,6 +26,7 @@ from alsace_dist.errors import UserError
 
 BAD_RECORDS = "bad-records.txt"
 MAX_PRINTED = 50
+OPEN_QUOTE = "open quote"
 
 Cells = dict[str, Any]
 
@@ -55,6 +57,7 @@ class BadRecords:
 
     def __init__(self) -> None:
         self.problems: list[tuple[Place, str, str]] = []
+        self.broken_keys: set[str] = set()  # ids of groups of which a row could not be read
 
     def add(self, place: Place, kind: str, detail: str) -> None:
         """Note a problem: where, of which kind, and what exactly."""
@@ -72,13 +75,15 @@ class BadRecords:
         lines = [f"{place}: {kind}: {detail}" for place, kind, detail in sorted(self.problems, key=lambda row: row[0])]
         write_text(path, "\n".join(lines) + "\n")
         kinds = ", ".join(f"{number} {kind}" for kind, number in self.counts().items())
-        if skip:
+        can_skip = OPEN_QUOTE not in self.counts()  # it hides an unknown number of rows, and of which groups
+        if skip and can_skip:
             print(f"bad records left out: {kinds} (listed in {path})", file=sys.stderr)
             return
         print("\n".join(lines[:MAX_PRINTED]), file=sys.stderr)
         if len(lines) > MAX_PRINTED:
             print(f"... and {len(lines) - MAX_PRINTED} more of {len(lines)}", file=sys.stderr)
-        raise UserError(f"data.inputs: bad records ({kinds}); mend those listed in {path}, or use --on-bad=skip")
+        remedy = "or use --data.on_bad=skip" if can_skip else f"of which an {OPEN_QUOTE} cannot be skipped"
+        raise UserError(f"data.inputs: bad records ({kinds}); mend those listed in {path}, {remedy}")
 
 
 def read_groups(source: InputConfig, config: Config, bad: BadRecords) -> Iterator[list[Row]]:
@@ -95,7 +100,7 @@ def read_groups(source: InputConfig, config: Config, bad: BadRecords) -> Iterato
         groups: dict[Any, list[Row]] = {}
         for row in rows:
             groups.setdefault(row.place if row.key is None else row.key, []).append(row)
-        yield from groups.values()
+        yield from (rows for key, rows in groups.items() if key not in bad.broken_keys)
 
 
 def generate_demo(source: InputConfig, seed: int) -> Iterator[dict[str, Any]]:
@@ -112,9 +117,13 @@ def source_files(source: InputConfig) -> list[Path]:
     path = Path(source.path)
     if path.is_dir() and source.kind == "huggingface":
         return sorted(file for file in path.rglob("*") if file.is_file())
-    names = [source.path] if path.exists() else sorted(glob.glob(source.path))  # noqa: PTH207 (may be absolute)
+    names = [source.path] if path.exists() else sorted(glob.glob(source.path, recursive=True))  # noqa: PTH207 (may be absolute)
     if files := [Path(name) for name in names if Path(name).is_file()]:
+        if broken := [str(file) for file in files if not is_unicode(str(file))]:
+            raise UserError(f"data.inputs.path: {broken[0]!a}: the file's name is not UTF-8; rename it")
         return files
+    if path.is_dir():
+        raise UserError(f"data.inputs.path: {source.path}: is a directory; name its files, such as {path / '*.jsonl'}")
     raise UserError(f"data.inputs.path: {source.path}: no such file (relative to {Path.cwd()}); correct the path")
 
 
@@ -188,22 +197,36 @@ def _read_csv(path: Path, source: InputConfig, task: TaskConfig, bad: BadRecords
     with _open(path) as file:
         # Bytes that are not UTF-8 become lone surrogates, which the checks of texts report with their line.
         text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
-        reader = csv.reader(text, strict=True)
+        csv.field_size_limit(2**31 - 1)  # the default refuses texts of over 131,072 characters
+        lines: list[str] = []  # of the current row
+        reader = csv.reader((lines.append(line) or line for line in text), strict=True)  # type: ignore[func-returns-value]
         header = next(reader, [])
         _wanted_columns(str(path), header, source, task, with_language=True)
+
+        def note_key(values: list[str]) -> None:
+            number = header.index(source.columns.id)
+            if number < len(values) and (key := _key(values[number])):
+                bad.broken_keys.add(key)
+
         while True:
+            lines.clear()
             place = Place(str(path), reader.line_num + 1)
             try:
                 values = next(reader)
             except StopIteration:
                 return
             except csv.Error as error:
-                bad.add(place, "broken row", str(error))
+                if "unexpected end" in str(error):
+                    bad.add(place, "open quote", "never closed; it takes in all that follows")
+                else:
+                    bad.add(place, "broken row", str(error))
+                    note_key(next(csv.reader(lines)))
                 continue
             if len(values) == len(header):
                 yield place, dict(zip(header, values, strict=True))
             elif values:
                 bad.add(place, "broken row", f"{len(values)} cells under {len(header)} columns")
+                note_key(values)
 
 
 def _read_parquet(path: Path, source: InputConfig, task: TaskConfig) -> Iterator[tuple[Place, Cells]]:
@@ -250,20 +273,21 @@ def _read_huggingface(source: InputConfig, task: TaskConfig) -> Iterator[Row]:
     if len({source.columns.id in dataset.column_names for dataset in loaded.values()}) > 1:
         raise UserError(f"{source.path}: only some subsets have the id column {source.columns.id!r}; set columns.id")
     for language, dataset in loaded.items():
-        where = f"{source.path}[{subsets[language]}]" if language else source.path
+        where = source.path if language is None else f"{source.path}[{subsets[language]}]"
         with_id = source.columns.id in dataset.column_names
         num_rows = {len(other) for other in loaded.values()}
         if not with_id and len(num_rows) > 1:
             raise UserError(f"{source.path}: subsets of {sorted(num_rows)} rows need an id column to join them by")
         wanted = _wanted_columns(where, dataset.column_names, source, task, language is None, with_id)
         label = dataset.features.get(source.columns.label)
-        named = isinstance(label, datasets.ClassLabel) and set(label.names) & set(task.labels)
-        names = label.names if named else []
+        has_names = isinstance(label, datasets.ClassLabel) and set(label.names) & set(task.labels)
+        names = label.names if has_names else []
         tables = dataset.select_columns(wanted).with_format("arrow").iter(1000)
         for place, cells in _cells_of_tables(tables, where):
             # The row number alone would collide between the splits of one dataset, which are inputs of their own.
             cells.setdefault(source.columns.id, f"{source.path}/{source.hub_split or 'train'}/{place.number}")
-            row = _row_of_cells(place, cells, source, task, language or cells[source.columns.language])
+            named = cells[source.columns.language] if language is None else language
+            row = _row_of_cells(place, cells, source, task, named)
             yield row._replace(label=_class_name(row.label, names)) if isinstance(label, datasets.ClassLabel) else row
 
 
@@ -319,5 +343,16 @@ def _row_of_cells(place: Place, cells: Cells, source: InputConfig, task: TaskCon
 
 
 def _key(value: Any) -> str | None:
-    """A group's id as text; None if it has none."""
-    return str(value) or None if isinstance(value, (str, int, float)) and not isinstance(value, bool) else None
+    """A group's id as text; None if it has none. A whole number is the same id as 1 and as pandas' 1.0."""
+    if isinstance(value, float):
+        return str(int(value) if value.is_integer() else value) if math.isfinite(value) else None
+    return str(value) or None if isinstance(value, (str, int)) and not isinstance(value, bool) else None
+
+
+def is_unicode(text: str) -> bool:
+    """Whether UTF-8 can spell the text: lone surrogates come from JSON escapes and from bytes that are no UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

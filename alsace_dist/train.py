@@ -116,6 +116,8 @@ def distill(
         sum(shard.num_examples.get(language, 0) for language in taught) if before < teachers["num_groups"] else 0
         for shard, before in zip(dataset.shards, num_before, strict=False)
     ]
+    if sum(counts) == 0:
+        raise UserError(f"{selection}: {', '.join(weights)} teaches, and there is no other language to learn from it")
     # The mean over all pairs, not over a batch's pairs: a batch needs to know nothing of the others.
     mean_weight = teachers["num_pairs"][section.targets] / max(1, sum(counts))
 

@@ -7,8 +7,9 @@ from typing import Any, get_args
 import pytest
 import yaml
 
+from alsace_dist.artifacts import write_text
 from alsace_dist.config import METHODS, Config, Section
-from alsace_dist.config_file import load_config, save_config, variant
+from alsace_dist.config_file import config_text, load_config, variant
 from alsace_dist.errors import UserError
 
 BASE: dict[str, Any] = {
@@ -111,6 +112,12 @@ def test_keys_are_named_as_they_are_written(tmp_path: Path, over: dict[str, Any]
     assert complaint(tmp_path, over).startswith(f"{key}: ")
 
 
+@pytest.mark.parametrize("over", [{"on_bad": "skip"}, {"groups_per_shard": 9}, {"withhold_labels": []}])
+def test_settings_of_preparation_need_inputs(tmp_path: Path, over: dict[str, Any]) -> None:
+    text = yaml.safe_dump(BASE | {"data": {"directory": "/d"} | over})
+    assert complaint(tmp_path, text=text).startswith(f"data: {next(iter(over))} says how inputs are prepared")
+
+
 def test_missing_sections_are_all_named(tmp_path: Path) -> None:
     message = complaint(tmp_path, text="run_dir: x\nengine: {zero_stage: 9}\n")
     for key in ("task", "data", "model"):
@@ -154,6 +161,19 @@ IMPOSSIBLE = [
     ({"rounds": 0}, "rounds: 0 changes nothing; set it to 1, or set evaluate.calibrate: true"),
     ({"method": "paper", "evaluate": {"calibrate": True}}, "evaluate.calibrate needs select.calibration: marginal"),
     ({"task": {"labels": ["a", "a"]}}, "task: labels holds a name twice"),
+    ({"task": {"fields": ["a", "a"]}}, "task: fields holds a name twice"),
+    ({"task": {"fields": ["premise", "a-b"]}}, "task: fields: 'a-b' is not a name that a template can hold"),
+    ({"task": {"template": "{premise}"}}, "task: fields: no template uses hypothesis; remove it or use it"),
+    ({"data": {"splits": {"test": True}}}, "data.splits: must be a number, not true"),
+    ({"data": {"exposure": {"de": 0.5}}}, "data: exposure thins out the pretrain split, and nothing goes there"),
+    ({"run_dir": ""}, "run_dir: String should have at least 1 character"),
+    (
+        {"model": {"path": None, "nano": {}}, "pretrain": {"freeze_vocabulary": True}},
+        "pretrain.freeze_vocabulary: a new",
+    ),
+    ({"engine": {"deepspeed": {"managed_gradient_accumulation": False}}}, "engine: deepspeed.managed_gradient_accumu"),
+    ({"variants": {"main": {}}}, "variants.main: so the report calls the run itself; choose another name"),
+    ({"variants": {"v": {"select": 5}}}, "variants.v: select: Input should be a valid dictionary"),
     ({"task": {"verbalizers": ["x"]}}, "task: verbalizers for default must hold one answer per label (2)"),
     ({"task": {"verbalizers": {"de": ["x", "y", "z"]}}}, "task: verbalizers for de must hold one answer per label (2)"),
     ({"task": {"template": "{premise} {text}"}}, "task: template for default must use {field} of fields"),
@@ -252,7 +272,7 @@ task:
   labels: [yes, no]
   verbalizers: {no: [ja, nei], default: [yes, no]}
 data:
-  inputs: [{path: d.jsonl, split: test}]
+  inputs: [{path: d.jsonl, split: pretrain}]
   source_language: no
   languages: [no, on, en]
   exposure: {no: 0.5, on: 0.25}
@@ -266,7 +286,7 @@ engine: {offload_optimizer: true, gradient_checkpointing: False}
     assert config.data.source_language == "no" and config.data.languages == ["no", "on", "en"]
     assert config.data.exposure == {"no": 0.5, "on": 0.25}
     assert config.engine.offload_optimizer is True and config.engine.gradient_checkpointing is False
-    save_config(config, tmp_path / "saved.yaml")
+    write_text(tmp_path / "saved.yaml", config_text(config))
     assert load_config(tmp_path / "saved.yaml") == config
 
 
@@ -388,7 +408,7 @@ SAVED = {
     "variants": {
         "method": "paper",
         "variants": {
-            "main": {"method": "calibrated", "evaluate": {"calibrate": True}},
+            "calibrated": {"method": "calibrated", "evaluate": {"calibrate": True}},
             "rounds": {"rounds": 2, "select": {"rule": "top_k", "top_k": 1}},
             "nothing": {},
         },
@@ -401,18 +421,18 @@ SAVED = {
 def test_a_saved_config_loads_back_equal(tmp_path: Path, name: str) -> None:
     config = load(tmp_path, SAVED[name])
     saved = tmp_path / "saved.yaml"
-    save_config(config, saved)
+    write_text(saved, config_text(config))
     again = load_config(saved)
     assert again == config
     for one in config.variants:
         assert variant(again, one) == variant(config, one)
     first = saved.read_bytes()
-    save_config(again, saved)
+    write_text(saved, config_text(again))
     assert saved.read_bytes() == first
 
 
 def test_the_saved_config_shows_every_setting(tmp_path: Path) -> None:
-    save_config(load(tmp_path, {"method": "paper"}), tmp_path / "saved.yaml")
+    write_text(tmp_path / "saved.yaml", config_text(load(tmp_path, {"method": "paper"})))
     value = yaml.safe_load((tmp_path / "saved.yaml").read_text(encoding="utf-8"))
     assert list(value) == list(Config.model_fields)
     assert value["select"]["rule"] == "threshold" and value["distill"]["targets"] == "others"

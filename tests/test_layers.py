@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 import alsace_dist
-from alsace_dist.artifacts import write_json, write_manifest
-from alsace_dist.config_file import load_config, save_config
+from alsace_dist.artifacts import write_json, write_manifest, write_text
+from alsace_dist.config_file import config_text, load_config
 
 PACKAGE = Path(alsace_dist.__file__).parent
 FILES = {path.stem: path for path in PACKAGE.glob("*.py") if path.stem != "__init__"}
@@ -101,7 +101,7 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     text = (PACKAGE / "demo.yaml").read_text(encoding="utf-8")
     source = run.parent / "demo.yaml"
     source.write_text(text, encoding="utf-8")
-    save_config(load_config(source, {"run_dir": str(run)}), run / "config.yaml")
+    write_text(run / "config.yaml", config_text(load_config(source, {"run_dir": str(run)})))
     row = {"before": 0.5, "after": 0.6, "num_examples": 100, "p_value": 0.01, "p_value_raw": 0.001, "score": 0.5}
     change = {"before": 0.5, "after": 0.6, "ci95": [0.05, 0.15]}
     worst = {when: {"language": "de", "accuracy": 0.5} for when in ("before", "after")}

@@ -89,6 +89,9 @@ def test_a_deleted_stage_is_made_again_the_same(finished: Path) -> None:
         (["distill", "{dir}/c.yaml", "--round=7"], "has no stage 'distill' with round 7"),
         (["score", "{dir}/c.yaml", "--variant=other"], "--variant=other"),
         (["report", "{dir}"], "give the directory of a run"),
+        (["plan", "{dir}/c.yaml", "--num-processes=all"], "--num_processes=all: give a whole number"),
+        (["score", "{dir}/c.yaml", "--round=one"], "--round=one: give a whole number"),
+        (["run", "{dir}/c.yaml", "--dry-run=maybe"], "--dry_run=maybe: give true or false"),
     ],
 )
 def test_a_mistake_is_one_line(finished: Path, arguments: list[str], words: str) -> None:
@@ -97,6 +100,65 @@ def test_a_mistake_is_one_line(finished: Path, arguments: list[str], words: str)
     assert len(failed.stderr.strip().splitlines()) == 1, failed.stderr
     assert failed.stderr.startswith("error: ")
     assert words in failed.stderr
+
+
+def test_words_that_no_command_knows_start_nothing(world: Path, tmp_path: Path) -> None:
+    path = tiny.write_config(tmp_path / "c.yaml", tiny.make_config(world, run_dir=str(tmp_path / "run")))
+    failed = tiny.alsace("run", str(path), "dry-run", check=False)
+    assert failed.returncode == 2
+    assert "Could not consume arg: dry-run" in failed.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_values_are_taken_as_they_are_typed(world: Path, tmp_path: Path) -> None:
+    path = tiny.write_config(tmp_path / "c#1.yaml", tiny.make_config(world))
+    for name in ("exp#1", "1e3", "{x}", "a b"):
+        tiny.alsace("prepare", str(path), f"--run_dir={tmp_path / name}", "--task.template={text}")
+        assert (tmp_path / name / "data/manifest.json").exists()
+    value = tiny.yaml.safe_load(path.read_text()) | {
+        "run_dir": str(tmp_path / "run"),
+        "variants": {"1e-3": {"rounds": 2}},
+    }
+    tiny.write_config(path, value)
+    failed = tiny.alsace("evaluate", str(path), "--variant=1e-3", check=False)
+    assert "not complete" in failed.stderr  # so the variant was found
+
+
+def test_calibration_can_be_done_stage_by_stage(finished: Path) -> None:
+    printed = tiny.alsace("calibrate", str(finished / "c.yaml"), "--variant=calibration").stderr
+    assert printed.strip() == "calibrate (calibration): complete, skipped"
+
+
+def test_a_refused_command_leaves_the_config_as_it_was(finished: Path) -> None:
+    before = (finished / "run/config.yaml").read_bytes()
+    for command in ("prepare", "evaluate", "run"):
+        failed = tiny.alsace(command, str(finished / "c.yaml"), "--seed=5", check=False)
+        assert failed.returncode == 2
+        assert "seed: 0 -> 5" in failed.stderr
+        assert (finished / "run/config.yaml").read_bytes() == before
+
+
+def test_a_persons_yaml_is_not_written_over(world: Path, tmp_path: Path) -> None:
+    value = tiny.make_config(world, run_dir=str(tmp_path / "own"))
+    path = tiny.write_config(tmp_path / "own/config.yaml", value)
+    before = path.read_bytes()
+    failed = tiny.alsace("prepare", str(path), check=False)
+    assert failed.returncode == 2
+    assert "lies where the run's resolved config goes; move it out of run_dir" in failed.stderr
+    assert path.read_bytes() == before
+
+
+def test_mended_data_is_prepared_by_the_same_command(world: Path, tmp_path: Path) -> None:
+    lines = (world / "data.jsonl").read_text().splitlines()
+    (tmp_path / "data.jsonl").write_text("\n".join([*lines, "{broken"]) + "\n")
+    data = {"inputs": [{"path": str(tmp_path / "data.jsonl")}]}
+    path = tiny.write_config(tmp_path / "c.yaml", tiny.make_config(world, run_dir=str(tmp_path / "run"), data=data))
+    failed = tiny.alsace("prepare", str(path), check=False)
+    assert failed.returncode == 2
+    assert "1 broken JSON" in failed.stderr
+    (tmp_path / "data.jsonl").write_text("\n".join(lines) + "\n")
+    tiny.alsace("prepare", str(path))
+    assert (tmp_path / "run/data/manifest.json").exists()
 
 
 def test_nothing_of_the_environment_is_printed(finished: Path) -> None:

@@ -20,6 +20,7 @@ from alsace_dist.config import Config
 from alsace_dist.errors import UserError
 from alsace_dist.prepare import fingerprint, prepare
 from alsace_dist.shards import Group, open_dataset, read_shard
+from alsace_dist.tasks import check_prepared
 
 Record = dict[str, Any]
 
@@ -319,7 +320,7 @@ def test_all_bad_lines_are_listed_at_once(capsys: pytest.CaptureFixture[str]) ->
     assert problems() == expected
     assert capsys.readouterr().err.splitlines() == expected
     assert str(caught.value).startswith("data.inputs: bad records (3 broken JSON, 1 duplicate id, 1 empty text")
-    assert str(caught.value).endswith("mend those listed in run/bad-records.txt, or use --on-bad=skip")
+    assert str(caught.value).endswith("mend those listed in run/bad-records.txt, or use --data.on_bad=skip")
     assert not Path("run/data").exists()
 
 
@@ -391,6 +392,127 @@ def test_bad_rows_of_csv() -> None:
     ]
     prepare(config, Path("run/data"), on_bad="skip")
     assert list(by_key("test")) == ["9"]
+
+
+def test_a_broken_row_takes_its_whole_group_with_it() -> None:
+    lines = [
+        "id,language,text,label",
+        "1,en,one,good",
+        "1,de,eins,good,more",
+        "2,de,zw,good",
+        '2,en,"two"x,good',
+        "3,en,x,bad",
+    ]
+    Path("a.csv").write_text("\n".join(lines))
+    prepare(make_config([{"kind": "table", "path": "a.csv", "split": "test"}], on_bad="skip"), Path("run/data"))
+    assert list(by_key("test")) == ["3"]
+
+
+def test_an_open_quote_hides_rows_and_is_not_skipped() -> None:
+    Path("a.csv").write_text('id,language,text,label\n1,en,one,good\n2,en,"two,good\n3,en,three,good\n')
+    config = make_config([{"kind": "table", "path": "a.csv", "split": "test"}], on_bad="skip")
+    with pytest.raises(UserError, match="of which an open quote cannot be skipped"):
+        prepare(config, Path("run/data"))
+    assert problems() == ["a.csv:3: open quote: never closed; it takes in all that follows"]
+
+
+def test_a_long_cell_is_a_text() -> None:
+    Path("a.csv").write_text(f"id,language,text,label\n1,en,{'x' * 200_000},good\n")
+    prepare(make_config([{"kind": "table", "path": "a.csv", "split": "test"}]), Path("run/data"))
+    assert len(by_key("test")["1"].texts["en"]["text"]) == 200_000
+
+
+def test_whole_numbers_are_the_same_id_however_they_are_written() -> None:
+    write_jsonl(
+        "a.jsonl", [record(0) | {"id": 1}, record(0) | {"id": 1.0}, record(0) | {"id": "1"}, record(0) | {"id": 2.5}]
+    )
+    with pytest.raises(UserError):
+        prepare(make_config([{"path": "a.jsonl", "split": "test"}]), Path("run/data"))
+    assert problems() == [f"a.jsonl:{n}: duplicate id: id '1' is at a.jsonl:1 already" for n in (2, 3)]
+    write_jsonl("a.jsonl", [b'{"id": NaN, "label": "good", "texts": {"en": {"text": "x"}}}'])
+    with pytest.raises(UserError):
+        prepare(make_config([{"path": "a.jsonl", "split": "test"}]), Path("run/data"))
+    assert problems() == ["a.jsonl:1: missing id: the id must be a non-empty text or a number"]
+
+
+@pytest.mark.parametrize(
+    ("language", "text", "problem"),
+    [
+        ("de ", "x", "missing language: 'de ' does not name a language"),
+        ("d\ne", "x", "missing language: 'd\\ne' does not name a language"),
+        ("de", "\u200b\x00 ", "empty text: de.text"),
+    ],
+)
+def test_what_cannot_be_seen_is_not_there(language: str, text: str, problem: str) -> None:
+    write_jsonl("a.jsonl", [{"id": "a", "label": "good", "texts": {"en": {"text": "x"}, language: {"text": text}}}])
+    with pytest.raises(UserError):
+        prepare(make_config([{"path": "a.jsonl", "split": "test"}]), Path("run/data"))
+    assert problems() == [f"a.jsonl:1: {problem}"]
+
+
+def test_patterns_reach_every_depth_and_directories_are_named() -> None:
+    for number, folder in enumerate(("d", "d/x", "d/x/y")):
+        Path(folder).mkdir()
+        write_jsonl(f"{folder}/{number}.jsonl", [record(number)])
+    prepare(make_config([{"path": "d/**/*.jsonl", "split": "test"}]), Path("run/data"))
+    assert set(by_key("test")) == {"g0", "g1", "g2"}
+    with pytest.raises(UserError, match=r"data.inputs.path: d: is a directory; name its files, such as d/\*.jsonl"):
+        prepare(make_config([{"path": "d", "split": "test"}]), Path("run/other"))
+
+
+@pytest.mark.parametrize(
+    ("task", "data", "words"),
+    [
+        ({}, {"source_language": "fr"}, r"data.source_language: split test has nothing in 'fr' \(it has de, en\)"),
+        ({"template": {"en": "{text}"}}, {}, "task.template: has nothing for language 'de' and no default"),
+        ({"template": {"default": "{text}", "dde": "{text}"}}, {}, "task.template.dde: no split has that language"),
+        ({"verbalizers": {"en": ["a", "b"]}}, {}, "task.verbalizers: has nothing for language 'de'"),
+        ({}, {"exposure": {"xx": 0.5}}, "data.exposure.xx: the pretrain split has nothing in that language"),
+    ],
+)
+def test_what_would_fail_later_is_said_now(task: Record, data: Record, words: str) -> None:
+    write_jsonl("a.jsonl", MANY)
+    splits = {"test": 30, "unlabeled": 30, "pretrain": 30}
+    with pytest.raises(UserError, match=f"^{words}"):
+        prepare(make_config([{"path": "a.jsonl"}], task, splits=splits, **data), Path("run/data"))
+    assert not Path("run/data").exists()
+
+
+@pytest.mark.parametrize(
+    ("select", "words"),
+    [
+        ({"rule": "explicit", "teachers": ["en", "xx"]}, "select.teachers: 'xx' is not among the unlabeled languages"),
+        ({"rule": "top_k", "top_k": 3}, "select.top_k: 3 asked for, there are 2 languages"),
+    ],
+)
+def test_a_selection_that_cannot_be_met_is_said_before_training(select: Record, words: str) -> None:
+    write_jsonl("a.jsonl", MANY)
+    config = make_config([{"path": "a.jsonl"}], splits={"test": 30, "unlabeled": 30})
+    for name, changed in (
+        ("", {"select": select}),
+        ("variants.x.", {"variants": {"x": {"select": select}}}),
+    ):
+        value = config.model_dump(mode="json", exclude_unset=True) | changed
+        with pytest.raises(UserError, match=f"^{name}{words}"):
+            prepare(Config.model_validate(value), Path("run/data"))
+
+
+def test_a_prepared_dataset_must_fit_the_task() -> None:
+    """Labels are stored as numbers: in another order they would mean something else."""
+    write_jsonl("a.jsonl", MANY)
+    prepare(make_config([{"path": "a.jsonl"}], splits={"test": 30, "unlabeled": 30, "labeled": 30}), Path("run/data"))
+
+    def use(**task: Any) -> None:
+        value = make_config([{"path": "a.jsonl", "split": "test"}], task).model_dump(mode="json", exclude_unset=True)
+        check_prepared(Config.model_validate(value | {"data": {"directory": "run/data"}}))
+
+    use()
+    with pytest.raises(
+        UserError, match=r"task.labels: .* was prepared with good, bad, in this order, not with bad, good"
+    ):
+        use(labels=["bad", "good"])
+    with pytest.raises(UserError, match=r"task.template.xx: no split has that language"):
+        use(template={"default": "{text}", "xx": "{text}"})
 
 
 def test_bad_rows_of_parquet() -> None:
@@ -619,7 +741,7 @@ def test_full_disk_is_one_line_and_leaves_nothing_that_looks_whole() -> None:
             prepare(config, Path("run/data"))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert sorted(tree("run/data")) == ["test/000000.tar", "test/manifest.json"]
+    assert sorted(tree("run/data")) == ["started.json", "test/000000.tar", "test/manifest.json"]
     prepare(config, Path("run/data"))
     prepare(config, Path("other/data"))
     assert tree("run/data") == tree("other/data")

@@ -81,7 +81,8 @@ def make_config(directory: Path, **sections: Any) -> dict[str, Any]:
         "score": {"tokens_per_batch": 200},
     }
     for name, section in sections.items():
-        value[name] = {**value[name], **section} if isinstance(section, dict) and name in value else section
+        is_laid_over = isinstance(section, dict) and name in value and "directory" not in section
+        value[name] = {**value[name], **section} if is_laid_over else section
     return value
 
 
