@@ -29,6 +29,7 @@ class Size:
     num_blocks: int
     groups_per_shard: int
     tokens_per_batch: int
+    global_batch_size: int
     num_pair_groups: int
     num_pair_blocks: int
 
@@ -36,8 +37,8 @@ class Size:
 MT5_SMALL = {"vocab_size": 250_112, "d_model": 512, "d_kv": 64, "d_ff": 1024, "num_heads": 6, "num_layers": 8}
 TINY = {"vocab_size": 2_000, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_heads": 2, "num_layers": 2}
 SIZES = {
-    "full": Size(MT5_SMALL, 32_000, "bf16", 5, 16, 2048, 8, 2),
-    "tiny": Size(TINY, 1_000, "fp32", 3, 16, 1024, 4, 2),
+    "full": Size(MT5_SMALL, 32_000, "bf16", 5, 16, 2048, 384, 8, 2),
+    "tiny": Size(TINY, 1_000, "fp32", 3, 16, 1024, 64, 4, 2),
 }
 
 
@@ -65,7 +66,12 @@ class World:
                 "engine": {"num_processes": NUM_RANKS, "dtype": dtype or self.size.dtype},
                 "score": {"tokens_per_batch": self.size.tokens_per_batch},
                 "distill": {"num_steps": 1000, "checkpoint_every_steps": 1000, "log_every_steps": 1}
-                | {"learning_rate": LEARNING_RATE, "schedule": "constant", "warmup_ratio": 0.0}
+                | {
+                    "global_batch_size": self.size.global_batch_size,
+                    "learning_rate": LEARNING_RATE,
+                    "schedule": "constant",
+                    "warmup_ratio": 0.0,
+                }
                 | distill,
             }
         )
