@@ -220,7 +220,10 @@ COMMANDS: dict[str, Callable[..., None]] = {
 def main() -> None:
     """Entry point. A person's mistake ends with one line on stderr and a non-zero exit code."""
     import fire
+    import fire.parser
 
+    # As text: fire would read 1e-3 in a name as a number, and drop what follows a '#'.
+    fire.parser.DefaultParseValue = str
     debug = any(argument in ("--debug", "--debug=True", "--debug=true") for argument in sys.argv)
     error: BaseException | None = None
     # Fire complains of arguments that it has no use for after the command has run: so it only chooses.
@@ -236,7 +239,6 @@ def main() -> None:
 
 def _chooser(function: Callable[..., None], chosen: list[Callable[[], None]]) -> Callable[..., None]:
     """The command as fire sees it: it notes the call, with its flags as typed."""
-    import fire
 
     @functools.wraps(function)
     def choose(*arguments: str, **flags: str) -> None:
@@ -249,8 +251,7 @@ def _chooser(function: Callable[..., None], chosen: list[Callable[[], None]]) ->
                 values[name] = _whole_number(name, flags[name])
         chosen.append(functools.partial(function, *arguments, **values))
 
-    # As text: fire would read 1e-3 in a name as a number, and drop what follows a '#'.
-    return fire.decorators.SetParseFn(str)(choose)
+    return choose
 
 
 def _leave(error: BaseException | None, debug: bool) -> None:

@@ -66,10 +66,10 @@ def run(corpus: str, seed: int) -> None:
     if config == DEBIAN and not (SOURCE / "test.jsonl").exists():
         call([str(HERE / "debian/data.py"), "--out", str(SOURCE)])
     directory = Path("runs/ablation") / f"{corpus}-{seed}"
-    settings = {"run_dir": str(directory), "seed": seed, "variants": yaml.safe_load(VARIANTS.read_text())} | overrides
+    settings = {"seed": seed, "variants": yaml.safe_load(VARIANTS.read_text())} | overrides
     print(f"--- {corpus}, seed {seed}", file=sys.stderr)
     options = [f"--{key}={json.dumps(value)}" for key, value in settings.items()]
-    call(["-m", "alsace_dist", "run", str(config), *options])
+    call(["-m", "alsace_dist", "run", str(config), f"--run_dir={directory}", *options])
     RESULTS.mkdir(exist_ok=True)
     shutil.copyfile(directory / "report.json", RESULTS / f"{corpus}-{seed}.json")
 
