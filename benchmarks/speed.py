@@ -362,6 +362,8 @@ def main() -> None:
             print(f"--- {', '.join(group)}, after {time.monotonic() - begin:.0f} s", file=sys.stderr)
             result = launch(group, world)
             rows += result["rows"]
+            for row in result["rows"]:  # in case a later section fails
+                print(f"{row['what']}: {row['value']} ({row['range']})", file=sys.stderr)
             peak = max(peak, result["peak_gb"])
     print_table(rows, world, peak, time.monotonic() - begin)
 
