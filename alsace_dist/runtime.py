@@ -169,11 +169,14 @@ def finish() -> None:
 
 
 def shared_counter(name: str) -> Any:
-    """A function that draws 0, 1, 2, ...: every number once over all ranks, in the process group's store."""
+    """A function that draws 0, 1, 2, ...: every number once over all ranks, in the process group's store.
+
+    ``draw(n)`` takes the next ``n`` numbers at once and returns the first of them.
+    """
     from torch.distributed.distributed_c10d import _get_default_store
 
     store = _get_default_store()
-    return lambda: store.add(name, 1) - 1
+    return lambda amount=1: store.add(name, amount) - amount
 
 
 def _die_with_parent() -> None:

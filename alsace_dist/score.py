@@ -79,6 +79,7 @@ class _Pass:
         self.tokens_per_batch = config.score.tokens_per_batch
         self.num_done = 0
         self.digest = artifacts.digest_json(fingerprint)
+        self.draw = shared_counter(f"score/{directory}/{self.digest}")
         self.num_tokens = self.num_padded = 0
         self.statistics: dict[str, list[int]] = {}
 
@@ -111,8 +112,7 @@ class _Pass:
 
     def _batches(self, todo: list[ShardInfo]) -> "Iterator[_Batch]":
         """All batches of the shards that this rank draws, in order; made ahead of the model, in a thread."""
-        draw = shared_counter(f"score/{self.directory}/{self.digest}")
-        while (index := draw()) < len(todo):
+        while (index := self.draw()) < len(todo):
             work = _ShardWork(self, todo[index], index + 1)
             if not work.cut:
                 work.write()
@@ -167,6 +167,7 @@ class _Pass:
         """The next batch; None at the end, or before the next shard if a stop is asked for."""
         batch = next(batches, None)
         if batch is not None and batch.is_first and self.runtime.stop.is_set:
+            self.draw(len(self.dataset.shards))  # nothing is left for the others either, who may not have been asked
             batches.close()
             return None
         return batch

@@ -1,7 +1,10 @@
 """Scoring on real ranks: exactly once, the same bytes for any number of ranks, after kills too; errors that stop."""
 
+import os
 import shutil
+import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +13,9 @@ import pyarrow.parquet as pq
 import pytest
 import tiny
 
+from alsace_dist.errors import EXIT_STOPPED
 from alsace_dist.score_files import read_scores
-from alsace_dist.shards import open_dataset
+from alsace_dist.shards import open_dataset, read_shard, write_dataset
 
 
 def make_run(world: Path, directory: Path, **sections: Any) -> Path:
@@ -88,6 +92,30 @@ def test_a_rank_killed_while_scoring_costs_nothing_but_time(
     else:
         expected = read_scores(one_rank / "run/scores/unlabeled")
         assert np.allclose(read_scores(output).log_probs, expected.log_probs, atol=1e-6)
+
+
+def test_one_rank_that_is_asked_to_stop_stops_all_and_nothing_is_lost(world: Path, tmp_path: Path) -> None:
+    source = open_dataset(world / "run/data/unlabeled")
+    groups = [group for shard in source.shards for group in read_shard(source, shard)]
+    many = [replace(group, key=f"{group.key}-{copy}") for copy in range(20) for group in groups]
+
+    def make(name: str) -> Path:
+        config = make_run(world, tmp_path / name, score={"tokens_per_batch": 20})
+        shutil.rmtree(tmp_path / name / "data/unlabeled")
+        write_dataset(tmp_path / name / "data/unlabeled", many, source.labels, groups_per_shard=3, fingerprint={})
+        return config
+
+    config, scores = make("x"), tmp_path / "x/run/scores/unlabeled"
+    with tiny.started("score", str(config)) as process:
+        tiny.wait_for(lambda: any(scores.glob("*.parquet")), every_seconds=0.001)
+        ranks = [pid for pid in tiny.ranks_of(process) if b"alsace_dist" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        os.kill(ranks[-1], signal.SIGUSR2)
+        assert process.wait(timeout=60) == EXIT_STOPPED
+    assert 0 < len(list(scores.glob("*.parquet"))) < 300
+    assert not (scores / "manifest.json").exists()
+    tiny.alsace("score", str(config))
+    tiny.alsace("score", str(make("y")))
+    assert score_bytes(tmp_path / "x") == score_bytes(tmp_path / "y")
 
 
 def test_finished_shards_are_not_scored_again(world: Path, tmp_path: Path, one_rank: Path) -> None:
