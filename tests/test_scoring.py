@@ -97,7 +97,7 @@ def test_a_rank_killed_while_scoring_costs_nothing_but_time(
 def test_one_rank_that_is_asked_to_stop_stops_all_and_nothing_is_lost(world: Path, tmp_path: Path) -> None:
     source = open_dataset(world / "run/data/unlabeled")
     groups = [group for shard in source.shards for group in read_shard(source, shard)]
-    many = [replace(group, key=f"{group.key}-{copy}") for copy in range(20) for group in groups]
+    many = [replace(group, key=f"{group.key}-{copy}") for copy in range(10) for group in groups]
 
     def make(name: str) -> Path:
         config = make_run(world, tmp_path / name, score={"tokens_per_batch": 20})
@@ -111,7 +111,7 @@ def test_one_rank_that_is_asked_to_stop_stops_all_and_nothing_is_lost(world: Pat
         ranks = [pid for pid in tiny.ranks_of(process) if b"alsace_dist" in Path(f"/proc/{pid}/cmdline").read_bytes()]
         os.kill(ranks[-1], signal.SIGUSR2)
         assert process.wait(timeout=60) == EXIT_STOPPED
-    assert 0 < len(list(scores.glob("*.parquet"))) < 300
+    assert 0 < len(list(scores.glob("*.parquet"))) < 150
     assert not (scores / "manifest.json").exists()
     tiny.alsace("score", str(config))
     tiny.alsace("score", str(make("y")))
