@@ -265,6 +265,9 @@ def _check_datasets(config: Config) -> Iterator[Finding]:
         if lacking:
             text = f"has nothing in data.source_language {lacking[0]!r}, it has {', '.join(dataset.languages)}"
             yield Finding("FAILED", "data", f"{_harmless(url)}: {text}; correct one of them")
+        elif split != "pretrain" and list(dataset.labels) != config.task.labels:
+            text = f"was prepared with the labels {', '.join(dataset.labels)}, in this order; correct task.labels"
+            yield Finding("FAILED", "data", f"{_harmless(url)}: {text}")
         else:
             text = f"{dataset.num_groups:,} groups in {len(dataset.languages)} languages"
             yield Finding("ok", "data", f"{_harmless(url)}: {text}")

@@ -217,6 +217,15 @@ def test_a_prepared_dataset_elsewhere() -> None:
     assert states(list(check_data(other))) == ["FAILED", "FAILED"]
 
 
+def test_a_prepared_dataset_with_other_labels() -> None:
+    prepare(make_config(), Path("run/data"))
+    task = {"fields": ["text"], "template": "{text}", "labels": ["bad", "good"]}
+    other = make_config(data={"directory": "run/data"}, task=task)
+    found = list(check_data(other))
+    assert states(found) == ["FAILED"] * 3
+    assert all("labels good, bad, in this order; correct task.labels" in finding.text for finding in found)
+
+
 def test_what_is_secret_in_a_url_is_not_shown(capsys: pytest.CaptureFixture[str]) -> None:
     url = "https://someone:hunter2@127.0.0.1:1/data?signature=hunter2"
     found = list(check_data(make_config(data={"directory": url})))
