@@ -61,7 +61,7 @@ def test_a_tiny_run_checks_measures_prints_and_writes(tmp_path: Path) -> None:
     report: dict[str, Any] = json.loads(out.read_text())
     assert report["device"].startswith("CPU") and report["peak_flops"] is None and report["notes"] == []
     assert report["versions"]["torch"] == torch.__version__
-    assert len(report["checks"]) == 12 and all(row["good"] for row in report["checks"])
+    assert len(report["checks"]) == 16 and all(row["good"] for row in report["checks"])
     bf16 = [row["difference"] for row in report["checks"] if row["what"].startswith("bf16")]
     assert min(bf16) > 0  # it did compute in bf16
     scoring, training = report["rows"]
