@@ -77,7 +77,7 @@ def test_a_tiny_run_checks_measures_prints_and_writes(tmp_path: Path) -> None:
         assert row["mfu"] is row["states_bytes"] is row["peak_bytes"]["ours"] is row["peak_bytes"]["bare"] is None
     lines = done.stdout.splitlines()
     assert lines[0].startswith(report["device"]) and "deepspeed" in lines[0]
-    assert sum(line.endswith("| good |") for line in lines) == 12
+    assert sum(line.endswith("| good |") for line in lines) == 16
     header = next(line for line in lines if line.startswith("| part |")).split("|")
     cells = next(line for line in lines if line.startswith("| train tiny |")).split("|")
     assert len(header) == len(cells)
