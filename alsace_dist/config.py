@@ -248,7 +248,7 @@ class EngineConfig(Section):
     num_threads: Count = 1
     """CPU threads per rank. Part of the result: another number may change the last bits of scores on CPUs."""
     gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more time."""
+    """Recompute activations in the backward pass: less memory, about a third more time. Not in pretraining."""
     timeout_seconds: Positive = 1800
     """Longest silence of a collective before a rank gives up."""
     deepspeed: dict[str, Any] = {}
