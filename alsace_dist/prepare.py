@@ -144,6 +144,8 @@ def _read_inputs(config: Config, bad: BadRecords) -> tuple[list[Entry], int]:
                 continue
             if key is not None:
                 places[key] = place
+            if key in bad.broken_keys:  # checked for all that is wrong with it, and left out: a language may be missing
+                continue
             if group is not None and not group.texts:
                 num_no_language += 1
             elif group is not None:

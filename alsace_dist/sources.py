@@ -100,7 +100,7 @@ def read_groups(source: InputConfig, config: Config, bad: BadRecords) -> Iterato
         groups: dict[Any, list[Row]] = {}
         for row in rows:
             groups.setdefault(row.place if row.key is None else row.key, []).append(row)
-        yield from (rows for key, rows in groups.items() if key not in bad.broken_keys)
+        yield from groups.values()
 
 
 def generate_demo(source: InputConfig, seed: int) -> Iterator[dict[str, Any]]:
@@ -199,7 +199,13 @@ def _read_csv(path: Path, source: InputConfig, task: TaskConfig, bad: BadRecords
         text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
         csv.field_size_limit(2**31 - 1)  # the default refuses texts of over 131,072 characters
         lines: list[str] = []  # of the current row
-        reader = csv.reader((lines.append(line) or line for line in text), strict=True)  # type: ignore[func-returns-value]
+
+        def remembered() -> Iterator[str]:
+            for line in text:
+                lines.append(line)
+                yield line
+
+        reader = csv.reader(remembered(), strict=True)
         header = next(reader, [])
         _wanted_columns(str(path), header, source, task, with_language=True)
 

@@ -408,6 +408,13 @@ def test_a_broken_row_takes_its_whole_group_with_it() -> None:
     assert list(by_key("test")) == ["3"]
 
 
+def test_the_other_mistakes_of_a_group_with_a_broken_row_are_reported_too() -> None:
+    Path("a.csv").write_text("id,language,text,label\n1,en,,good\n1,de,eins,good,more\n2,en,x,bad\n")
+    prepare(make_config([{"kind": "table", "path": "a.csv", "split": "test"}], on_bad="skip"), Path("run/data"))
+    assert problems() == ["a.csv:2: empty text: en.text", "a.csv:3: broken row: 5 cells under 4 columns"]
+    assert list(by_key("test")) == ["2"]
+
+
 def test_an_open_quote_hides_rows_and_is_not_skipped() -> None:
     Path("a.csv").write_text('id,language,text,label\n1,en,one,good\n2,en,"two,good\n3,en,three,good\n')
     config = make_config([{"kind": "table", "path": "a.csv", "split": "test"}], on_bad="skip")
