@@ -54,7 +54,7 @@ def run(config: str, *, dry_run: bool = False, debug: bool = False, **overrides:
         for stage in found:
             print(f"{_state(stage):<9} {stage.name}")
         return
-    pipeline.write_config(loaded, Path(config))
+    pipeline.write_config(loaded, Path(config), found)
     for stage in found:
         _run_stage(stage, loaded, debug)
     _report(loaded)
@@ -295,16 +295,19 @@ def _load(path: str, overrides: Mapping[str, Any]) -> "Config":
 def _single(
     command: str, path: str, overrides: Mapping[str, Any], debug: bool, round_: int | None = 0, variant: str = ""
 ) -> None:
-    """One stage: as a rank if torchrun started this process, else as the launcher of its ranks. ``round_`` None: the
-    last."""
+    """One stage: as a rank if torchrun started this process, else as the launcher of its ranks.
+
+    ``round_``: None for a stage that there is once, whatever its round.
+    """
     from alsace_dist import pipeline, runtime
 
     config = _load(path, overrides)
     if variant and variant not in config.variants:
         raise UserError(f"--variant={variant}: the config has the variants {', '.join(config.variants) or '(none)'}")
+    found = pipeline.stages(config)
     matching = [
         stage
-        for stage in pipeline.stages(config)
+        for stage in found
         if (stage.command, stage.variant) == (command, variant) and round_ in (None, stage.round)
     ]
     if not matching:
@@ -315,7 +318,7 @@ def _single(
             if not stage.is_complete():
                 _run_as_rank(stage)
         return
-    pipeline.write_config(config, Path(path))
+    pipeline.write_config(config, Path(path), found)
     for stage in matching:
         _run_stage(stage, config, debug)
 

@@ -133,7 +133,9 @@ def _micro_batches(job: Job, batch: list[Any], runtime: Runtime) -> list[MicroBa
     return [job.collate([batch[index] for index in indices]) for indices in cut]
 
 
-def _enough_for_the_others(parts: list[MicroBatch], job: Job, stand_in: Callable[[], Any], runtime: Runtime) -> Any:
+def _enough_for_the_others(
+    parts: list[MicroBatch], job: Job, stand_in: Callable[[], Any], runtime: Runtime
+) -> list[MicroBatch]:
     """Micro-batches filled up with ones without effect: from ZeRO-2 on to as many as another rank has, for there every
     pass is collective; below it to one, for the last pass of a step is. Collective."""
     most = round(runtime.max(len(parts))) if job.engine.zero_stage >= 2 else 1

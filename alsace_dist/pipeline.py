@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from alsace_dist import artifacts
+from alsace_dist.checks import check_prepared
 from alsace_dist.config import Config
 from alsace_dist.config_file import config_text, load_config, variant
 from alsace_dist.errors import UserError
 from alsace_dist.layout import Layout, data_url
 from alsace_dist.runtime import Runtime
-from alsace_dist.tasks import check_prepared
 
 
 @dataclass(frozen=True)
@@ -74,8 +74,10 @@ def stages(config: Config) -> list[Stage]:
     return found
 
 
-def write_config(config: Config, source: Path) -> None:
-    """Write the resolved config into the run, if it says anything new; ``source``: the YAML that it was read from.
+def write_config(config: Config, source: Path, found: list[Stage]) -> None:
+    """Write the resolved config into the run, if it says anything new.
+
+    ``source``: the YAML that it was read from; ``found``: the run's stages.
 
     Raises ``UserError`` if the run holds outputs of other settings, or if ``source`` is a person's file that would be
     written over.
@@ -87,7 +89,7 @@ def write_config(config: Config, source: Path) -> None:
             return
         if path.samefile(source) and old != config_text(load_config(source)):
             raise UserError(f"{source}: lies where the run's resolved config goes; move it out of run_dir")
-        for stage in stages(config):
+        for stage in found:
             _refuse_other_settings(stage)
     artifacts.write_text(path, text)
 

@@ -19,6 +19,7 @@ import rich.progress
 from rich.console import Console
 
 from alsace_dist.artifacts import MANIFEST, begin, digest_bytes, digest_file, digest_json, write_manifest
+from alsace_dist.checks import check_languages
 from alsace_dist.config import Config, Split
 from alsace_dist.errors import UserError
 from alsace_dist.shards import Dataset, Group, write_dataset
@@ -32,7 +33,6 @@ from alsace_dist.sources import (
     read_groups,
     source_files,
 )
-from alsace_dist.tasks import check_languages
 
 KIND = "data"
 # Splits take undivided groups in this order, so that asking for more training data leaves the test groups as they are.

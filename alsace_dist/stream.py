@@ -19,7 +19,9 @@ Row = TypeVar("Row")
 Item = TypeVar("Item")
 MAX_STREAMS = 64
 # Tokens whose computation takes as long as what a forward and backward pass costs whatever its size. Measured on a CPU
-# (one thread, bf16): 108 for mT5-small, 530 for the nano model. For GPUs an estimate: 20 ms of launches, 1e5 tokens/s.
+# (one thread, bf16): for mT5-small 108, and 250 if its vocabulary is trained too; 330 and more for nano models. Between
+# 128 and 256 the whole cost of a step hardly differs, and the lower value pads less. For GPUs an estimate: 20 ms of
+# launches, 1e5 tokens/s.
 PASS_COST = {"cpu": 128, "cuda": 2048}
 # From ZeRO-2 on each pass also reduces all gradients over the ranks. Estimates: gloo at 1 GB/s, NCCL at 100 GB/s.
 REDUCTION_COST = {"cpu": 1024, "cuda": 4096}

@@ -1,14 +1,12 @@
 """Tasks as a language model sees them: prompts per language and candidate answers as token ids."""
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from alsace_dist.config import Config, TaskConfig
-from alsace_dist.config_file import variant
+from alsace_dist.config import TaskConfig
 from alsace_dist.errors import UserError
-from alsace_dist.layout import data_url
-from alsace_dist.shards import Group, open_dataset
+from alsace_dist.shards import Group
 
 Value = TypeVar("Value")
 
@@ -35,52 +33,6 @@ class Answers:
     def num_candidates(self) -> int:
         """Candidates per example."""
         return len(next(iter(self.tokens.values())))
-
-
-def check_languages(config: Config, languages: Mapping[str, Collection[str]]) -> None:
-    """Refuse now what would fail, or be ignored, hours later.
-
-    ``languages``: split -> the languages it has. Raises ``UserError`` if a split lacks the source language, a language
-    has no template or verbalizers, these name a language that no split has, or a selection rule cannot be met.
-    """
-    task, source = config.task, config.data.source_language
-    answered = {split: set(found) for split, found in languages.items() if split != "pretrain"}
-    for split, found in answered.items():
-        if source not in found:
-            names = ", ".join(sorted(found))
-            raise UserError(
-                f"data.source_language: split {split} has nothing in {source!r} (it has {names}); correct it"
-            )
-    every = set().union(*answered.values())
-    texts: dict[str, dict[str, Any]] = {"template": {**task.templates()}, "verbalizers": {**task.answers()}}
-    for name, keys in texts.items():
-        for language in sorted(every):
-            for_language(keys, language, name)
-        if unknown := sorted(keys.keys() - every - {"default"}):
-            raise UserError(f"task.{name}.{unknown[0]}: no split has that language; correct or remove it")
-    for name in ("", *config.variants):
-        section = (variant(config, name) if name else config).select
-        where = f"variants.{name}.select" if name else "select"
-        scored = answered.get("unlabeled", every)
-        if unknown := sorted(set(section.teachers) - scored):
-            names = ", ".join(sorted(scored))
-            raise UserError(f"{where}.teachers: {unknown[0]!r} is not among the unlabeled languages {names}; remove it")
-        if (section.top_k or 0) > len(scored):
-            raise UserError(f"{where}.top_k: {section.top_k} asked for, there are {len(scored)} languages; lower it")
-
-
-def check_prepared(config: Config) -> None:
-    """Check the datasets of ``data.directory`` as ``prepare`` checks what it writes.
-
-    Raises ``UserError`` if one cannot be opened, has other labels than the task, or as ``check_languages`` does.
-    """
-    splits = ["unlabeled", "test"] + ["labeled"] * bool(config.finetune)
-    datasets = {split: open_dataset(data_url(config, split)) for split in splits}
-    for dataset in datasets.values():
-        if list(dataset.labels) != config.task.labels:  # labels are stored as their numbers
-            has, wants = ", ".join(dataset.labels), ", ".join(config.task.labels)
-            raise UserError(f"task.labels: {dataset.url} was prepared with {has}, in this order, not with {wants}")
-    check_languages(config, {split: dataset.languages for split, dataset in datasets.items()})
 
 
 def prompt(task: TaskConfig, language: str, fields: dict[str, str]) -> str:

@@ -22,7 +22,19 @@ FILES = {path.stem: path for path in PACKAGE.glob("*.py") if path.stem != "__ini
 LAYERS = [
     {"errors", "artifacts", "config", "config_file", "layout", "languages", "statistics", "wording"},
     {"runtime", "metrics", "plots"},
-    {"tasks", "shards", "sources", "score_files", "stream", "collate", "modeling", "engine", "checkpoint", "loop"}
+    {
+        "checks",
+        "tasks",
+        "shards",
+        "sources",
+        "score_files",
+        "stream",
+        "collate",
+        "modeling",
+        "engine",
+        "checkpoint",
+        "loop",
+    }
     | {"demo_corpus"},
     {"prepare", "pretrain", "train", "score", "select", "evaluate", "report", "plan", "doctor"},
     {"pipeline", "cli", "__main__"},

@@ -16,11 +16,11 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = "1"  # before datasets is imported: it reads this once
 
 from alsace_dist.artifacts import begin, is_complete, load_manifest, verify_files
+from alsace_dist.checks import check_prepared
 from alsace_dist.config import Config
 from alsace_dist.errors import UserError
 from alsace_dist.prepare import fingerprint, prepare
 from alsace_dist.shards import Group, open_dataset, read_shard
-from alsace_dist.tasks import check_prepared
 
 Record = dict[str, Any]
 
