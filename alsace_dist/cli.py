@@ -3,13 +3,15 @@
 import functools
 import inspect
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from alsace_dist.errors import Stopped, UserError
+from alsace_dist.errors import STOPPED, Stopped, UserError
 
 if TYPE_CHECKING:
     from alsace_dist.config import Config
@@ -183,7 +185,7 @@ def plan(config: str, *, num_processes: str = "auto", debug: bool = False, **ove
     """
     from alsace_dist import plan as planning
 
-    num_ranks = 0 if num_processes == "auto" else _whole_number("num_processes", num_processes)
+    num_ranks = None if num_processes == "auto" else _whole_number("num_processes", num_processes)
     planning.print_plan(_load(config, overrides), num_ranks)
 
 
@@ -225,6 +227,7 @@ def main() -> None:
     # As text: fire would read 1e-3 in a name as a number, and drop what follows a '#'.
     fire.parser.DefaultParseValue = str
     debug = any(argument in ("--debug", "--debug=True", "--debug=true") for argument in sys.argv)
+    _stop_on_signals()
     error: BaseException | None = None
     # Fire complains of arguments that it has no use for after the command has run: so it only chooses.
     chosen: list[Callable[[], None]] = []
@@ -235,6 +238,16 @@ def main() -> None:
     except (Exception, KeyboardInterrupt) as caught:
         error = caught
     _leave(error, debug)
+
+
+def _stop_on_signals() -> None:
+    """What stops a rank between two steps (runtime.py) stops everything else at once, as Ctrl-C does."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    for number in (signal.SIGTERM, signal.SIGUSR2):
+        signal.signal(number, interrupt)
 
 
 def _chooser(function: Callable[..., None], chosen: list[Callable[[], None]]) -> Callable[..., None]:
@@ -279,6 +292,8 @@ def _leave(error: BaseException | None, debug: bool) -> None:
 
 def _as_user_error(error: BaseException) -> BaseException:
     """What the operating system refuses (full disk, no permission) is for people; the rest is a defect of ours."""
+    if isinstance(error, KeyboardInterrupt):
+        return Stopped(STOPPED)
     if isinstance(error, OSError) and error.errno is not None and error.strerror:
         where = f"{error.filename}: " if error.filename else ""
         return UserError(f"{where}{error.strerror}; free space or correct the path, then run the same command again")

@@ -2,6 +2,7 @@
 
 EXIT_USER_ERROR = 2
 EXIT_STOPPED = 75  # EX_TEMPFAIL: stopped on request after a checkpoint; the same command goes on from there
+STOPPED = "stopped on request; the same command goes on from here"
 
 
 class UserError(Exception):
@@ -9,4 +10,4 @@ class UserError(Exception):
 
 
 class Stopped(Exception):
-    """All ranks agreed to stop (SIGTERM, SIGUSR2, SIGINT); what was done so far is on disk."""
+    """Stopped by SIGTERM, SIGUSR2 or SIGINT (a group's ranks at an agreed point); what was done so far is on disk."""

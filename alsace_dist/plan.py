@@ -66,8 +66,8 @@ class Memory:
         return self.weights + self.gradients + self.optimizer
 
 
-def print_plan(config: Config, num_processes: int = 0) -> None:
-    """Print the plan of a run on ``num_processes`` ranks (0: as many as would be started on this machine).
+def print_plan(config: Config, num_processes: int | None = None) -> None:
+    """Print the plan of a run on ``num_processes`` ranks (None: as many as would be started on this machine).
 
     Raises ``UserError`` if the model's config.json is not to be had.
     """
@@ -75,7 +75,7 @@ def print_plan(config: Config, num_processes: int = 0) -> None:
 
     from alsace_dist import runtime
 
-    if num_processes < 0:
+    if num_processes is not None and num_processes < 1:
         raise UserError(f"--num_processes={num_processes}: must be 1 or more; leave it out for as many as would run")
     num_ranks = num_processes or runtime.num_local_processes(config.engine)
     console = Console(highlight=False)

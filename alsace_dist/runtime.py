@@ -18,13 +18,12 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from alsace_dist.config import EngineConfig
-from alsace_dist.errors import EXIT_STOPPED, EXIT_USER_ERROR, Stopped, UserError
+from alsace_dist.errors import EXIT_STOPPED, EXIT_USER_ERROR, STOPPED, Stopped, UserError
 
 if TYPE_CHECKING:
     import torch
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
-STOPPED = "stopped on request; the same command goes on from here"
 ERROR_DIR = "ALSACE_ERROR_DIR"  # where the ranks of a local group leave their errors and process ids
 _PR_SET_PDEATHSIG = 1
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # malloc.h
@@ -288,10 +287,14 @@ def _wait_and_forward_signals(agent: threading.Thread, directory: Path) -> bool:
     """Wait for the agent; whether a stop signal came. It goes on to every rank as soon as the rank can take it."""
     received: list[int] = []
     told: set[Path] = set()
+    is_said = False
     previous = {number: signal.signal(number, lambda number, _: received.append(number)) for number in STOP_SIGNALS}
     try:
         while agent.is_alive():
             agent.join(0.1)
+            if received and not is_said:
+                print("stopping at the next safe point; what is done so far is kept", file=sys.stderr, flush=True)
+                is_said = True
             for file in set(directory.glob("rank*.pid")) - told if received else ():
                 try:
                     os.kill(int(file.read_text()), received[0])

@@ -1,10 +1,13 @@
 """The command line from parallel text to the report, as a user runs it."""
 
 import json
+import signal
 from pathlib import Path
 
 import pytest
 import tiny
+
+from alsace_dist.errors import EXIT_STOPPED, STOPPED
 
 
 @pytest.fixture(scope="module")
@@ -146,6 +149,22 @@ def test_a_persons_yaml_is_not_written_over(world: Path, tmp_path: Path) -> None
     assert failed.returncode == 2
     assert "lies where the run's resolved config goes; move it out of run_dir" in failed.stderr
     assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2, signal.SIGINT])
+def test_a_stop_outside_a_group_is_like_one_inside(world: Path, tmp_path: Path, number: signal.Signals) -> None:
+    """``prepare`` has no ranks that agree: it ends at once, and is begun anew."""
+    tiny.write_data(tmp_path / "many.jsonl", 100_000)  # seconds of work
+    data = {"inputs": [{"path": str(tmp_path / "many.jsonl")}]}
+    config = tiny.make_config(world, run_dir=str(tmp_path / "run"), data=data)
+    path = tiny.write_config(tmp_path / "config.yaml", config)
+    with tiny.started("prepare", str(path)) as process:
+        tiny.wait_for((tmp_path / "run/config.yaml").exists)
+        process.send_signal(number)
+        assert process.wait(timeout=60) == EXIT_STOPPED
+        assert process.stderr is not None
+        assert process.stderr.read().splitlines()[-1] == STOPPED
+    assert not list((tmp_path / "run").glob("data/*/manifest.json"))
 
 
 def test_mended_data_is_prepared_by_the_same_command(world: Path, tmp_path: Path) -> None:

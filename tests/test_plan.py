@@ -329,8 +329,9 @@ def test_the_number_of_processes_given_wins(prepared: Config, capsys: pytest.Cap
     text = capsys.readouterr().out
     assert "16 ranks" in text
     assert table(text)["* 3"][:4] == ["0.022", "0.086", "0.129", "0.237"]
-    with pytest.raises(UserError, match="--num_processes=-1"):
-        print_plan(prepared, -1)
+    for number in (0, -1):
+        with pytest.raises(UserError, match=f"--num_processes={number}"):
+            print_plan(prepared, number)
 
 
 def test_print_plan_of_prepared_data(prepared: Config, capsys: pytest.CaptureFixture[str]) -> None:
