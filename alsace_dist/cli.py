@@ -54,7 +54,7 @@ def run(config: str, *, dry_run: bool = False, debug: bool = False, **overrides:
     found = pipeline.stages(loaded)
     if dry_run:
         for stage in found:
-            print(f"{_state(stage):<9} {stage.name}")
+            print(f"{stage.state():<9} {stage.name}")
         return
     pipeline.write_config(loaded, Path(config), found)
     for stage in found:
@@ -154,12 +154,7 @@ def report(run: str, *, debug: bool = False) -> None:
         run: the run's directory.
         debug: show tracebacks.
     """
-    from alsace_dist.layout import CONFIG_FILE
-
-    path = Path(run) / CONFIG_FILE
-    if not path.exists():
-        raise UserError(f"{path}: no such file; give the directory of a run")
-    _report(_load(str(path), {"run_dir": run}))
+    _report(_of_run(run))
 
 
 def calibrate(config: str, *, variant: str = "", debug: bool = False, **overrides: Any) -> None:
@@ -202,6 +197,57 @@ def doctor(config: str = "", *, debug: bool = False, **overrides: Any) -> None:
     checks.run_checks(_load(config, overrides) if config else None)
 
 
+def submit(
+    config: str,
+    *,
+    cluster: str,
+    nodes: int = 0,
+    stages: str = "",
+    dry_run: bool = False,
+    debug: bool = False,
+    **overrides: Any,
+) -> None:
+    """Submit every stage that is not complete to Slurm, each to start when the one before has succeeded.
+
+    Args:
+        config: the run's YAML.
+        cluster: the site profile, a YAML as in slurm/clusters.
+        nodes: nodes of the stages that compute on ranks; default: what the profile says.
+        stages: comma-separated commands to submit, such as score,select,distill; default: all.
+        dry_run: write the job scripts and submit nothing.
+        debug: show tracebacks.
+        overrides: settings of the config by dotted name.
+    """
+    from alsace_dist import submission
+
+    submission.submit(_load(config, overrides), Path(config), cluster, nodes, stages, dry_run)
+
+
+def status(run: str, *, lines: int = 5, debug: bool = False) -> None:
+    """Say of every stage of a run whether it waits, runs, is done or has failed, and how far it is.
+
+    Args:
+        run: the run's directory.
+        lines: how many last lines to show of the log of what runs or has failed.
+        debug: show tracebacks.
+    """
+    from alsace_dist import submission
+
+    submission.print_status(_of_run(run), lines)
+
+
+def cancel(run: str, *, debug: bool = False) -> None:
+    """Cancel what a run has in Slurm's queue.
+
+    Args:
+        run: the run's directory.
+        debug: show tracebacks.
+    """
+    from alsace_dist import submission
+
+    submission.cancel(Path(run))
+
+
 COMMANDS: dict[str, Callable[..., None]] = {
     "demo": demo,
     "run": run,
@@ -214,6 +260,9 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "calibrate": calibrate,
     "evaluate": evaluate,
     "report": report,
+    "submit": submit,
+    "status": status,
+    "cancel": cancel,
     "plan": plan,
     "doctor": doctor,
 }
@@ -282,6 +331,7 @@ def _leave(error: BaseException | None, debug: bool) -> None:
         if runtime.ERROR_DIR not in os.environ:
             prefix = "" if isinstance(error, Stopped) else "error: "
             print(f"{prefix}{error}", file=sys.stderr)
+            runtime.record_cause(error)
     sys.stdout.flush()
     sys.stderr.flush()
     if runtime.in_group():
@@ -305,6 +355,16 @@ def _load(path: str, overrides: Mapping[str, Any]) -> "Config":
 
     values = {key: value if key == "run_dir" else parse_value(value) for key, value in overrides.items()}
     return load_config(path, values)
+
+
+def _of_run(run: str) -> "Config":
+    """The resolved config of a run, wherever it lies now."""
+    from alsace_dist.layout import CONFIG_FILE
+
+    path = Path(run) / CONFIG_FILE
+    if not path.exists():
+        raise UserError(f"{path}: no such file; give the directory of a run")
+    return _load(str(path), {"run_dir": run})
 
 
 def _single(
@@ -359,9 +419,7 @@ def _run_stage(stage: "Stage", config: "Config", debug: bool) -> None:
         print(f"{stage.name}", file=sys.stderr)
         stage.execute(None)
         return
-    arguments = [stage.command, str(Layout(Path(config.run_dir)).config)]
-    if stage.command in ("score", "distill"):
-        arguments += [f"--round={stage.round}", f"--variant={stage.variant}"]
+    arguments = [stage.command, str(Layout(Path(config.run_dir)).config), *stage.flags]
     runtime.launch(arguments + (["--debug"] if debug else []), runtime.num_local_processes(config.engine), debug)
 
 
@@ -377,15 +435,6 @@ def _whole_number(name: str, text: str) -> int:
         return int(text)
     except ValueError:
         raise UserError(f"--{name}={text}: give a whole number") from None
-
-
-def _state(stage: "Stage") -> str:
-    if not stage.is_begun():
-        return "to do"
-    try:
-        return "complete" if stage.is_complete() else "to do"
-    except UserError as error:
-        return "to do" if "not complete" in str(error) or "no such file" in str(error) else f"refused: {error}"
 
 
 def _report(config: "Config") -> None:

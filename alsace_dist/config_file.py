@@ -1,14 +1,17 @@
 """A run's YAML: read, overridden by dotted names, validated with errors that name the key, written when resolved."""
 
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import ValidationError
 
 from alsace_dist.config import METHODS, OPTION_OF, Config, Section
 from alsace_dist.errors import UserError
+
+SectionType = TypeVar("SectionType", bound=Section)
 
 
 def variant(config: Config, name: str) -> Config:
@@ -25,7 +28,7 @@ def variant(config: Config, name: str) -> Config:
     for option, (choice, _, _) in OPTION_OF.items():  # and what it chooses anew has its own options
         if ("method" in overrides or choice in chosen) and option not in chosen:
             base.get("select", {}).pop(option, None)
-    return _validate(_merge(base, overrides), f"variants.{name}: ")
+    return validate(Config, _merge(base, overrides), f"variants.{name}: ")
 
 
 def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Config:
@@ -34,17 +37,10 @@ def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
     Raises ``UserError`` that names the file, the key and the remedy.
     """
     file = Path(path)
-    try:
-        value = yaml.load(file.read_text(encoding="utf-8"), _Loader)
-    except FileNotFoundError:
-        raise UserError(f"{file}: no such file; give the path of a run's YAML") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{file}: cannot be read as YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{file}: must be a mapping of sections, see docs/config.md")
+    value = read_yaml(file, "give the path of a run's YAML")
     for key, item in (overrides or {}).items():
         value = _merge(value, _nest(key, item))
-    config = _validate(value, f"{file}: ")
+    config = validate(Config, value, f"{file}: ")
     for name in config.variants:
         try:
             variant(config, name)  # an impossible variant is an error now, not after hours of training
@@ -53,11 +49,25 @@ def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
     return config
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML that refuses a key given twice, and in which `no` is Norwegian: only true and false are booleans."""
+def read_yaml(file: Path, remedy: str) -> dict[str, Any]:
+    """A YAML file that holds a mapping. Raises ``UserError``; ``remedy``: what to do if there is no such file."""
+    try:
+        value = yaml.load(file.read_text(encoding="utf-8"), _Loader)
+    except FileNotFoundError:
+        raise UserError(f"{file}: no such file; {remedy}") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{file}: cannot be read as YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{file}: must be a mapping of keys to values")
+    return value
 
-    yaml_implicit_resolvers = {
-        first: [rule for rule in rules if rule[0] != "tag:yaml.org,2002:bool" or first in "tTfF"]
+
+class _Loader(yaml.SafeLoader):
+    """YAML that refuses a key given twice, and takes fewer words for something else than text, much as YAML 1.2 does:
+    `no` is Norwegian, `01` a name, `12:00:00` a time, not 43,200."""
+
+    yaml_implicit_resolvers: dict[Any, Any] = {
+        first: [rule for rule in rules if rule[0] in ("tag:yaml.org,2002:null", "tag:yaml.org,2002:merge")]
         for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
@@ -68,6 +78,16 @@ class _Loader(yaml.SafeLoader):
             if keys.count(key) > 1:
                 raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", node.start_mark)
         return super().construct_mapping(node, deep)
+
+
+# No more than PyYAML's own resolver reads as something else than text, so that what it writes is read as it was.
+_FLOAT = r"[-+]?((0|[1-9][0-9]*)\.[0-9]*|\.[0-9]+)([eE][-+][0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"
+for _tag, _pattern, _first in (
+    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("int", r"[-+]?(0|[1-9][0-9]*)", "-+0123456789"),
+    ("float", _FLOAT, "-+.0123456789"),
+):
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), list(_first))
 
 
 def parse_value(text: str) -> Any:
@@ -98,23 +118,24 @@ def _merge(base: Any, overrides: Any) -> Any:
     return merged
 
 
-def _validate(value: dict[str, Any], prefix: str) -> Config:
+def validate(model: type[SectionType], value: dict[str, Any], prefix: str) -> SectionType:
+    """The section that a mapping describes. Raises ``UserError``: after ``prefix``, each key that is wrong, and how."""
     try:
-        return Config.model_validate(value)
+        return model.model_validate(value)
     except ValidationError as error:
-        raise UserError(prefix + "; ".join(_problems(error, value))) from None
+        raise UserError(prefix + "; ".join(_problems(error, value, model))) from None
 
 
-def _problems(error: ValidationError, value: Any) -> Iterable[str]:
+def _problems(error: ValidationError, value: Any, model: type[Section]) -> Iterable[str]:
     """One phrase per problem: the dotted key, what is wrong, and for an unknown key the keys that exist."""
     for row in error.errors():
         key = ".".join(_as_written(row["loc"], value, row["type"]))
         message = row["msg"].removeprefix("Value error, ")
         if row["type"] == "extra_forbidden":
-            known = ", ".join(_known_keys(row["loc"][:-1]))
+            known = ", ".join(_known_keys(model, row["loc"][:-1]))
             message = f"unknown key; known here: {known}" if known else "unknown key"
         elif row["type"] == "missing":
-            message = "is needed and missing; add it (docs/config.md says what it holds)"
+            message = "is needed and missing; add it (docs/ says what it holds)"
         elif row["type"] != "value_error":
             message = f"{message}, not {row['input']!r}"
         yield f"{key}: {message}" if key else message
@@ -130,8 +151,8 @@ def _as_written(location: tuple[int | str, ...], value: Any, kind: str) -> Itera
             yield str(part)
 
 
-def _known_keys(location: tuple[int | str, ...]) -> list[str]:
-    section: Any = Config
+def _known_keys(model: type[Section], location: tuple[int | str, ...]) -> list[str]:
+    section: Any = model
     for part in location:
         if isinstance(part, int):
             continue

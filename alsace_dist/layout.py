@@ -26,6 +26,11 @@ class Layout:
         return self.run / CONFIG_FILE
 
     @property
+    def slurm(self) -> Path:
+        """Job scripts, their logs, and what the jobs leave."""
+        return self.run / "slurm"
+
+    @property
     def data(self) -> Path:
         """Prepared datasets, one directory per split."""
         return self.run / "data"

@@ -17,7 +17,7 @@ from alsace_dist.config import EngineConfig, TrainConfig
 from alsace_dist.engine import TrainEngine
 from alsace_dist.errors import Stopped, UserError
 from alsace_dist.metrics import MetricsWriter, progress
-from alsace_dist.runtime import Runtime
+from alsace_dist.runtime import Runtime, note_position
 from alsace_dist.stream import PASS_COST, REDUCTION_COST, CanonicalOrder, TrainStream, micro_batches
 
 
@@ -88,6 +88,8 @@ def run(job: Job, runtime: Runtime) -> None:
         for name in engine.parameters:  # the float32 copies, which DeepSpeed made from rounded weights
             engine.load_weight(name, job.value(name))
     first = found[1] if found else 0
+    if runtime.is_main:
+        note_position(f"step {first}")
     stream: TrainStream[Any] = TrainStream(order, job.load, job.build, runtime.rank, runtime.world_size)
     writer = MetricsWriter(job.directory, job.tensorboard, first, runtime.is_main)
     meter = _Meter(runtime, section)
@@ -117,6 +119,8 @@ def run(job: Job, runtime: Runtime) -> None:
             (stop,) = runtime.any_rank(runtime.stop.is_set)
             if done < num_steps and (stop or done % section.checkpoint_every_steps == 0):
                 checkpoint.save(checkpoints, engine, done, job.fingerprint, section.keep_checkpoints)
+                if runtime.is_main:
+                    note_position(f"step {done}")
             if stop and done < num_steps:
                 writer.close()
                 raise Stopped(f"{job.kind}: stopped after step {done} of {num_steps}; a checkpoint is written")

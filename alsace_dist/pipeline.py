@@ -46,6 +46,13 @@ class Stage:
             parts.append(f"({self.variant})")
         return " ".join(parts)
 
+    @property
+    def flags(self) -> list[str]:
+        """What tells it from the other stages of its command, on the command line."""
+        if self.command not in ("score", "select", "distill"):
+            return [f"--variant={self.variant}"] if self.variant else []
+        return [f"--round={self.round}"] + ([f"--variant={self.variant}"] if self.variant else [])
+
     def is_begun(self) -> bool:
         """Whether there is anything of its outputs, whatever it was made with."""
         names = (artifacts.MANIFEST, artifacts.STARTED)
@@ -57,6 +64,15 @@ class Stage:
         for path, (kind, value) in self.fingerprints().items():  # all, so that none with other settings is passed over
             complete = artifacts.is_complete(path, kind, value) and complete
         return complete
+
+    def state(self) -> str:
+        """``complete``, ``to do`` or ``refused: ...``; never an error."""
+        if not self.is_begun():
+            return "to do"
+        try:
+            return "complete" if self.is_complete() else "to do"
+        except UserError as error:
+            return "to do" if "not complete" in str(error) or "no such file" in str(error) else f"refused: {error}"
 
 
 def stages(config: Config) -> list[Stage]:

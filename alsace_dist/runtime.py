@@ -17,6 +17,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+from alsace_dist.artifacts import write_text
 from alsace_dist.config import EngineConfig
 from alsace_dist.errors import EXIT_STOPPED, EXIT_USER_ERROR, STOPPED, Stopped, UserError
 
@@ -25,6 +26,10 @@ if TYPE_CHECKING:
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
 ERROR_DIR = "ALSACE_ERROR_DIR"  # where the ranks of a local group leave their errors and process ids
+# What a job script says to its tasks (slurm_stage.sh.j2, slurm_task.sh).
+ATTEMPT_DIR = "ALSACE_ATTEMPT_DIR"  # where they leave their output and the cause of a failure
+NUM_NODES, NODE_RANK, RANKS_PER_NODE = "ALSACE_NUM_NODES", "ALSACE_NODE_RANK", "ALSACE_RANKS_PER_NODE"
+RENDEZVOUS_SECONDS = 600  # nodes load the program from a shared disk, some slowly
 _PR_SET_PDEATHSIG = 1
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # malloc.h
 
@@ -125,7 +130,7 @@ class PeerFailed(Exception):
 
 
 class RankFailed(Exception):
-    """A rank met a defect of the program; its traceback is printed already."""
+    """A rank was killed, or met a defect of the program whose traceback is printed already."""
 
 
 def start(engine: EngineConfig) -> Runtime:
@@ -135,6 +140,7 @@ def start(engine: EngineConfig) -> Runtime:
     """
     stop = StopFlag()
     stop.install()
+    _log_apart()
     _die_with_parent()  # and says that this rank takes signals
     import torch
     import torch.distributed as dist
@@ -185,6 +191,23 @@ def _die_with_parent() -> None:
         (Path(os.environ[ERROR_DIR]) / f"rank{os.environ['RANK']}.pid").write_text(str(os.getpid()))
 
 
+def _log_apart() -> None:
+    """In a job, the output of rank 0 alone goes into the job's log; every other rank has a file of its own."""
+    rank = int(os.environ["RANK"])
+    if ATTEMPT_DIR in os.environ and rank:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        with (Path(os.environ[ATTEMPT_DIR]) / f"rank{rank:05d}.log").open("ab") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+
+
+def note_position(text: str) -> None:
+    """Leave for the job script where the next start would go on: it stops a job that fails again and again there."""
+    if ATTEMPT_DIR in os.environ:
+        write_text(Path(os.environ[ATTEMPT_DIR]) / "position", text + "\n")
+
+
 def _keep_memory() -> None:
     """Keep freed memory for the next tensor.
 
@@ -229,8 +252,25 @@ def record_failure(error: BaseException) -> None:
         (Path(directory) / f"rank{os.environ['RANK']}.json").write_text(json.dumps(row))
 
 
+def record_cause(error: BaseException) -> None:
+    """In a job: leave why this task ended, for the job script, which prints the first cause of all tasks last.
+
+    The name says how it compares: ``cause-<0: own, 1: another rank failed>-<nanoseconds>-<exit code>-<who>``.
+    """
+    if directory := os.environ.get(ATTEMPT_DIR):
+        who = f"rank{os.environ['RANK']}" if in_group() else f"node{os.environ.get(NODE_RANK, 0)}"
+        is_mistake = isinstance(error, UserError | Stopped | RankFailed) or is_secondary(error)
+        message = f"{error}" if is_mistake else f"{type(error).__name__}: {error}"
+        if is_secondary(error):
+            message = f"a rank died without a word (killed? out of memory?), its node's lines above say how; {message}"
+        name = f"cause-{int(is_secondary(error))}-{time.time_ns()}-{exit_code(error)}-{who}"
+        write_text(Path(directory) / name, " ".join(message.split()) + "\n")
+
+
 def num_local_processes(engine: EngineConfig) -> int:
     """Ranks to start on this machine."""
+    if RANKS_PER_NODE in os.environ:
+        return int(os.environ[RANKS_PER_NODE])
     if engine.num_processes != "auto":
         return engine.num_processes
     import torch
@@ -239,10 +279,12 @@ def num_local_processes(engine: EngineConfig) -> int:
 
 
 def launch(arguments: Sequence[str], num_processes: int, debug: bool = False) -> None:
-    """Run ``python -m alsace_dist ARGUMENTS`` as a torchrun group on this machine and wait for it.
+    """Run ``python -m alsace_dist ARGUMENTS`` as this machine's part of a torchrun group and wait for it.
 
-    Stop signals go on to the ranks, which agree on a point to stop at. Raises ``Stopped`` if they did, and
-    ``UserError`` with the message of the rank that failed first if one failed.
+    The group is this machine's alone, or in a job of several nodes all of theirs, each of which calls this. Stop
+    signals go on to the ranks, which agree on a point to stop at. Raises ``Stopped`` if they did; if a rank failed,
+    ``UserError`` with the message of the one that failed first, ``RankFailed``, or ``PeerFailed`` if it was on
+    another machine.
     """
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -250,14 +292,11 @@ def launch(arguments: Sequence[str], num_processes: int, debug: bool = False) ->
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     with tempfile.TemporaryDirectory(prefix="alsace-") as directory:
         settings = LaunchConfig(
-            min_nodes=1,
-            max_nodes=1,
             nproc_per_node=num_processes,
-            rdzv_backend="c10d",
-            rdzv_endpoint="localhost:0",
-            run_id=f"alsace-{os.getpid()}-{time.time_ns()}",
+            run_id=f"alsace-{os.environ.get('SLURM_JOB_ID', f'{os.getpid()}-{time.time_ns()}')}",
             max_restarts=0,
             monitor_interval=0.1,
+            **_rendezvous(),
         )
         outcome: list[BaseException] = []
 
@@ -281,6 +320,20 @@ def launch(arguments: Sequence[str], num_processes: int, debug: bool = False) ->
             raise _explain(outcome[0], Path(directory), debug)
         if is_asked_to_stop:  # too late for this stage, but there may be others
             raise Stopped(STOPPED)
+
+
+def _rendezvous() -> dict[str, Any]:
+    """How the machines of a group find each other: in a job at its first node; one alone takes any free port."""
+    num_nodes = int(os.environ.get(NUM_NODES, 1))
+    if num_nodes == 1:
+        return {"min_nodes": 1, "max_nodes": 1, "rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0"}
+    return {
+        "min_nodes": num_nodes,
+        "max_nodes": num_nodes,
+        "rdzv_backend": "static",
+        "rdzv_endpoint": f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}",
+        "rdzv_configs": {"rank": int(os.environ[NODE_RANK]), "timeout": RENDEZVOUS_SECONDS},
+    }
 
 
 def _wait_and_forward_signals(agent: threading.Thread, directory: Path) -> bool:
@@ -327,12 +380,16 @@ def _explain(error: BaseException, directory: Path, debug: bool) -> Exception:
     if killed is not None and (first is None or first[0]):
         name = signal.Signals(-codes[killed]).name
         hint = " (often: out of memory)" if name == "SIGKILL" else ""
-        return UserError(f"rank {killed} was killed by {name}{hint}; the same command goes on from the last checkpoint")
+        return RankFailed(
+            f"rank {killed} was killed by {name}{hint}; the same command goes on from the last checkpoint"
+        )
     rank, failure = error.get_first_failure()
     if failure.exitcode == EXIT_STOPPED:
         return Stopped(STOPPED)
     if first is None:
-        return UserError(f"rank {rank} ended with exit code {failure.exitcode}; its output above says why")
+        return RankFailed(f"rank {rank} ended with exit code {failure.exitcode}; its output above says why")
+    if first[0] and NUM_NODES in os.environ:
+        return PeerFailed(first[3]["message"])  # it died on another node, which says how
     if debug or not first[3]["is_user_error"]:
         print(first[3]["traceback"], file=sys.stderr)
     message = first[3]["message"]

@@ -15,7 +15,7 @@ import numpy as np
 from alsace_dist import artifacts
 from alsace_dist.config import Config
 from alsace_dist.errors import Stopped, UserError
-from alsace_dist.runtime import PeerFailed, Runtime, shared_counter
+from alsace_dist.runtime import PeerFailed, Runtime, note_position, shared_counter
 from alsace_dist.score_files import KIND, Scores, read_metadata, read_score_file, write_scores
 from alsace_dist.shards import Dataset, ShardInfo, open_dataset, read_shard
 from alsace_dist.stream import ahead, score_batches
@@ -88,6 +88,8 @@ class _Pass:
         runtime, directory = self.runtime, self.directory
         runtime.main_first(lambda: artifacts.begin(directory, KIND, self.fingerprint))
         todo = runtime.gather([s for s in self.dataset.shards if not self._is_done(s)] if runtime.is_main else None)[0]
+        if runtime.is_main:
+            note_position(f"{len(self.dataset.shards) - len(todo)} shards of {directory}")
         from alsace_dist.metrics import progress
 
         with progress(f"score {directory.name}", len(self.dataset.shards), len(self.dataset.shards) - len(todo),

@@ -9,7 +9,7 @@ import yaml
 
 from alsace_dist.artifacts import write_text
 from alsace_dist.config import METHODS, Config, Section
-from alsace_dist.config_file import config_text, load_config, variant
+from alsace_dist.config_file import config_text, load_config, parse_value, variant
 from alsace_dist.errors import UserError
 
 BASE: dict[str, Any] = {
@@ -233,7 +233,7 @@ def test_not_yaml_and_not_a_mapping(tmp_path: Path) -> None:
         "cannot be read as YAML: key 'c' is given twice"
     )
     for text in ("", "- a\n", "just words\n"):
-        assert complaint(tmp_path, text=text) == "must be a mapping of sections, see docs/config.md"
+        assert complaint(tmp_path, text=text) == "must be a mapping of keys to values"
     path = tmp_path / "bytes.yaml"
     path.write_bytes(b"run_dir: \xff\n")
     with pytest.raises(UserError, match=r"bytes\.yaml: cannot be read as YAML: .*invalid start byte"):
@@ -286,6 +286,16 @@ engine: {offload_optimizer: true, gradient_checkpointing: False}
     assert config.data.source_language == "no" and config.data.languages == ["no", "on", "en"]
     assert config.data.exposure == {"no": 0.5, "on": 0.25}
     assert config.engine.offload_optimizer is True and config.engine.gradient_checkpointing is False
+    write_text(tmp_path / "saved.yaml", config_text(config))
+    assert load_config(tmp_path / "saved.yaml") == config
+
+
+def test_codes_times_and_dates_are_names(tmp_path: Path) -> None:
+    """YAML 1.1 reads them as 1, 5400 and a date."""
+    config = load_config(
+        write(tmp_path, text=yaml.safe_dump(BASE)), {"task.labels": parse_value("[01, 1:30:00, 2026-01-01]")}
+    )
+    assert config.task.labels == ["01", "1:30:00", "2026-01-01"]
     write_text(tmp_path / "saved.yaml", config_text(config))
     assert load_config(tmp_path / "saved.yaml") == config
 

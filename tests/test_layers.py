@@ -20,7 +20,7 @@ PACKAGE = Path(alsace_dist.__file__).parent
 FILES = {path.stem: path for path in PACKAGE.glob("*.py") if path.stem != "__init__"}
 
 LAYERS = [
-    {"errors", "artifacts", "config", "config_file", "layout", "languages", "statistics", "wording"},
+    {"errors", "artifacts", "config", "config_file", "cluster", "layout", "languages", "statistics", "wording"},
     {"runtime", "metrics", "plots"},
     {
         "checks",
@@ -37,7 +37,7 @@ LAYERS = [
     }
     | {"demo_corpus"},
     {"prepare", "pretrain", "train", "score", "select", "evaluate", "report", "plan", "doctor"},
-    {"pipeline", "cli", "__main__"},
+    {"pipeline", "job_scripts", "slurm", "submission", "cli", "__main__"},
 ]
 STAGES = LAYERS[3]
 LAYER = {module: number for number, modules in enumerate(LAYERS) for module in modules}

@@ -1,0 +1,209 @@
+"""What differs between clusters: a site profile, one YAML that says how a cluster's Slurm wants to be asked."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import AfterValidator, Field, field_validator, model_validator
+
+from alsace_dist.config import Count, Section
+from alsace_dist.config_file import read_yaml, validate
+
+# The commands that a job can be for, beside `small` (jobs of one task) and `default`.
+STAGES = (
+    "prepare",
+    "pretrain-nano",
+    "finetune",
+    "score",
+    "select",
+    "distill",
+    "calibrate",
+    "evaluate",
+    "report",
+    "doctor",
+)
+_SBATCH_LINE = re.compile(r"--[a-z][a-z-]*(=.*)?")
+_DURATION = re.compile(r"\d+(-\d+(:\d+){0,2})?|\d+(:\d+){1,2}")  # sbatch(1), --time
+
+
+def _on_one_line(text: str) -> str:
+    if bad := next((char for char in text if not char.isprintable()), None):
+        raise ValueError(f"holds {bad!r}; a job script has no place for what cannot be printed")
+    return text
+
+
+def _is_duration(text: str) -> str:
+    if not _DURATION.fullmatch(text):
+        raise ValueError(f"{text!r} is no duration; write minutes, hours:minutes:seconds or days-hours:minutes:seconds")
+    return text
+
+
+Line = Annotated[str, Field(min_length=1), AfterValidator(_on_one_line)]
+Duration = Annotated[str, AfterValidator(_is_duration)]
+
+
+class ContainerConfig(Section):
+    """Container that every task runs in."""
+
+    kind: Literal["pyxis", "apptainer"]
+    """pyxis: srun's plugin of that name; apptainer: that program."""
+    image: Line
+    """A .sif file for apptainer; for pyxis what --container-image takes: a registry's name or a .sqsh file."""
+    mounts: list[Line] = []
+    """Directories as outside:inside or outside:inside:ro; this one, the run's and the data's must be among them."""
+    program: Line = "apptainer"
+    """Name or path of apptainer, such as singularity on older sites."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.kind == "pyxis" and "program" in self.model_fields_set:
+            raise ValueError("program is apptainer's; remove it")
+        return self
+
+
+class SmallConfig(Section):
+    """What stages of one task without GPUs ask for: prepare, select, calibrate, evaluate, report."""
+
+    partition: Line | None = None
+    """Partition for them; null: that of the others."""
+    cpus: Count = 2
+    """CPU cores."""
+    memory: Line | None = None
+    """Memory as Slurm writes it, such as 16G; null: the partition's default."""
+
+
+class SiteProfile(Section):
+    """How to ask a cluster for the jobs of a run. Where a key is null, nothing is asked for and the cluster decides."""
+
+    partition: Line | None = None
+    """Partition."""
+    account: Line | None = None
+    """Account to charge."""
+    qos: Line | None = None
+    """Quality of service."""
+    constraint: Line | None = None
+    """Features that the nodes must have."""
+    exclude: Line | None = None
+    """Nodes to stay away from."""
+    reservation: Line | None = None
+    """Reservation."""
+    mail_user: Line | None = None
+    """Where mail goes."""
+    mail_type: Line | None = None
+    """When mail is sent, such as END,FAIL."""
+    nodes: Count = 1
+    """Nodes of the stages that compute on ranks; `alsace submit --nodes` wins."""
+    gpus_per_node: Annotated[int, Field(ge=0)] = 0
+    """GPUs of each node."""
+    gpu_type: Line | None = None
+    """Kind of GPU, as the cluster names it."""
+    ranks_per_node: Count | None = None
+    """Ranks on each node; null: one per GPU, without GPUs as many as the run's engine.num_processes says."""
+    cpus_per_node: Count | None = None
+    """CPU cores of each node; null: one per rank, eight per GPU."""
+    memory: Line | None = None
+    """Memory of each node as Slurm writes it, such as 480G; 0: all of it."""
+    exclusive: bool = False
+    """Ask for whole nodes."""
+    time: Duration | dict[str, Duration] = "02:00:00"
+    """Time limit of a job; or a mapping from stage to limit, with a `default`."""
+    small: SmallConfig = SmallConfig()
+    """What stages of one task without GPUs ask for."""
+    modules: list[Line] = []
+    """Environment modules to load."""
+    venv: Line | None = None
+    """Virtual environment to activate: its directory."""
+    conda: Line | None = None
+    """Conda environment to activate: its name or directory."""
+    python: Line | None = None
+    """Python to call; null: `python` of the modules, venv, conda or container, without any of them the submitter's."""
+    container: ContainerConfig | None = None
+    """Container that the tasks run in."""
+    environment: dict[str, str] = {}
+    """Environment variables of the jobs, such as those of NCCL. Not for secrets: they stand in the job scripts."""
+    launcher: Literal["torchrun", "srun"] = "torchrun"
+    """torchrun: srun starts one task per node, which starts the node's ranks. srun: it starts one task per rank."""
+    signal: Literal["USR1", "USR2"] = "USR2"
+    """What Slurm sends before the time is up, and before a preemption where the site says so."""
+    lead_seconds: Annotated[int, Field(ge=0, le=65535)] = 300
+    """How long before the end it is sent: longer than a step and a checkpoint take together."""
+    max_requeues: Annotated[int, Field(ge=0)] = 20
+    """How often a job goes back into the queue, at most."""
+    sbatch: list[Line] = []
+    """Further options of sbatch, one a line, as they would stand after #SBATCH."""
+
+    @field_validator("environment")
+    @classmethod
+    def _check_environment(cls, value: dict[str, str]) -> dict[str, str]:
+        for name, text in value.items():
+            if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+                raise ValueError(f"{name!r} is no name of an environment variable")
+            _on_one_line(text)
+        return value
+
+    @field_validator("environment", mode="before")
+    @classmethod
+    def _numbers_as_text(cls, value: Any) -> Any:
+        if not isinstance(value, Mapping):
+            return value
+        return {key: str(one) if type(one) in (int, float) else one for key, one in value.items()}
+
+    @field_validator("memory", "time", mode="before")
+    @classmethod
+    def _number_as_text(cls, value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: str(one) if type(one) is int else one for key, one in value.items()}
+        return str(value) if type(value) is int else value
+
+    @field_validator("sbatch")
+    @classmethod
+    def _check_lines(cls, value: list[str]) -> list[str]:
+        for line in value:
+            if not _SBATCH_LINE.fullmatch(line):
+                raise ValueError(f"{line!r} is no option of sbatch; write --name=value")
+            name = line.partition("=")[0]
+            if name in OWNED:
+                raise ValueError(f"{name} is set from this profile's own keys or by alsace itself; remove it")
+        return value
+
+    @field_validator("time")
+    @classmethod
+    def _check_stages(cls, value: str | dict[str, str]) -> str | dict[str, str]:
+        if isinstance(value, dict):
+            if unknown := sorted(value.keys() - {*STAGES, "default"}):
+                raise ValueError(f"{unknown[0]!r} is no stage; there are default, {', '.join(STAGES)}")
+            if "default" not in value:
+                raise ValueError("needs a `default`")
+        return value
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.gpu_type and not self.gpus_per_node:
+            raise ValueError("gpu_type needs gpus_per_node")
+        if self.mail_type and not self.mail_user:
+            raise ValueError("mail_type needs mail_user")
+        if self.venv and self.conda:
+            raise ValueError("give either venv or conda")
+        if self.container and (self.venv or self.conda):
+            raise ValueError("a container has its own environment; remove venv and conda")
+        return self
+
+    def time_of(self, stage: str) -> str:
+        """Time limit of a stage's job."""
+        return self.time if isinstance(self.time, str) else self.time.get(stage, self.time["default"])
+
+
+# Options that the scripts set themselves: a second one would win or lose by its place.
+OWNED = {
+    *("--partition", "--account", "--qos", "--constraint", "--exclude", "--reservation", "--mail-user", "--mail-type"),
+    *("--nodes", "--ntasks", "--ntasks-per-node", "--cpus-per-task", "--mem", "--gpus-per-node", "--exclusive"),
+    *("--time", "--signal", "--requeue", "--no-requeue", "--open-mode", "--output", "--error", "--job-name"),
+    *("--dependency", "--kill-on-invalid-dep", "--array", "--chdir", "--wrap", "--export", "--parsable", "--wait"),
+    "--test-only",
+}
+
+
+def load_profile(path: str | Path) -> SiteProfile:
+    """Read a site profile. Raises ``UserError`` that names the file, the key and the remedy."""
+    return validate(SiteProfile, read_yaml(Path(path), "give a site profile, see slurm/clusters"), f"{path}: ")

@@ -1,0 +1,162 @@
+"""Submit a run to Slurm as a chain of jobs, and ask and stop it."""
+
+import subprocess
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from alsace_dist import artifacts
+from alsace_dist.errors import UserError
+from alsace_dist.layout import Layout
+
+TIMEOUT_SECONDS = 60
+# States in which a job may still do something; squeue(1), JOB STATE CODES.
+ALIVE = {"PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED"}
+ALIVE |= {"RESIZING", "SIGNALING", "STAGE_OUT", "STOPPED", "SPECIAL_EXIT"}
+
+
+class NoSlurm(UserError):
+    """Slurm's programs are not here, or its controller does not answer."""
+
+
+@dataclass(frozen=True)
+class Submitted:
+    """A job as it was submitted: which stage, its id, its script and its log."""
+
+    name: str
+    job_id: str
+    script: str
+    log: str
+
+
+@dataclass(frozen=True)
+class JobState:
+    """What Slurm says of a job: its state, the reason for it, restarts, where it runs or when it starts."""
+
+    state: str
+    reason: str
+    num_restarts: int
+    nodes: str
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether it may still do something."""
+        return self.state in ALIVE
+
+
+def submit(run: Path, scripts: Sequence[tuple[str, Path]]) -> list[Submitted]:
+    """Submit (name, script) pairs, each to start when the one before it has succeeded; all or none.
+
+    Raises ``UserError`` if the run has jobs in the queue, or Slurm refuses one: then those before it are cancelled.
+    """
+    refuse_if_alive(run)
+    done: list[Submitted] = []
+    try:
+        for name, script in scripts:
+            command = ["sbatch", "--parsable"]
+            if done:
+                command += [f"--dependency=afterok:{done[-1].job_id}", "--kill-on-invalid-dep=yes"]
+            job_id = _call([*command, str(script)]).strip().partition(";")[0]
+            done.append(Submitted(name, job_id, str(script), str(script.parent / "logs" / f"{script.stem}.log")))
+            _write(run, done)  # at once: what is submitted can be asked for and cancelled
+    except (UserError, KeyboardInterrupt) as error:
+        ids = [job.job_id for job in reversed(done)]
+        try:
+            _call(["scancel", *ids] if ids else ["true"])
+        except UserError as second:
+            raise UserError(f"{error}; and {', '.join(ids)} cannot be cancelled: {second}") from None
+        _write(run, [])
+        raise
+    return done
+
+
+def refuse_if_alive(run: Path) -> None:
+    """Raises ``UserError`` if the run has jobs in the queue."""
+    if alive := alive_jobs(run):
+        ids = ", ".join(f"{job.job_id} ({job.name})" for job in alive)
+        raise UserError(f"{run}: has jobs in the queue: {ids}; wait for them, or `alsace cancel {run}` first")
+
+
+def submitted(run: Path) -> list[Submitted]:
+    """The jobs of the run's last submission; none if it was never submitted."""
+    path = Layout(run).slurm / "jobs.json"
+    return [Submitted(**row) for row in artifacts.read_json(path)["jobs"]] if path.exists() else []
+
+
+def _write(run: Path, jobs: list[Submitted]) -> None:
+    artifacts.write_json(Layout(run).slurm / "jobs.json", {"jobs": [asdict(job) for job in jobs]})
+
+
+def alive_jobs(run: Path) -> list[Submitted]:
+    """Those of the run's jobs that are in the queue. Raises ``NoSlurm`` if there are jobs and Slurm does not answer."""
+    jobs = submitted(run)
+    states = job_states([job.job_id for job in jobs]) if jobs else {}
+    return [job for job in jobs if job.job_id in states and states[job.job_id].is_alive]
+
+
+def cancel(run: Path) -> list[Submitted]:
+    """Cancel what the run has in the queue; the jobs that were."""
+    alive = alive_jobs(run)
+    if alive:
+        _call(["scancel", *(job.job_id for job in reversed(alive))])  # the last first: none starts in between
+    return alive
+
+
+def job_states(job_ids: Sequence[str]) -> dict[str, JobState]:
+    """Job id -> what Slurm knows of it: the queue, the controller's memory of some minutes, accounting if there is any.
+
+    Jobs that nobody knows any more are left out. Raises ``NoSlurm`` if the controller does not answer.
+    """
+    try:
+        text = _call(
+            ["squeue", "--noheader", "--all", "--states=all", "--format=%i|%T|%r|%N", f"--jobs={','.join(job_ids)}"]
+        )
+    except NoSlurm:
+        raise
+    except UserError:  # Invalid job id: so it says if it knows none of them
+        text = ""
+    wanted = set(job_ids)
+    found: dict[str, JobState] = {}
+    for line in text.splitlines():
+        job_id, state, reason, nodes = line.split("|", 3)
+        if job_id in wanted:
+            found[job_id] = JobState(state, "" if reason == "None" else reason, _num_restarts(job_id), nodes)
+    for job_id in sorted(wanted - found.keys()):
+        if known := _from_accounting(job_id):
+            found[job_id] = JobState(known, "", 0, "")
+    return found
+
+
+def _num_restarts(job_id: str) -> int:
+    try:
+        text = _call(["scontrol", "show", "job", "--oneliner", job_id])
+    except UserError:  # forgotten in between
+        return 0
+    fields = dict(part.split("=", 1) for part in text.split() if "=" in part)
+    return int(fields.get("Restarts", 0))
+
+
+def _from_accounting(job_id: str) -> str | None:
+    try:
+        text = _call(["sacct", "--noheader", "--parsable2", "--allocations", "--format=State", f"--jobs={job_id}"])
+    except UserError:  # many clusters have no accounting
+        return None
+    return text.split()[0] if text.split() else None
+
+
+def _call(command: list[str]) -> str:
+    """What one of Slurm's programs prints. Raises ``NoSlurm`` or ``UserError`` with what it says of its failure."""
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, check=False, stdin=subprocess.DEVNULL
+        )
+    except FileNotFoundError:
+        raise NoSlurm(f"{command[0]}: not found; run this where Slurm's programs are, such as a login node") from None
+    except subprocess.TimeoutExpired:
+        raise NoSlurm(f"{command[0]}: no answer within {TIMEOUT_SECONDS} s; is the Slurm controller up?") from None
+    if done.returncode == 0:
+        return done.stdout
+    said = " ".join(done.stderr.split()) or f"exit code {done.returncode}"
+    if "contact slurm controller" in said.lower() or "configuration source" in said.lower():
+        raise NoSlurm(f"{command[0]}: {said}; is the Slurm controller up? Nothing was submitted")
+    raise UserError(f"{command[0]}: {said}; correct the site profile or the number of nodes")

@@ -1,0 +1,167 @@
+"""A run on a cluster: which of its stages are submitted, how they stand, and what people are told of it."""
+
+import re
+import sys
+from pathlib import Path
+
+from alsace_dist import job_scripts, pipeline, slurm
+from alsace_dist.cluster import STAGES, load_profile
+from alsace_dist.config import Config
+from alsace_dist.errors import UserError
+from alsace_dist.job_scripts import Job
+from alsace_dist.layout import Layout
+
+TAIL_BYTES = 20_000
+_PROGRESS = re.compile(r"(?P<done>\d+)/(?P<total>\d+)(, \d+ s, eta (?P<eta>\d+) s)?")  # metrics._LineProgress
+
+
+def submit(config: Config, source: Path, cluster: str, num_nodes: int, only: str, dry_run: bool) -> None:
+    """Write the scripts of the stages that are not complete and submit them as a chain.
+
+    ``source``: the YAML that the config was read from; ``cluster``: the site profile; ``num_nodes``: 0 as the profile
+    says; ``only``: comma-separated commands.
+
+    Raises ``UserError`` if the run has jobs in the queue, holds outputs of other settings, or Slurm refuses.
+    """
+    profile = load_profile(cluster)
+    if num_nodes < 0:
+        raise UserError(f"--nodes={num_nodes}: must be 1 or more")
+    commands = [part for part in only.split(",") if part]
+    if unknown := [command for command in commands if command not in STAGES]:
+        raise UserError(f"--stages: no {unknown[0]!r}; there are {', '.join(STAGES)}")
+    found = pipeline.stages(config)
+    run = Path(config.run_dir)
+    if not dry_run and slurm.submitted(run):
+        slurm.refuse_if_alive(run)  # before anything of the run is written over
+    pipeline.write_config(config, source, found)
+    jobs = [job for job in job_scripts.jobs_of(config, found) if not commands or job.command in commands]
+    todo = [job for job in jobs if not _is_complete(job)]
+    for job in jobs:
+        if job not in todo:
+            print(f"{job.name}: complete, skipped", file=sys.stderr)
+    if not any(job.stage for job in todo) and (run / "report.json").exists():
+        print(f"nothing is left to do; the report is {run / 'report.html'}")
+        return
+    scripts = job_scripts.write_scripts(config, profile, todo, num_nodes or profile.nodes)
+    if dry_run:
+        for job in todo:
+            print(f"{scripts[job.name]}   {job.name}")
+        print("nothing is submitted; each script can be given to sbatch by hand, in this order")
+        return
+    done = slurm.submit(run, [(job.name, scripts[job.name]) for job in todo])
+    width = max(len(row.job_id) for row in done)
+    for row in done:
+        print(f"{row.job_id:>{width}}  {row.name:<28} log: {row.log}")
+    print(
+        f"""
+Each job starts when the one before has succeeded.
+  alsace status {run}     how far it is
+  alsace cancel {run}     cancel what is left
+  tensorboard --logdir {run / "tensorboard"}     the curves"""
+    )
+
+
+def _is_complete(job: Job) -> bool:
+    if job.stage is None:
+        return False
+    state = job.stage.state()
+    if state.startswith("refused: "):
+        raise UserError(state.removeprefix("refused: "))
+    return state == "complete"
+
+
+def cancel(run: Path) -> None:
+    """Cancel what a run has in the queue, and say what that was."""
+    gone = slurm.cancel(run)
+    for row in gone:
+        print(f"{row.job_id}  {row.name}: cancelled")
+    if not gone:
+        print(f"{run}: has no jobs in the queue")
+
+
+def print_status(config: Config, num_lines: int) -> None:
+    """A line per stage: done, running, pending, failed or to do; progress, restarts; and last lines of logs."""
+    from rich.console import Console
+    from rich.table import Table
+
+    run = Path(config.run_dir)
+    submitted = {row.name: row for row in slurm.submitted(run)}
+    try:
+        states = slurm.job_states([row.job_id for row in submitted.values()]) if submitted else {}
+    except slurm.NoSlurm as error:
+        states = {}
+        print(f"Slurm is not asked: {error}", file=sys.stderr)
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("stage", "job", "state", "progress", "restarts"):
+        table.add_column(name, overflow="fold")
+    tails = []
+    for job in job_scripts.jobs_of(config, pipeline.stages(config)):
+        row = submitted.get(job.name)
+        found = states.get(row.job_id) if row else None
+        state = _state(job, run, row, found)
+        log = Layout(run).slurm / "logs" / f"{job.file_name}.log"
+        is_telling = state.split()[0] in ("running", "failed", "ending")
+        progress = _progress(log) if is_telling else ""
+        restarts = str(found.num_restarts) if found and found.num_restarts else ""
+        table.add_row(job.name, row.job_id if row else "", state, progress, restarts)
+        if is_telling and (lines := _tail(log)[-num_lines:] if num_lines > 0 else []):
+            tails.append((log, lines))
+    console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 160)
+    console.print(table)
+    for log, lines in tails:
+        console.print(f"\nLast lines of {log}:", soft_wrap=True)
+        for line in lines:
+            console.print(f"  {line}", soft_wrap=True)
+
+
+def _state(job: Job, run: Path, row: slurm.Submitted | None, found: slurm.JobState | None) -> str:
+    """A stage's state in words: its outputs know best, then Slurm, then what the job left behind."""
+    if job.stage is not None and job.stage.state() == "complete":
+        return "done"
+    if row is None:
+        return "done" if job.stage is None and (run / "report.json").exists() else "to do"
+    cause = _cause(run, row.job_id)
+    if found is None:
+        if job.stage is None and (run / "report.json").exists():
+            return "done"
+        return f"failed: {cause}" if cause else "to do (Slurm knows nothing of its job)"
+    if found.state == "PENDING":
+        return f"pending ({found.reason})" + (f" after: {cause}" if cause else "")
+    if found.state == "RUNNING":
+        return f"running on {found.nodes}"
+    if found.is_alive:
+        return f"ending ({found.state.lower()})"
+    if found.state == "COMPLETED":
+        return "done" if job.stage is None else "failed: its job succeeded, but its outputs are not there"
+    if found.state == "CANCELLED":
+        return "cancelled" + (f" ({found.reason})" if found.reason else "")
+    return f"failed: {cause or found.state.lower()}"
+
+
+def _cause(run: Path, job_id: str) -> str:
+    """Why a job's last start ended, as its ranks left it; empty if they left nothing."""
+    attempts = [path for path in (Layout(run).slurm / "attempts" / job_id).glob("*") if path.name.isdigit()]
+    if not attempts:
+        return ""
+    causes = sorted(max(attempts, key=lambda path: int(path.name)).glob("cause-*"))
+    return causes[0].read_text(encoding="utf-8").strip() if causes else ""
+
+
+def _progress(log: Path) -> str:
+    """The last progress line of a log, in short."""
+    for line in reversed(_tail(log)):
+        if line.startswith("== "):  # the job's start
+            return ""
+        if match := _PROGRESS.search(line):
+            eta = f", eta {match['eta']} s" if match["eta"] else ""
+            return f"{match['done']}/{match['total']}{eta}"
+    return ""
+
+
+def _tail(log: Path) -> list[str]:
+    """The last lines of a log, without reading the rest of it."""
+    if not log.exists():
+        return []
+    with log.open("rb") as file:
+        file.seek(max(0, file.seek(0, 2) - TAIL_BYTES))
+        return file.read().decode("utf-8", "replace").splitlines()

@@ -1,0 +1,1 @@
+../alsace_dist/slurm_task.sh

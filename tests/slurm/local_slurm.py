@@ -1,0 +1,169 @@
+"""A real Slurm on this machine: munge, one controller, two nodes of two CPUs each, everything in one directory.
+
+Debian's ``slurm-wlm`` and ``munge`` are all that it needs, and root, which munge and slurmd ask for.
+"""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "squeue", "scancel")
+NODES = ("alpha", "beta")
+CONFIG = """\
+ClusterName=test
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={controller_port}
+SlurmUser=root
+SlurmdUser=root
+AuthType=auth/munge
+AuthInfo=socket={root}/munge.socket
+CredType=cred/munge
+CryptoType=crypto/munge
+StateSaveLocation={root}/state
+SlurmctldPidFile={root}/slurmctld.pid
+SlurmdPidFile={root}/slurmd-%n.pid
+SlurmdSpoolDir={root}/spool-%n
+SlurmctldLogFile={root}/slurmctld.log
+SlurmdLogFile={root}/slurmd-%n.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SwitchType=switch/none
+MpiDefault=none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+AccountingStorageType=accounting_storage/none
+JobCompType=jobcomp/none
+JobRequeue=1
+ReturnToService=2
+SlurmdTimeout={slurmd_timeout}
+KillWait={kill_wait}
+MinJobAge=300
+UnkillableStepTimeout=60
+SchedulerParameters=sched_interval=1,sched_min_interval=100000,batch_sched_delay=0,bf_interval=1
+NodeName=alpha NodeHostname={host} NodeAddr=127.0.0.1 Port={alpha_port} CPUs=2 RealMemory=2000 State=UNKNOWN
+NodeName=beta NodeHostname={host} NodeAddr=127.0.0.1 Port={beta_port} CPUs=2 RealMemory=2000 State=UNKNOWN
+PartitionName=main Nodes=ALL Default=YES MaxTime=60 State=UP
+PartitionName=short Nodes=ALL MaxTime=60 State=UP
+"""
+
+
+def why_not() -> str | None:
+    """Why no Slurm can be started here; None if one can."""
+    if missing := [name for name in PROGRAMS if shutil.which(name, path=_path()) is None]:
+        return f"{', '.join(missing)} not installed (Debian: slurm-wlm, munge)"
+    if os.geteuid() != 0:
+        return "needs root: munged and slurmd start tasks as other users"
+    return None
+
+
+def _path() -> str:
+    return os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that nobody listens on now, outside the ephemeral range."""
+    ports: list[int] = []
+    for port in range(21000 + os.getpid() % 5000, 32000):
+        with socket.socket() as server:
+            try:
+                server.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+        ports.append(port)
+        if len(ports) == count:
+            return ports
+    raise RuntimeError("no free ports")
+
+
+class LocalSlurm:
+    """Its daemons; ``environment`` is what the clients need to find it."""
+
+    def __init__(self, root: Path, slurmd_timeout: int = 10, kill_wait: int = 10) -> None:
+        self.root = root
+        self.environment = os.environ | {"SLURM_CONF": str(root / "slurm.conf"), "PATH": _path()}
+        self.daemons: dict[str, subprocess.Popen[bytes]] = {}
+        for name in ("state", *(f"spool-{node}" for node in NODES)):
+            (root / name).mkdir(parents=True)
+        host = socket.gethostname().partition(".")[0]
+        ports = dict(zip(("controller_port", "alpha_port", "beta_port"), free_ports(3), strict=True))
+        (root / "slurm.conf").write_text(
+            CONFIG.format(root=root, host=host, slurmd_timeout=slurmd_timeout, kill_wait=kill_wait, **ports)
+        )
+
+    def start(self) -> None:
+        """Start everything and wait until both nodes are idle."""
+        key = self.root / "munge.key"
+        key.write_bytes(os.urandom(128))
+        key.chmod(0o600)
+        self.root.chmod(0o755)
+        options = [f"--key-file={key}", f"--socket={self.root}/munge.socket", f"--pid-file={self.root}/munged.pid"]
+        options += [f"--log-file={self.root}/munged.log", f"--seed-file={self.root}/munged.seed"]
+        self._spawn("munged", "munged", "--foreground", "--force", *options)
+        _wait(lambda: (self.root / "munge.socket").exists(), 10, "munged")
+        self.start_controller()
+        for node in NODES:
+            self.start_node(node)
+        _wait(lambda: self.states() == dict.fromkeys(NODES, "idle"), 60, f"the nodes: {self.states()}")
+
+    def start_controller(self) -> None:
+        """Start slurmctld, from its saved state if there is one."""
+        self._spawn("slurmctld", "slurmctld", "-D")
+
+    def start_node(self, node: str) -> None:
+        """Start one slurmd."""
+        self._spawn(node, "slurmd", "-D", "-N", node)
+
+    def kill(self, name: str) -> None:
+        """kill -9 of one daemon: slurmctld, or a node's slurmd."""
+        self.daemons.pop(name).kill()
+
+    def states(self) -> dict[str, str]:
+        """Node -> its state."""
+        text = self.client("sinfo", "--noheader", "--Node", "--partition=main", "--format=%N %T", check=False)
+        return dict(line.split() for line in text.splitlines() if len(line.split()) == 2)
+
+    def client(self, *command: str, check: bool = True, extra: Mapping[str, str] | None = None) -> str:
+        """What a client program prints."""
+        done = subprocess.run(
+            command, env=self.environment | (extra or {}), capture_output=True, text=True, timeout=60, check=False
+        )
+        assert done.returncode == 0 or not check, f"{command}: {done.stderr}"
+        return done.stdout
+
+    def jobs(self) -> dict[str, str]:
+        """Job id -> its state, of those in the queue."""
+        text = self.client("squeue", "--noheader", "--format=%i %T", check=False)
+        return dict(line.split() for line in text.splitlines())
+
+    def clear(self) -> None:
+        """Cancel every job and wait until none is left."""
+        if ids := list(self.jobs()):
+            self.client("scancel", *ids, check=False)
+        _wait(lambda: not self.jobs(), 60, "jobs to end")
+
+    def stop(self) -> None:
+        """End all daemons."""
+        for name in ("slurmctld", *NODES, "munged"):
+            if name in self.daemons:
+                self.daemons[name].send_signal(signal.SIGTERM)
+        for daemon in self.daemons.values():
+            try:
+                daemon.wait(timeout=10)
+            except subprocess.TimeoutExpired:
+                daemon.kill()
+
+    def _spawn(self, name: str, *command: str) -> None:
+        with (self.root / f"{name}.out").open("ab") as log:
+            self.daemons[name] = subprocess.Popen(command, env=self.environment, stdout=log, stderr=log)
+
+
+def _wait(condition: object, seconds: float, what: str) -> None:
+    end = time.monotonic() + seconds
+    while not condition():  # type: ignore[operator]
+        assert time.monotonic() < end, f"waited too long for {what}"
+        time.sleep(0.1)
