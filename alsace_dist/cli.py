@@ -325,7 +325,7 @@ def _leave(error: BaseException | None, debug: bool) -> None:
         code = runtime.exit_code(error)
         if runtime.in_group():
             runtime.record_failure(error)
-        if debug or not (isinstance(error, UserError | Stopped | runtime.RankFailed) or runtime.is_secondary(error)):
+        if debug or not runtime.is_plain(error):
             traceback.print_exception(error)
         # The launcher prints the error that came first, once, as the last line.
         if runtime.ERROR_DIR not in os.environ:

@@ -251,6 +251,9 @@ class EngineConfig(Section):
     """Recompute activations in the backward pass: less memory, about a third more time. Not in pretraining."""
     timeout_seconds: Positive = 1800
     """Longest silence of a collective before a rank gives up."""
+    hang_seconds: Positive | None = 900
+    """Longest time without a step or a scored batch, checkpoints included, before a rank counts as hung: then all
+    ranks write their stacks, say who is behind, and end. null: never."""
     deepspeed: dict[str, Any] = {}
     """Raw DeepSpeed settings, merged last over the ones that this config makes; DeepSpeed validates them."""
 

@@ -19,6 +19,7 @@ from alsace_dist.errors import Stopped, UserError
 from alsace_dist.metrics import MetricsWriter, progress
 from alsace_dist.runtime import Runtime, note_position
 from alsace_dist.stream import PASS_COST, REDUCTION_COST, CanonicalOrder, TrainStream, micro_batches
+from alsace_dist.watchdog import Watchdog
 
 
 @dataclass(frozen=True)
@@ -93,11 +94,14 @@ def run(job: Job, runtime: Runtime) -> None:
     stream: TrainStream[Any] = TrainStream(order, job.load, job.build, runtime.rank, runtime.world_size)
     writer = MetricsWriter(job.directory, job.tensorboard, first, runtime.is_main)
     meter = _Meter(runtime, section)
-    with progress(job.kind, num_steps, first, runtime.is_main) as advance:
+    watchdog = Watchdog(runtime, job.directory, job.engine.hang_seconds)
+    with progress(job.kind, num_steps, first, runtime.is_main) as advance, watchdog:
         batches = stream.batches(first, num_steps, lambda step, batch: _micro_batches(job, batch, runtime))
         for step in range(first, num_steps):
+            watchdog.beat(f"the data of step {step + 1}")
             with meter.waiting():
                 parts = next(batches)
+            watchdog.beat(f"step {step + 1}")
             parts = _enough_for_the_others(parts, job, partial(stream.example, step, 0), runtime)
             if section.dropout:
                 torch.manual_seed(hash((job.seed, step, runtime.rank)))
@@ -116,6 +120,7 @@ def run(job: Job, runtime: Runtime) -> None:
                     )
                 note = f"loss {values['loss']:.4f}"
             advance(1, note)
+            watchdog.beat(f"the checkpoint after step {done}")
             (stop,) = runtime.any_rank(runtime.stop.is_set)
             if done < num_steps and (stop or done % section.checkpoint_every_steps == 0):
                 checkpoint.save(checkpoints, engine, done, job.fingerprint, section.keep_checkpoints)

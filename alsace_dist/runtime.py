@@ -239,13 +239,23 @@ def is_secondary(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(phrase in str(error).lower() for phrase in _PEER_GONE)
 
 
+def is_plain(error: BaseException) -> bool:
+    """Whether its message alone tells a person enough."""
+    return isinstance(error, UserError | Stopped | RankFailed) or is_secondary(error)
+
+
+def _message(error: BaseException) -> str:
+    return str(error) if is_plain(error) else f"{type(error).__name__}: {error}"
+
+
 def record_failure(error: BaseException) -> None:
     """Leave this rank's error for the launcher, which prints the first one last."""
     if directory := os.environ.get(ERROR_DIR):
         row = {
             "seconds": time.time(),
-            "message": str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}",
+            "message": _message(error),
             "is_user_error": isinstance(error, UserError),
+            "is_defect": not is_plain(error),
             "is_secondary": is_secondary(error),
             "traceback": "".join(traceback.format_exception(error)),
         }
@@ -259,8 +269,7 @@ def record_cause(error: BaseException) -> None:
     """
     if directory := os.environ.get(ATTEMPT_DIR):
         who = f"rank{os.environ['RANK']}" if in_group() else f"node{os.environ.get(NODE_RANK, 0)}"
-        is_mistake = isinstance(error, UserError | Stopped | RankFailed) or is_secondary(error)
-        message = f"{error}" if is_mistake else f"{type(error).__name__}: {error}"
+        message = _message(error)
         if is_secondary(error):
             message = f"a rank died without a word (killed? out of memory?), its node's lines above say how; {message}"
         name = f"cause-{int(is_secondary(error))}-{time.time_ns()}-{exit_code(error)}-{who}"
@@ -385,15 +394,17 @@ def _explain(error: BaseException, directory: Path, debug: bool) -> Exception:
         )
     rank, failure = error.get_first_failure()
     if failure.exitcode == EXIT_STOPPED:
-        return Stopped(STOPPED)
+        return Stopped(first[3]["message"] if first else STOPPED)
     if first is None:
         return RankFailed(f"rank {rank} ended with exit code {failure.exitcode}; its output above says why")
-    if first[0] and NUM_NODES in os.environ:
-        return PeerFailed(first[3]["message"])  # it died on another node, which says how
-    if debug or not first[3]["is_user_error"]:
-        print(first[3]["traceback"], file=sys.stderr)
-    message = first[3]["message"]
-    return UserError(message) if first[3]["is_user_error"] else RankFailed(f"{first[2]} failed: {message}")
+    row = first[3]
+    if row["is_secondary"] and NUM_NODES in os.environ:
+        return PeerFailed(row["message"])  # it died on another node, which says how
+    if debug or row["is_defect"]:
+        print(row["traceback"], file=sys.stderr)
+    if row["is_user_error"]:
+        return UserError(row["message"])
+    return RankFailed(f"{first[2]} failed: {row['message']}" if row["is_defect"] else row["message"])
 
 
 def exit_code(error: BaseException) -> int:

@@ -20,6 +20,7 @@ from alsace_dist.score_files import KIND, Scores, read_metadata, read_score_file
 from alsace_dist.shards import Dataset, ShardInfo, open_dataset, read_shard
 from alsace_dist.stream import ahead, score_batches
 from alsace_dist.tasks import EncodedText, encode_answers, encode_groups
+from alsace_dist.watchdog import Watchdog
 
 
 def fingerprint(config: Config, model: dict[str, Any], url: str) -> dict[str, Any]:
@@ -82,25 +83,29 @@ class _Pass:
         self.draw = shared_counter(f"score/{directory}/{self.digest}")
         self.num_tokens = self.num_padded = 0
         self.statistics: dict[str, list[int]] = {}
+        self.watchdog = Watchdog(runtime, directory, config.engine.hang_seconds)
 
     def run(self) -> None:
         """Score all shards that have no result yet, then check the whole and write the manifest."""
+        with self.watchdog:
+            stopped = self._run()
+        if stopped:
+            raise Stopped(f"score: stopped; {self.directory} keeps the shards that are done")
+        self._merge()
+
+    def _run(self) -> bool:
+        """Score what has no result yet; whether a stop was asked for."""
+        from alsace_dist.metrics import progress
+
         runtime, directory = self.runtime, self.directory
         runtime.main_first(lambda: artifacts.begin(directory, KIND, self.fingerprint))
         todo = runtime.gather([s for s in self.dataset.shards if not self._is_done(s)] if runtime.is_main else None)[0]
+        num_shards = len(self.dataset.shards)
         if runtime.is_main:
-            note_position(f"{len(self.dataset.shards) - len(todo)} shards of {directory}")
-        from alsace_dist.metrics import progress
-
-        with progress(f"score {directory.name}", len(self.dataset.shards), len(self.dataset.shards) - len(todo),
-                      runtime.is_main) as advance:  # fmt: skip
-            if self.config.engine.zero_stage == 3:
-                stopped = self._run_in_step(todo, advance)
-            else:
-                stopped = self._run_freely(todo, advance)
-        if stopped:
-            raise Stopped(f"score: stopped; {directory} keeps the shards that are done")
-        self._merge()
+            note_position(f"{num_shards - len(todo)} shards of {directory}")
+        with progress(f"score {directory.name}", num_shards, num_shards - len(todo), runtime.is_main) as advance:
+            run = self._run_in_step if self.config.engine.zero_stage == 3 else self._run_freely
+            return run(todo, advance)
 
     def _path(self, shard: ShardInfo) -> Path:
         return self.directory / f"{shard.stem}.parquet"
@@ -131,7 +136,9 @@ class _Pass:
         with torch.inference_mode(), closing(ahead(self._batches(todo))) as batches:
             while batch := self._next(batches):
                 self._keep(batch, self._forward(batch), advance)
-        return self.runtime.any_rank(self.runtime.stop.is_set)[0]
+                self.watchdog.beat("the next batch")
+        with self.watchdog.waiting_for_others():
+            return self.runtime.any_rank(self.runtime.stop.is_set)[0]
 
     def _run_in_step(self, todo: list[ShardInfo], advance: Any) -> bool:
         """Under ZeRO-3 every forward is collective: all ranks run equally many, with stand-ins where one has no work.
@@ -145,6 +152,7 @@ class _Pass:
         log_probs, stand_in = np.empty(0), None
         with torch.inference_mode(), closing(ahead(self._batches(todo))) as batches:
             while True:
+                self.watchdog.beat("the next batch")
                 try:
                     if batch is not None:
                         self._keep(batch, log_probs, advance)

@@ -21,7 +21,7 @@ FILES = {path.stem: path for path in PACKAGE.glob("*.py") if path.stem != "__ini
 
 LAYERS = [
     {"errors", "artifacts", "config", "config_file", "cluster", "layout", "languages", "statistics", "wording"},
-    {"runtime", "metrics", "plots"},
+    {"runtime", "watchdog", "metrics", "plots"},
     {
         "checks",
         "tasks",
