@@ -1,5 +1,6 @@
 """What differs between clusters: a site profile, one YAML that says how a cluster's Slurm wants to be asked."""
 
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -40,6 +41,7 @@ def _is_duration(text: str) -> str:
 
 
 Line = Annotated[str, Field(min_length=1), AfterValidator(_on_one_line)]
+File = Annotated[Line, AfterValidator(os.path.expanduser)]
 Duration = Annotated[str, AfterValidator(_is_duration)]
 
 
@@ -48,7 +50,7 @@ class ContainerConfig(Section):
 
     kind: Literal["pyxis", "apptainer"]
     """pyxis: srun's plugin of that name; apptainer: that program."""
-    image: Line
+    image: File
     """A .sif file for apptainer; for pyxis what --container-image takes: a registry's name or a .sqsh file."""
     mounts: list[Line] = []
     """Directories as outside:inside or outside:inside:ro; this one, the run's and the data's must be among them."""
@@ -112,11 +114,11 @@ class SiteProfile(Section):
     """What stages of one task without GPUs ask for."""
     modules: list[Line] = []
     """Environment modules to load."""
-    venv: Line | None = None
+    venv: File | None = None
     """Virtual environment to activate: its directory."""
     conda: Line | None = None
     """Conda environment to activate: its name or directory."""
-    python: Line | None = None
+    python: File | None = None
     """Python to call; null: `python` of the modules, venv, conda or container, without any of them the submitter's."""
     container: ContainerConfig | None = None
     """Container that the tasks run in."""

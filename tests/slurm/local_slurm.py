@@ -9,7 +9,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "squeue", "scancel")
@@ -105,10 +105,7 @@ class LocalSlurm:
         options += [f"--log-file={self.root}/munged.log", f"--seed-file={self.root}/munged.seed"]
         self._spawn("munged", "munged", "--foreground", "--force", *options)
         _wait(lambda: (self.root / "munge.socket").exists(), 10, "munged")
-        self.start_controller()
-        for node in NODES:
-            self.start_node(node)
-        _wait(lambda: self.states() == dict.fromkeys(NODES, "idle"), 60, f"the nodes: {self.states()}")
+        self.mend()
 
     def start_controller(self) -> None:
         """Start slurmctld, from its saved state if there is one."""
@@ -140,6 +137,28 @@ class LocalSlurm:
         text = self.client("squeue", "--noheader", "--format=%i %T", check=False)
         return dict(line.split() for line in text.splitlines())
 
+    def wait_for_jobs(self, seconds: float) -> None:
+        """Wait until the queue is empty; a requeued job starts at once, not after Slurm's two minutes."""
+        _wait(lambda: self.hurry() == {}, seconds, f"jobs: {self.jobs()}", 0.5)
+
+    def hurry(self) -> dict[str, str]:
+        """Start what waits only for its time to come; the queue as it was."""
+        jobs = self.jobs()
+        text = self.client("squeue", "--noheader", "--format=%i %r", check=False)
+        for job_id, reason in (line.split(maxsplit=1) for line in text.splitlines()):
+            if reason == "BeginTime":
+                self.client("scontrol", "update", f"JobId={job_id}", "StartTime=now", check=False)
+        return jobs
+
+    def mend(self) -> None:
+        """Start the daemons that a test has killed, and wait for the nodes."""
+        if "slurmctld" not in self.daemons:
+            self.start_controller()
+        for node in NODES:
+            if node not in self.daemons:
+                self.start_node(node)
+        _wait(lambda: self.states() == dict.fromkeys(NODES, "idle"), 60, f"the nodes: {self.states()}")
+
     def clear(self) -> None:
         """Cancel every job and wait until none is left."""
         if ids := list(self.jobs()):
@@ -162,8 +181,8 @@ class LocalSlurm:
             self.daemons[name] = subprocess.Popen(command, env=self.environment, stdout=log, stderr=log)
 
 
-def _wait(condition: object, seconds: float, what: str) -> None:
+def _wait(condition: Callable[[], bool], seconds: float, what: str, every_seconds: float = 0.1) -> None:
     end = time.monotonic() + seconds
-    while not condition():  # type: ignore[operator]
+    while not condition():
         assert time.monotonic() < end, f"waited too long for {what}"
-        time.sleep(0.1)
+        time.sleep(every_seconds)
