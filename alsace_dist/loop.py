@@ -17,9 +17,11 @@ from alsace_dist.config import EngineConfig, TrainConfig
 from alsace_dist.engine import TrainEngine
 from alsace_dist.errors import Stopped, UserError
 from alsace_dist.metrics import MetricsWriter, progress
-from alsace_dist.runtime import Runtime, note_position
+from alsace_dist.runtime import LeadCheck, Runtime, note_position
 from alsace_dist.stream import PASS_COST, REDUCTION_COST, CanonicalOrder, TrainStream, micro_batches
 from alsace_dist.watchdog import Watchdog
+
+CHECKPOINTS = "checkpoints"
 
 
 @dataclass(frozen=True)
@@ -81,8 +83,7 @@ def run(job: Job, runtime: Runtime) -> None:
     order = CanonicalOrder(job.counts, section.global_batch_size, job.seed)
     num_steps = section.num_steps or order.num_steps(section.num_epochs or 0)
     engine = TrainEngine(job.module, job.engine, section, runtime)
-    checkpoints = job.directory / "checkpoints"
-    found = checkpoint.newest(checkpoints, job.fingerprint, runtime)
+    found = checkpoint.newest(job.directory / CHECKPOINTS, job.fingerprint, runtime)
     if found:
         checkpoint.load(found[0], engine, found[1])
     else:
@@ -93,11 +94,12 @@ def run(job: Job, runtime: Runtime) -> None:
         note_position(f"step {first}")
     stream: TrainStream[Any] = TrainStream(order, job.load, job.build, runtime.rank, runtime.world_size)
     writer = MetricsWriter(job.directory, job.tensorboard, first, runtime.is_main)
-    meter = _Meter(runtime, section)
+    meter, check_lead = _Meter(runtime, section), LeadCheck()
     watchdog = Watchdog(runtime, job.directory, job.engine.hang_seconds)
     with progress(job.kind, num_steps, first, runtime.is_main) as advance, watchdog:
         batches = stream.batches(first, num_steps, lambda step, batch: _micro_batches(job, batch, runtime))
         for step in range(first, num_steps):
+            begin = time.monotonic()
             watchdog.beat(f"the data of step {step + 1}")
             with meter.waiting():
                 parts = next(batches)
@@ -123,14 +125,23 @@ def run(job: Job, runtime: Runtime) -> None:
             watchdog.beat(f"the checkpoint after step {done}")
             (stop,) = runtime.any_rank(runtime.stop.is_set)
             if done < num_steps and (stop or done % section.checkpoint_every_steps == 0):
-                checkpoint.save(checkpoints, engine, done, job.fingerprint, section.keep_checkpoints)
-                if runtime.is_main:
-                    note_position(f"step {done}")
+                _save(job, engine, done, time.monotonic() - begin, check_lead)
             if stop and done < num_steps:
                 writer.close()
                 raise Stopped(f"{job.kind}: stopped after step {done} of {num_steps}; a checkpoint is written")
     writer.close()
     _finish(job, engine, num_steps)
+
+
+def _save(job: Job, engine: TrainEngine, step: int, step_seconds: float, check_lead: LeadCheck) -> None:
+    begin = time.monotonic()
+    checkpoint.save(job.directory / CHECKPOINTS, engine, step, job.fingerprint, job.section.keep_checkpoints)
+    if engine.runtime.is_main:
+        note_position(f"step {step}")
+        seconds = time.monotonic() - begin
+        check_lead(
+            step_seconds + seconds, f"{job.kind}: a step ({step_seconds:.1f} s) and a checkpoint ({seconds:.1f} s)"
+        )
 
 
 def _micro_batches(job: Job, batch: list[Any], runtime: Runtime) -> list[MicroBatch]:
@@ -168,7 +179,7 @@ def _finish(job: Job, engine: TrainEngine, num_steps: int) -> None:
     def write() -> None:
         files = sorted(path for path in model.iterdir() if path.is_file())
         artifacts.write_manifest(job.directory, job.kind, job.fingerprint, files, {"num_steps": num_steps})
-        shutil.rmtree(job.directory / "checkpoints", ignore_errors=True)
+        shutil.rmtree(job.directory / CHECKPOINTS, ignore_errors=True)
 
     runtime.main_first(write)
 

@@ -28,6 +28,7 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
 ERROR_DIR = "ALSACE_ERROR_DIR"  # where the ranks of a local group leave their errors and process ids
 # What a job script says to its tasks (slurm_stage.sh.j2, slurm_task.sh).
 ATTEMPT_DIR = "ALSACE_ATTEMPT_DIR"  # where they leave their output and the cause of a failure
+LEAD_SECONDS = "ALSACE_LEAD_SECONDS"  # how long before the end of the job its stop signal comes
 NUM_NODES, NODE_RANK, RANKS_PER_NODE = "ALSACE_NUM_NODES", "ALSACE_NODE_RANK", "ALSACE_RANKS_PER_NODE"
 RENDEZVOUS_SECONDS = 600  # nodes load the program from a shared disk, some slowly
 _PR_SET_PDEATHSIG = 1
@@ -206,6 +207,23 @@ def note_position(text: str) -> None:
     """Leave for the job script where the next start would go on: it stops a job that fails again and again there."""
     if ATTEMPT_DIR in os.environ:
         write_text(Path(os.environ[ATTEMPT_DIR]) / "position", text + "\n")
+
+
+class LeadCheck:
+    """In a job: warns, once, if stopping takes longer than the time between the signal and the end of the job."""
+
+    def __init__(self) -> None:
+        self.lead_seconds = float(os.environ.get(LEAD_SECONDS, "inf"))
+
+    def __call__(self, seconds: float, what: str) -> None:
+        """``seconds``: the most that passes between a signal and what is kept of ``what``, as measured."""
+        if seconds > self.lead_seconds:
+            print(
+                f"warning: {what} took {seconds:.0f} s, but the signal to stop comes {self.lead_seconds:.0f} s before "
+                f"a job's end: set lead_seconds in the site profile to {2 * seconds:.0f}, or work is lost",
+                file=sys.stderr,
+            )
+            self.lead_seconds = float("inf")
 
 
 def _keep_memory() -> None:

@@ -4,6 +4,7 @@ The unit of work is a shard, and its result does not depend on who computes it. 
 counter; what a killed run has finished is kept.
 """
 
+import time
 from collections.abc import Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ import numpy as np
 from alsace_dist import artifacts
 from alsace_dist.config import Config
 from alsace_dist.errors import Stopped, UserError
-from alsace_dist.runtime import PeerFailed, Runtime, note_position, shared_counter
+from alsace_dist.runtime import LeadCheck, PeerFailed, Runtime, note_position, shared_counter
 from alsace_dist.score_files import KIND, Scores, read_metadata, read_score_file, write_scores
 from alsace_dist.shards import Dataset, ShardInfo, open_dataset, read_shard
 from alsace_dist.stream import ahead, score_batches
@@ -83,6 +84,7 @@ class _Pass:
         self.draw = shared_counter(f"score/{directory}/{self.digest}")
         self.num_tokens = self.num_padded = 0
         self.statistics: dict[str, list[int]] = {}
+        self.check_lead = LeadCheck()
         self.watchdog = Watchdog(runtime, directory, config.engine.hang_seconds)
 
     def run(self) -> None:
@@ -204,6 +206,7 @@ class _Pass:
             batch.work.results[index] = row
         if batch.is_last:
             batch.work.write()
+            self.check_lead(time.monotonic() - batch.work.begin, "score: a shard (data.groups_per_shard)")
             self._count(batch.work.rows)
             advance(batch.work.number - self.num_done)  # the shared counter tells how far all ranks are
             self.num_done = batch.work.number
@@ -257,6 +260,7 @@ class _ShardWork:
 
     def __init__(self, owner: _Pass, shard: ShardInfo, number: int) -> None:
         self.owner, self.shard, self.number = owner, shard, number
+        self.begin = time.monotonic()
         self.rows = owner.encode(shard)
         self.cut = score_batches([len(row.input_ids) for row in self.rows], owner.tokens_per_batch)
         self.results: list[np.ndarray] = [np.empty(0)] * len(self.rows)

@@ -1,0 +1,93 @@
+#!/bin/bash -l
+# alsace_dist: select round 1
+# Written by `alsace submit`, which also chains it to the others; `sbatch` takes it as it is.
+#SBATCH --job-name='xxl: select round 1'
+#SBATCH --output=/shared/runs/xxl/slurm/logs/04-select-round-1.log
+#SBATCH --open-mode=append
+#SBATCH --requeue
+#SBATCH --signal=B:USR2@300
+#SBATCH --time=02:00:00
+#SBATCH --partition=gpu
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=1
+#SBATCH --cpus-per-task=4
+#SBATCH --mem=16G
+
+# shellcheck disable=SC1003,SC1091,SC2016  # values are quoted so that nothing in them counts
+
+refuse() {
+  echo "error: $1" >&2
+  exit 2
+}
+
+# --- The site: software and environment, as its profile says ---
+. /home/me/alsace_dist/.venv/bin/activate || refuse "no virtual environment there"
+export NCCL_DEBUG=WARN
+export TORCH_FR_BUFFER_SIZE=2000
+
+# --- The run ---
+set -uo pipefail
+job=$SLURM_JOB_ID
+[[ -z ${SLURM_ARRAY_JOB_ID:-} ]] || job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
+restarts=${SLURM_RESTART_COUNT:-0}
+max_requeues=50
+cd -- / || refuse "no working directory"
+# What the ranks leave of this start of the job: their output, and the cause if they fail.
+export ALSACE_ATTEMPT_DIR=/shared/runs/xxl/slurm/attempts/$job/$restarts
+mkdir -p -- "$ALSACE_ATTEMPT_DIR" || refuse "cannot write into the run directory"
+export ALSACE_LAUNCHER=none ALSACE_RANKS_PER_NODE=1
+export ALSACE_LEAD_SECONDS=300
+echo "== $SLURM_JOB_NAME: job $job, restart $restarts, $SLURM_JOB_NODELIST, $(date '+%F %T')"
+
+# --- The step: a stop signal goes on to it, and its ranks agree on a point to stop at ---
+step='' told=''
+forward() {
+  told=1
+  [[ -z $step ]] || kill -USR2 "$step" 2>/dev/null
+}
+trap forward USR1 USR2
+srun --kill-on-bad-exit=1 --cpus-per-task="$SLURM_CPUS_PER_TASK" \
+  bash /shared/runs/xxl/slurm/slurm_task.sh \
+  python -m alsace_dist select /shared/runs/xxl/config.yaml --round=1 &
+step=$!
+[[ -z $told ]] || forward
+# A signal ends `wait`, not the step.
+wait "$step"
+status=$?
+while kill -0 "$step" 2>/dev/null; do
+  wait "$step"
+  status=$?
+done
+((status == 0)) && exit 0
+
+# --- The step has failed or was stopped: why, and does it go on? ---
+# Causes are named cause-<0: own, 1: another rank failed>-<time>-<exit code>-<who>: the first one is the one to read.
+cause=$(find "$ALSACE_ATTEMPT_DIR" -maxdepth 1 -name 'cause-*' | sort | head -n 1)
+code=$status message="the step ended with exit code $status; the lines above say why"
+if [[ -n $cause ]]; then
+  message=$(<"$cause")
+  code=$(cut -d- -f4 <<<"${cause##*/}")
+fi
+# Where the next start goes on, if this one failed: three failures in a row that leave it at the same point are enough.
+position=$(cat "$ALSACE_ATTEMPT_DIR/position" 2>/dev/null)
+((code == 75)) || echo "$position" >"$ALSACE_ATTEMPT_DIR/failed-at"
+same=0
+for ((start = restarts; start >= 0; start--)); do
+  failed_at=/shared/runs/xxl/slurm/attempts/$job/$start/failed-at
+  [[ -f $failed_at && $(<"$failed_at") == "$position" ]] || break
+  ((same++))
+done
+if ((code == 2)); then # a mistake that a person must mend
+  next="not requeued"
+elif ((same >= 3)); then
+  next="not requeued: failed $same times in a row at the same point (${position:-before it began}); find out why first"
+elif ((restarts >= max_requeues)); then
+  next="not requeued: $restarts times are enough; submit again to go on"
+elif scontrol requeue "$job"; then
+  next="requeued, $((restarts + 1)) of at most $max_requeues times"
+else
+  next="not requeued: Slurm refused; submit again to go on"
+fi
+echo "== $SLURM_JOB_NAME: exit code $code, $next" >&2
+echo "$message" >&2
+exit "$code"
