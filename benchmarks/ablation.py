@@ -81,7 +81,8 @@ def call(arguments: list[str]) -> None:
 
 
 def print_table(corpus: str) -> None:
-    """Means over the collected seeds, in %; languages significantly better and worse are summed over the seeds."""
+    """Means over the collected seeds, in %; languages significantly better and worse are summed over the seeds.
+    Variants that not every seed has are left out."""
     reports = [json.loads(file.read_text()) for file in sorted(RESULTS.glob(f"{corpus}-[0-9]*.json"))]
     if not reports:
         print(f"{corpus}: nothing collected yet")
@@ -91,7 +92,8 @@ def print_table(corpus: str) -> None:
     print("| variant | source | average | gap | worst language | significantly better / worse |")
     print("|---|---|---|---|---|---|")
     print(row("before", [summary(report, "before") for report in reports]))
-    for name in ("default", *reports[0].get("variants", {})):
+    names = [name for name in reports[0].get("variants", {}) if all(name in report["variants"] for report in reports)]
+    for name in ("default", *names):
         own = [report if name == "default" else report["variants"][name] for report in reports]
         print(row(name, [summary(report, "after") for report in own]))
 
