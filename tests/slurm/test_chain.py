@@ -1,6 +1,7 @@
 """Runs on a real Slurm: submitted, stopped, requeued, killed, and finished with the results of an undisturbed run."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -120,3 +121,96 @@ def test_training_that_is_disturbed_ends_the_same(
     if how == "kill a rank":
         assert "was killed by SIGKILL" in text
     assert (tmp_path / "run/finetune/manifest.json").exists()
+
+
+def test_scoring_that_is_requeued_ends_with_the_same_bytes(
+    slurm: LocalSlurm, world: Path, tmp_path: Path, undisturbed: Path
+) -> None:
+    """Requeued after its first shard; small batches make the others last."""
+    shutil.copytree(undisturbed / "run/finetune", tmp_path / "run/finetune")
+    config = make_run(world, tmp_path, finetune=LONG)
+    tiny.alsace("submit", str(config), f"--cluster={SITE}", "--dry-run", "--stages=score")
+    (script,) = (tmp_path / "run/slurm").glob("*-score.sh")
+    job = slurm.client("sbatch", "--parsable", str(script)).strip()
+    tiny.wait_for(lambda: any(tmp_path.glob("run/scores/*/*.parquet")), every_seconds=0.001)
+    slurm.client("scontrol", "requeue", job, check=False)
+    slurm.wait_for_jobs(200)
+    assert scores(tmp_path) == scores(undisturbed)
+
+
+def test_a_chain_of_short_allocations_as_a_job_array(
+    slurm: LocalSlurm, world: Path, tmp_path: Path, undisturbed: Path
+) -> None:
+    """Tasks one after the other: the first is told to stop and requeues itself, the second finds nothing to do."""
+    config = make_run(world, tmp_path, finetune=LONG)
+    tiny.alsace("submit", str(config), f"--cluster={SITE}", "--dry-run", "--stages=finetune")
+    (script,) = (tmp_path / "run/slurm").glob("*-finetune.sh")
+    job = slurm.client("sbatch", "--parsable", "--array=0-1%1", str(script)).strip()
+    tiny.wait_for(lambda: any(tmp_path.glob("run/finetune/checkpoints/*/manifest.json")))
+    slurm.client("scancel", "--batch", "--signal=USR2", f"{job}_0")
+    slurm.wait_for_jobs(200)
+    assert losses(tmp_path) == losses(undisturbed)
+    assert f"job {job}_0, restart 1" in log(tmp_path, "finetune") and f"job {job}_1, restart 0" in log(
+        tmp_path, "finetune"
+    )
+
+
+def test_a_time_limit_is_met_with_a_checkpoint(
+    slurm: LocalSlurm, world: Path, tmp_path: Path, undisturbed: Path
+) -> None:
+    """The rank on beta stands still until the signal has come: so the limit is always met in the middle of training."""
+    config = make_run(world, tmp_path, finetune=LONG)
+    submit(config, "--stages=finetune", site=site(tmp_path, time=2, lead_seconds=90))
+    tiny.wait_for(lambda: any(tmp_path.glob("run/finetune/checkpoints/*/manifest.json")))
+    rank = rank_of("beta")
+    rank.suspend()
+    tiny.wait_for(lambda: "stopping at the next safe point" in log(tmp_path, "finetune"), seconds=120)
+    rank.resume()
+    slurm.wait_for_jobs(200)
+    assert "stopped after step" in log(tmp_path, "finetune")
+    assert losses(tmp_path) == losses(undisturbed)
+
+
+def test_a_node_that_dies_costs_nothing_but_time(
+    slurm: LocalSlurm, world: Path, tmp_path: Path, undisturbed: Path
+) -> None:
+    config = make_run(world, tmp_path, finetune=LONG)
+    (job,) = submit(config, "--stages=finetune").values()
+    tiny.wait_for(lambda: any(tmp_path.glob("run/finetune/checkpoints/*/manifest.json")))
+    rank = rank_of("beta")
+    rank.suspend()  # with its node
+    slurm.kill("beta")
+    tiny.wait_for(lambda: slurm.jobs().get(job) != "RUNNING", seconds=120)  # Slurm has noticed
+    rank.kill()
+    slurm.start_node("beta")
+    slurm.wait_for_jobs(200)
+    assert losses(tmp_path) == losses(undisturbed)
+
+
+def test_a_hang_is_found_told_and_requeued(slurm: LocalSlurm, world: Path, tmp_path: Path, undisturbed: Path) -> None:
+    config = make_run(world, tmp_path, finetune=LONG, engine={"num_processes": 1, "hang_seconds": 5})
+    (job,) = submit(config, "--stages=finetune").values()
+    tiny.wait_for(lambda: any(tmp_path.glob("run/finetune/checkpoints/*/manifest.json")))
+    rank_of("beta").suspend()
+    tiny.wait_for(lambda: "requeued, 1 of at most" in log(tmp_path, "finetune"), seconds=120)
+    text = tiny.alsace("status", "run").stdout
+    assert "no answer from rank 1" in text and "pending" in text
+    slurm.wait_for_jobs(200)
+    assert "hang: no progress for 5 s" in log(tmp_path, "finetune")
+    assert (tmp_path / f"run/slurm/attempts/{job}/0/hang/rank00000.stacks").read_text()
+    assert losses(tmp_path) == losses(undisturbed)
+
+
+def test_a_run_may_go_on_with_another_number_of_nodes(
+    slurm: LocalSlurm, world: Path, tmp_path: Path, undisturbed: Path
+) -> None:
+    config = make_run(world, tmp_path, finetune=LONG)
+    (job,) = submit(config, "--stages=finetune").values()
+    tiny.wait_for(lambda: any(tmp_path.glob("run/finetune/checkpoints/*/manifest.json")))
+    assert f"{job}  finetune: cancelled" in tiny.alsace("cancel", "run").stdout
+    slurm.wait_for_jobs(60)
+    submit(config, "--stages=finetune", "--nodes=1")
+    slurm.wait_for_jobs(200)
+    assert [step for step, _ in losses(tmp_path)] == [step for step, _ in losses(undisturbed)]
+    expected = [loss for _, loss in losses(undisturbed)]
+    assert [loss for _, loss in losses(tmp_path)] == pytest.approx(expected, rel=1e-3, abs=1e-4)
