@@ -70,6 +70,16 @@ def submit(run: Path, scripts: Sequence[tuple[str, Path]]) -> list[Submitted]:
     return done
 
 
+def check_num_nodes(num_nodes: int, partition: str | None) -> None:
+    """Raises ``UserError`` if a partition (None: the cluster's default) has fewer nodes: sbatch would take such a job,
+    which then waits for ever."""
+    rows = [line.split("|") for line in _call(["sinfo", "--noheader", "--all", "--format=%P|%D"]).splitlines()]
+    names = {name.rstrip("*") for name, _ in rows if (name.rstrip("*") == partition if partition else name[-1] == "*")}
+    available = sum(int(count) for name, count in rows if name.rstrip("*") in names)
+    if names and num_nodes > available:
+        raise UserError(f"--nodes={num_nodes}: partition {min(names)} has {available} nodes; ask for fewer")
+
+
 def refuse_if_alive(run: Path) -> None:
     """Raises ``UserError`` if the run has jobs in the queue."""
     if alive := alive_jobs(run):

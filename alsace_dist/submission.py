@@ -48,6 +48,8 @@ def submit(config: Config, source: Path, cluster: str, num_nodes: int, only: str
             print(f"{scripts[job.name]}   {job.name}")
         print("nothing is submitted; each script can be given to sbatch by hand, in this order")
         return
+    if any(job.is_distributed for job in todo):
+        slurm.check_num_nodes(num_nodes or profile.nodes, profile.partition)
     done = slurm.submit(run, [(job.name, scripts[job.name]) for job in todo])
     width = max(len(row.job_id) for row in done)
     for row in done:
@@ -94,11 +96,12 @@ def print_status(config: Config, num_lines: int) -> None:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in ("stage", "job", "state", "progress", "restarts"):
         table.add_column(name, overflow="fold")
-    tails = []
+    tails, blocker = [], ""
     for job in job_scripts.jobs_of(config, pipeline.stages(config)):
         row = submitted.get(job.name)
         found = states.get(row.job_id) if row else None
-        state = _state(job, run, row, found)
+        state = _state(job, run, row, found, blocker)
+        blocker = blocker or ("" if state == "done" else job.name)
         log = Layout(run).slurm / "logs" / f"{job.file_name}.log"
         is_telling = state.split()[0] in ("running", "failed", "ending")
         progress = _progress(log) if is_telling else ""
@@ -114,8 +117,11 @@ def print_status(config: Config, num_lines: int) -> None:
             console.print(f"  {line}", soft_wrap=True)
 
 
-def _state(job: Job, run: Path, row: slurm.Submitted | None, found: slurm.JobState | None) -> str:
-    """A stage's state in words: its outputs know best, then Slurm, then what the job left behind."""
+def _state(job: Job, run: Path, row: slurm.Submitted | None, found: slurm.JobState | None, blocker: str) -> str:
+    """A stage's state in words: its outputs know best, then Slurm, then what the job left behind.
+
+    ``blocker``: the first stage before it that is not done.
+    """
     if job.stage is not None and job.stage.state() == "complete":
         return "done"
     if row is None:
@@ -134,7 +140,9 @@ def _state(job: Job, run: Path, row: slurm.Submitted | None, found: slurm.JobSta
     if found.state == "COMPLETED":
         return "done" if job.stage is None else "failed: its job succeeded, but its outputs are not there"
     if found.state == "CANCELLED":
-        return "cancelled" + (f" ({found.reason})" if found.reason else "")
+        if found.reason == "DependencyNeverSatisfied" and blocker:
+            return f"cancelled: {blocker} has not succeeded"
+        return "cancelled"
     return f"failed: {cause or found.state.lower()}"
 
 

@@ -87,6 +87,7 @@ class LocalSlurm:
         self.root = root
         self.environment = os.environ | {"SLURM_CONF": str(root / "slurm.conf"), "PATH": _path()}
         self.daemons: dict[str, subprocess.Popen[bytes]] = {}
+        self.waiting_since: dict[str, float] = {}
         for name in ("state", *(f"spool-{node}" for node in NODES)):
             (root / name).mkdir(parents=True)
         host = socket.gethostname().partition(".")[0]
@@ -115,9 +116,15 @@ class LocalSlurm:
         """Start one slurmd."""
         self._spawn(node, "slurmd", "-D", "-N", node)
 
-    def kill(self, name: str) -> None:
-        """kill -9 of one daemon: slurmctld, or a node's slurmd."""
-        self.daemons.pop(name).kill()
+    def kill(self, node: str) -> None:
+        """kill -9 of a node's slurmd."""
+        self.daemons.pop(node).kill()
+
+    def stop_controller(self) -> None:
+        """As for maintenance: it saves its state."""
+        daemon = self.daemons.pop("slurmctld")
+        daemon.terminate()
+        daemon.wait(timeout=30)
 
     def states(self) -> dict[str, str]:
         """Node -> its state."""
@@ -134,20 +141,26 @@ class LocalSlurm:
 
     def jobs(self) -> dict[str, str]:
         """Job id -> its state, of those in the queue."""
-        text = self.client("squeue", "--noheader", "--format=%i %T", check=False)
+        text = self.client("squeue", "--noheader", "--format=%i %T")
         return dict(line.split() for line in text.splitlines())
 
     def wait_for_jobs(self, seconds: float) -> None:
         """Wait until the queue is empty; a requeued job starts at once, not after Slurm's two minutes."""
-        _wait(lambda: self.hurry() == {}, seconds, f"jobs: {self.jobs()}", 0.5)
+        # Twice, for a job that is being requeued is in no queue for a moment.
+        _wait(lambda: self.hurry() == {} == (time.sleep(1) or self.jobs()), seconds, "jobs to end", 0.5)
 
     def hurry(self) -> dict[str, str]:
-        """Start what waits only for its time to come; the queue as it was."""
+        """Start what waits only for its time to come; the queue as it was.
+
+        Not within some seconds of its requeue: the nodes would refuse the old start's credential.
+        """
         jobs = self.jobs()
-        text = self.client("squeue", "--noheader", "--format=%i %r", check=False)
-        for job_id, reason in (line.split(maxsplit=1) for line in text.splitlines()):
-            if reason == "BeginTime":
-                self.client("scontrol", "update", f"JobId={job_id}", "StartTime=now", check=False)
+        text = self.client("squeue", "--noheader", "--format=%i %r")
+        waiting = {line.split()[0] for line in text.splitlines() if line.endswith(" BeginTime")}
+        self.waiting_since = {job: self.waiting_since.get(job, time.monotonic()) for job in waiting}
+        for job, since in self.waiting_since.items():
+            if time.monotonic() - since > 5:
+                self.client("scontrol", "update", f"JobId={job}", "StartTime=now", check=False)
         return jobs
 
     def mend(self) -> None:
