@@ -1,6 +1,7 @@
-"""Write docs/config.md from the pydantic models of the config: ``python docs/make_config_reference.py``.
+"""Write docs/config.md and docs/clusters.md from the pydantic models: ``python docs/make_config_reference.py``.
 
-The texts are the field docstrings in ``alsace_dist/config.py``; a test checks that the file is up to date.
+The texts are the field docstrings in ``alsace_dist/config.py`` and ``cluster.py``; a test checks that the files are up
+to date.
 """
 
 import json
@@ -8,10 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from alsace_dist import config
+from alsace_dist import cluster, config
+from alsace_dist.cluster import SiteProfile
 from alsace_dist.config import METHODS, Config, Section
 
-TARGET = Path(__file__).with_name("config.md")
 HEAD = """# Configuration reference
 
 <!-- Made by docs/make_config_reference.py from alsace_dist/config.py. Change it there, then run that script. -->
@@ -25,6 +26,15 @@ On the command line any key can be set by its dotted name: `alsace run CONFIG.ya
 Only `true` and `false` are truth values in the YAML: `no` is Norwegian and `yes` an answer. A key that is given twice
 is an error.
 """
+CLUSTERS_HEAD = """# Site profiles
+
+<!-- Made by docs/make_config_reference.py from alsace_dist/cluster.py. Change it there, then run that script. -->
+
+A site profile is a YAML file that says how one cluster's Slurm wants to be asked; `alsace submit CONFIG.yaml
+--cluster=PROFILE.yaml` makes the job scripts from it. Examples to copy are in [slurm/clusters](../slurm/clusters);
+[slurm/README.md](../slurm/README.md) explains the scripts, and what to do when a job fails. Unknown keys, wrong types
+and values that cannot be printed are refused. Every value is quoted where it goes into a script: none is ever run.
+"""
 METHODS_HEAD = """## What `method` fills in
 
 Keys of `select` and `distill` that a config does not give (or sets to `null`) come from the `method`:
@@ -32,15 +42,19 @@ Keys of `select` and `distill` that a config does not give (or sets to `null`) c
 WORDS = {"string": "text", "integer": "whole number", "number": "number", "boolean": "`true` or `false`"}
 
 
-def make_reference() -> str:
-    """The whole reference as Markdown."""
+def make_references() -> dict[str, str]:
+    """Name of a file below docs -> its text."""
     schema = Config.model_json_schema()
     parts = [HEAD, _section("The run", "Config", schema, schema)]
     for path, name in _walk("", schema, schema["$defs"]):
         parts.append(_section(f"`{path}`", name, schema["$defs"][name], schema))
         if path == "distill":
             parts.append(_methods())
-    return "\n".join(parts)
+    schema = SiteProfile.model_json_schema()
+    profile = [CLUSTERS_HEAD, _section("The profile", "SiteProfile", schema, schema)]
+    for path, name in _walk("", schema, schema["$defs"]):
+        profile.append(_section(f"`{path}`", name, schema["$defs"][name], schema))
+    return {"config.md": "\n".join(parts), "clusters.md": "\n".join(profile)}
 
 
 def _walk(path: str, section: dict[str, Any], definitions: dict[str, Any]) -> Iterator[tuple[str, str]]:
@@ -62,7 +76,7 @@ def _references(field: dict[str, Any]) -> Iterator[tuple[str, bool]]:
 
 
 def _section(title: str, name: str, section: dict[str, Any], schema: dict[str, Any]) -> str:
-    model: type[Section] = getattr(config, name)
+    model: type[Section] = getattr(config if hasattr(config, name) else cluster, name)
     lines = [f"## {title}", "", _plain(section["description"]), ""]
     lines += ["| Key | Type | Default | Constraint | Meaning |", "|---|---|---|---|---|"]
     required = section.get("required", [])
@@ -151,5 +165,6 @@ def _plain(text: str) -> str:
 
 
 if __name__ == "__main__":
-    TARGET.write_text(make_reference(), encoding="utf-8")
-    print(f"wrote {TARGET.name}")
+    for file, text in make_references().items():
+        Path(__file__).with_name(file).write_text(text, encoding="utf-8")
+        print(f"wrote {file}")

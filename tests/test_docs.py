@@ -24,7 +24,7 @@ from alsace_dist.prepare import prepare
 from alsace_dist.score_files import Scores, write_scores
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted([*(ROOT / "docs").glob("*.md"), *ROOT.glob("README.md")])
+PAGES = sorted([*(ROOT / "docs").glob("*.md"), ROOT / "README.md", ROOT / "slurm/README.md"])
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 BASE: dict[str, Any] = {"run_dir": "run", "model": {"path": "some/mt5"}}
 
@@ -55,13 +55,13 @@ def column(page: str, heading: str) -> list[str]:
 
 
 def test_the_config_reference_is_what_the_generator_makes_now() -> None:
-    made = generator().make_reference()
-    written = (ROOT / "docs" / "config.md").read_text(encoding="utf-8")
-    assert written == made, "run `python docs/make_config_reference.py`"
+    for name, made in generator().make_references().items():
+        written = (ROOT / "docs" / name).read_text(encoding="utf-8")
+        assert written == made, "run `python docs/make_config_reference.py`"
 
 
 def test_the_reference_holds_every_key_with_type_and_meaning() -> None:
-    text = generator().make_reference()
+    text = generator().make_references()["config.md"]
     definitions = Config.model_json_schema()["$defs"]
     keys = [key for section in definitions.values() for key in section["properties"]]
     rows = [line for line in text.splitlines() if line.startswith("| `")]
@@ -103,7 +103,7 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: f"{page.parent.name}/{page.name}")
 def test_relative_links_lead_somewhere(page: Path) -> None:
     for link in links(page):
         path, _, anchor = link.partition("#")

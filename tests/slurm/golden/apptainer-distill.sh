@@ -31,6 +31,7 @@ job=$SLURM_JOB_ID
 [[ -z ${SLURM_ARRAY_JOB_ID:-} ]] || job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
 restarts=${SLURM_RESTART_COUNT:-0}
 max_requeues=20
+((restarts <= max_requeues)) || refuse "requeued $restarts times; submit again to go on"
 cd -- / || refuse "no working directory"
 # What the ranks leave of this start of the job: their output, and the cause if they fail.
 export ALSACE_ATTEMPT_DIR=/shared/runs/xxl/slurm/attempts/$job/$restarts
