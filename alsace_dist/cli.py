@@ -184,17 +184,32 @@ def plan(config: str, *, num_processes: str = "auto", debug: bool = False, **ove
     planning.print_plan(_load(config, overrides), num_ranks)
 
 
-def doctor(config: str = "", *, debug: bool = False, **overrides: Any) -> None:
+def doctor(config: str = "", *, cluster: str = "", nodes: int = 0, debug: bool = False, **overrides: Any) -> None:
     """Check this machine: versions, devices, process group, writable directories and, with a config, its inputs.
 
     Args:
         config: a run's YAML, to check what it names.
+        cluster: a site profile: check the cluster's nodes and the network between them instead, in a job.
+        nodes: how many of them; default: what the profile says.
         debug: show tracebacks.
         overrides: settings by dotted name.
     """
-    from alsace_dist import doctor as checks
+    from alsace_dist import runtime
 
-    checks.run_checks(_load(config, overrides) if config else None)
+    if cluster:
+        if not config:
+            raise UserError("--cluster needs the config of a run, in whose directory the nodes meet")
+        from alsace_dist import submission
+
+        submission.check_cluster(_load(config, overrides), Path(config), cluster, nodes)
+    elif runtime.in_group() and runtime.ATTEMPT_DIR in os.environ:
+        from alsace_dist import cluster_doctor
+
+        cluster_doctor.check_node(Path(os.environ[runtime.ATTEMPT_DIR]))
+    else:
+        from alsace_dist import doctor as checks
+
+        checks.run_checks(_load(config, overrides) if config else None)
 
 
 def submit(

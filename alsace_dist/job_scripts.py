@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from alsace_dist.artifacts import write_text
 from alsace_dist.cluster import SiteProfile
@@ -19,17 +19,19 @@ PACKAGE = Path(__file__).parent
 TEMPLATE = PACKAGE / "slurm_stage.sh.j2"
 TASK_SCRIPT = PACKAGE / "slurm_task.sh"
 
+Tasks = Literal["one", "ranks", "nodes"]
+
 
 @dataclass(frozen=True)
 class Job:
-    """A stage as a job: ``arguments`` of the command line; ``stage`` is None for the report, which has no outputs of
-    its own to be complete."""
+    """A stage as a job: ``arguments`` of the command line; ``stage`` is None for the report and the doctor, which have
+    no outputs to be complete. ``tasks``: one, the stage's ranks, or one on every node."""
 
     number: int
     name: str
     command: str
     arguments: tuple[str, ...]
-    is_distributed: bool
+    tasks: Tasks
     stage: Stage | None
 
     @property
@@ -44,9 +46,16 @@ def jobs_of(config: Config, found: Sequence[Stage]) -> list[Job]:
     jobs = []
     for number, stage in enumerate(found, 1):
         arguments = (stage.command, str(layout.config), *stage.flags)
-        jobs.append(Job(number, stage.name, stage.command, arguments, stage.is_distributed, stage))
+        jobs.append(
+            Job(number, stage.name, stage.command, arguments, "ranks" if stage.is_distributed else "one", stage)
+        )
     arguments = ("report", str(layout.run))
-    return [*jobs, Job(len(found) + 1, "report", "report", arguments, False, None)]
+    return [*jobs, Job(len(found) + 1, "report", "report", arguments, "one", None)]
+
+
+def doctor_job(config: Config) -> Job:
+    """The check of the cluster's nodes."""
+    return Job(0, "doctor", "doctor", ("doctor", str(Layout(Path(config.run_dir)).config)), "nodes", None)
 
 
 def write_scripts(config: Config, profile: SiteProfile, jobs: Sequence[Job], num_nodes: int) -> dict[str, Path]:
@@ -81,8 +90,8 @@ def render(config: Config, profile: SiteProfile, job: Job, num_nodes: int) -> st
         keep_trailing_newline=True,
     )
     directory = Layout(Path(config.run_dir)).slurm.absolute()
-    num_ranks = _ranks_per_node(config, profile) if job.is_distributed else 1
-    launcher = profile.launcher if job.is_distributed else "none"
+    num_ranks = _ranks_per_node(config, profile) if job.tasks == "ranks" else 1
+    launcher = {"one": "none", "ranks": profile.launcher, "nodes": "srun"}[job.tasks]
     num_tasks = num_ranks if launcher == "srun" else 1
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         title=_Plain(f"alsace_dist: {job.name}"),
@@ -92,6 +101,7 @@ def render(config: Config, profile: SiteProfile, job: Job, num_nodes: int) -> st
         attempts=directory / "attempts",
         launcher=launcher,
         ranks_per_node=num_ranks,
+        kill_on_bad_exit=int(job.tasks != "nodes"),  # where one node's failure is what the others shall tell
         srun_options=_words(_srun_options(profile)),
         container=_words(_container(profile)),
         task_script=directory / TASK_SCRIPT.name,
@@ -138,7 +148,7 @@ def _options(
     yield "--requeue"
     yield f"--signal=B:{profile.signal}@{profile.lead_seconds}"
     yield _option("time", profile.time_of(job.command))
-    is_small = not job.is_distributed and job.command != "doctor"
+    is_small = job.tasks == "one"
     partition = (profile.small.partition if is_small else None) or profile.partition
     common = {"partition": partition, "account": profile.account, "qos": profile.qos}
     common |= {"reservation": profile.reservation, "mail-user": profile.mail_user, "mail-type": profile.mail_type}

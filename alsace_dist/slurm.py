@@ -1,6 +1,7 @@
 """Submit a run to Slurm as a chain of jobs, and ask and stop it."""
 
 import subprocess
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from alsace_dist.errors import UserError
 from alsace_dist.layout import Layout
 
 TIMEOUT_SECONDS = 60
+POLL_SECONDS = 2.0
 # States in which a job may still do something; squeue(1), JOB STATE CODES.
 ALIVE = {"PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED"}
 ALIVE |= {"RESIZING", "SIGNALING", "STAGE_OUT", "STOPPED", "SPECIAL_EXIT"}
@@ -53,16 +55,14 @@ def submit(run: Path, scripts: Sequence[tuple[str, Path]]) -> list[Submitted]:
     done: list[Submitted] = []
     try:
         for name, script in scripts:
-            command = ["sbatch", "--parsable"]
-            if done:
-                command += [f"--dependency=afterok:{done[-1].job_id}", "--kill-on-invalid-dep=yes"]
-            job_id = _call([*command, str(script)]).strip().partition(";")[0]
+            after = [f"--dependency=afterok:{done[-1].job_id}", "--kill-on-invalid-dep=yes"] if done else []
+            job_id = sbatch(script, *after)
             done.append(Submitted(name, job_id, str(script), str(script.parent / "logs" / f"{script.stem}.log")))
             _write(run, done)  # at once: what is submitted can be asked for and cancelled
     except (UserError, KeyboardInterrupt) as error:
         ids = [job.job_id for job in reversed(done)]
         try:
-            _call(["scancel", *ids] if ids else ["true"])
+            scancel(ids)
         except UserError as second:
             raise UserError(f"{error}; and {', '.join(ids)} cannot be cancelled: {second}") from None
         _write(run, [])
@@ -108,8 +108,28 @@ def cancel(run: Path) -> list[Submitted]:
     """Cancel what the run has in the queue; the jobs that were."""
     alive = alive_jobs(run)
     if alive:
-        _call(["scancel", *(job.job_id for job in reversed(alive))])  # the last first: none starts in between
+        scancel([job.job_id for job in reversed(alive)])  # the last first: none starts in between
     return alive
+
+
+def sbatch(script: Path, *options: str) -> str:
+    """Submit a script; the job's id."""
+    return _call(["sbatch", "--parsable", *options, str(script)]).strip().partition(";")[0]
+
+
+def scancel(job_ids: Sequence[str]) -> None:
+    """Cancel jobs."""
+    if job_ids:
+        _call(["scancel", *job_ids])
+
+
+def wait(job_id: str) -> str:
+    """Wait until a job has ended; its last state, or that it is forgotten."""
+    while True:
+        state = job_states([job_id]).get(job_id)
+        if state is None or not state.is_alive:
+            return state.state if state else "FORGOTTEN"
+        time.sleep(POLL_SECONDS)
 
 
 def job_states(job_ids: Sequence[str]) -> dict[str, JobState]:

@@ -48,7 +48,7 @@ def submit(config: Config, source: Path, cluster: str, num_nodes: int, only: str
             print(f"{scripts[job.name]}   {job.name}")
         print("nothing is submitted; each script can be given to sbatch by hand, in this order")
         return
-    if any(job.is_distributed for job in todo):
+    if any(job.tasks == "ranks" for job in todo):
         slurm.check_num_nodes(num_nodes or profile.nodes, profile.partition)
     done = slurm.submit(run, [(job.name, scripts[job.name]) for job in todo])
     width = max(len(row.job_id) for row in done)
@@ -61,6 +61,35 @@ Each job starts when the one before has succeeded.
   alsace cancel {run}     cancel what is left
   tensorboard --logdir {run / "tensorboard"}     the curves"""
     )
+
+
+def check_cluster(config: Config, source: Path, cluster: str, num_nodes: int) -> None:
+    """Check a cluster's nodes in a job of its own, wait for it and print what it found.
+
+    Raises ``UserError`` if something is wrong with a node.
+    """
+    profile = load_profile(cluster)
+    num_nodes = num_nodes or profile.nodes
+    pipeline.write_config(config, source, pipeline.stages(config))
+    slurm.check_num_nodes(num_nodes, profile.partition)
+    job = job_scripts.doctor_job(config)
+    script = job_scripts.write_scripts(config, profile, [job], num_nodes)[job.name]
+    log = script.parent / "logs" / f"{script.stem}.log"
+    log.unlink(missing_ok=True)  # of an earlier check
+    job_id = slurm.sbatch(script)
+    print(f"job {job_id} checks {num_nodes} nodes; its log: {log}", file=sys.stderr)
+    try:
+        state = slurm.wait(job_id)
+    except KeyboardInterrupt:
+        slurm.scancel([job_id])
+        raise
+    lines = _tail(log)
+    for line in lines:
+        if line.startswith(("ok ", "FAILED ")):
+            print(line)
+    if state != "COMPLETED":
+        cause = _cause(Path(config.run_dir), job_id) or (lines[-1] if lines else f"its job ended as {state.lower()}")
+        raise UserError(f"doctor: {cause.removeprefix('doctor: ')}")
 
 
 def _is_complete(job: Job) -> bool:

@@ -36,7 +36,7 @@ LAYERS = [
         "loop",
     }
     | {"demo_corpus"},
-    {"prepare", "pretrain", "train", "score", "select", "evaluate", "report", "plan", "doctor"},
+    {"prepare", "pretrain", "train", "score", "select", "evaluate", "report", "plan", "doctor", "cluster_doctor"},
     {"pipeline", "job_scripts", "slurm", "submission", "cli", "__main__"},
 ]
 STAGES = LAYERS[3]

@@ -106,7 +106,7 @@ def test_hostile_values_stay_in_their_places(tmp_path: Path, monkeypatch: pytest
     environment = {f"HOSTILE_{number}": value for number, value in enumerate(HOSTILE)}
     container = {"kind": "apptainer", "image": HOSTILE[4], "mounts": HOSTILE, "program": "env"}
     profile = validate(SiteProfile, {"environment": environment, "container": container, "ranks_per_node": 2}, "")
-    job = Job(1, "score " + " ".join(HOSTILE), "score", ("score", *HOSTILE), True, None)
+    job = Job(1, "score " + " ".join(HOSTILE), "score", ("score", *HOSTILE), "ranks", None)
     script = tmp_path / "script.sh"
     script.write_text(render(config, profile, job, 2))
     tools = tmp_path / "tools"

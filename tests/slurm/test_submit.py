@@ -1,6 +1,7 @@
 """What is refused, and what is said, on a real Slurm: nothing is half submitted, and every failure has its reason."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -110,3 +111,48 @@ def test_three_failures_at_the_same_point_are_enough(slurm: LocalSlurm, world: P
     assert "rank 1 was killed by SIGKILL" in lines[-1]
     assert sum("restart" in line and line.startswith("== ") for line in lines) == 3
     assert "failed: rank 1 was killed by SIGKILL" in tiny.alsace("status", "run").stdout
+
+
+def test_the_doctor_looks_at_every_node_and_pair(slurm: LocalSlurm, world: Path, tmp_path: Path) -> None:
+    config = make_run(world, tmp_path)
+    done = tiny.alsace("doctor", str(config), f"--cluster={SITE}")
+    lines = {line.split()[1]: line for line in done.stdout.splitlines()}
+    assert list(lines) == ["nodes", "versions", "GPUs", "clocks", "pairs"], done.stdout
+    assert all(line.startswith("ok ") for line in lines.values())
+    assert lines["nodes"].endswith("alpha, beta") and "2 of 2" in lines["nodes"]
+    assert "between alpha and beta" in lines["pairs"]
+
+
+def test_the_doctor_names_the_bad_node(slurm: LocalSlurm, world: Path, tmp_path: Path) -> None:
+    """On beta another version is installed, the clock goes wrong, and connections to others than the store fail."""
+    hooks = tmp_path / "hooks"
+    hooks.mkdir()
+    (hooks / "sitecustomize.py").write_text(
+        "import os\n"
+        "if os.environ.get('SLURMD_NODENAME') == 'beta':\n"
+        "    import importlib.metadata, time\n"
+        "    version, now = importlib.metadata.version, time.time\n"
+        "    importlib.metadata.version = lambda name: '0.0' if name == 'deepspeed' else version(name)\n"
+        "    time.time = lambda: now() + 100\n"
+        "    os.environ['GLOO_SOCKET_IFNAME'] = 'nonexistent'\n"
+    )
+    environment = {"MASTER_ADDR": "127.0.0.1", "PYTHONPATH": str(hooks)}
+    done = tiny.alsace(
+        "doctor", str(make_run(world, tmp_path)), f"--cluster={site(tmp_path, environment=environment)}", check=False
+    )
+    assert done.returncode == EXIT_USER_ERROR
+    bad = [line for line in done.stdout.splitlines() if line.startswith("FAILED")]
+    assert "beta: deepspeed 0.0, elsewhere" in bad[0], done.stdout
+    assert "clocks" in bad[1] and "beta: +100." in bad[1]
+    assert "pairs" in bad[2]
+    assert done.stderr.strip().splitlines()[-1].startswith("error: doctor: beta: deepspeed 0.0")
+
+
+def test_the_doctor_misses_a_node_that_does_not_start(slurm: LocalSlurm, world: Path, tmp_path: Path) -> None:
+    python = tmp_path / "python"  # as if beta had no Python
+    python.write_text(f'#!/bin/bash\n[[ $SLURMD_NODENAME == beta ]] && exit 127\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    config = make_run(world, tmp_path)
+    done = tiny.alsace("doctor", str(config), f"--cluster={site(tmp_path, python=str(python))}", check=False)
+    assert done.returncode == EXIT_USER_ERROR
+    assert "1 of 2 write into" in done.stdout and "not seen: rank 1" in done.stdout, done.stdout
