@@ -73,11 +73,20 @@ def submit(run: Path, scripts: Sequence[tuple[str, Path]]) -> list[Submitted]:
 def check_num_nodes(num_nodes: int, partition: str | None) -> None:
     """Raises ``UserError`` if a partition (None: the cluster's default) has fewer nodes: sbatch would take such a job,
     which then waits for ever."""
-    rows = [line.split("|") for line in _call(["sinfo", "--noheader", "--all", "--format=%P|%D"]).splitlines()]
-    names = {name.rstrip("*") for name, _ in rows if (name.rstrip("*") == partition if partition else name[-1] == "*")}
-    available = sum(int(count) for name, count in rows if name.rstrip("*") in names)
-    if names and num_nodes > available:
-        raise UserError(f"--nodes={num_nodes}: partition {min(names)} has {available} nodes; ask for fewer")
+    text = _call(["scontrol", "show", "partition", "--all", "--oneliner"])
+    rows = [_fields(line) for line in text.splitlines()]
+    for row in rows:
+        if row.get("PartitionName") == partition or (partition is None and row.get("Default") == "YES"):
+            available = int(row.get("TotalNodes", num_nodes))
+            if num_nodes > available:
+                raise UserError(
+                    f"--nodes={num_nodes}: partition {row['PartitionName']} has {available} nodes; ask for fewer"
+                )
+
+
+def _fields(line: str) -> dict[str, str]:
+    """A line of scontrol."""
+    return dict(part.split("=", 1) for part in line.split() if "=" in part)
 
 
 def refuse_if_alive(run: Path) -> None:
@@ -162,8 +171,7 @@ def _num_restarts(job_id: str) -> int:
         text = _call(["scontrol", "show", "job", "--oneliner", job_id])
     except UserError:  # forgotten in between
         return 0
-    fields = dict(part.split("=", 1) for part in text.split() if "=" in part)
-    return int(fields.get("Restarts", 0))
+    return int(_fields(text).get("Restarts", 0))
 
 
 def _from_accounting(job_id: str) -> str | None:

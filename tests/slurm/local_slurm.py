@@ -40,15 +40,26 @@ AccountingStorageType=accounting_storage/none
 JobCompType=jobcomp/none
 JobRequeue=1
 ReturnToService=2
-SlurmdTimeout={slurmd_timeout}
-KillWait={kill_wait}
+SlurmdTimeout=10
+KillWait=10
 MinJobAge=300
 UnkillableStepTimeout=60
 SchedulerParameters=sched_interval=1,sched_min_interval=100000,batch_sched_delay=0,bf_interval=1
+"""
+TWO_NODES = """\
 NodeName=alpha NodeHostname={host} NodeAddr=127.0.0.1 Port={alpha_port} CPUs=2 RealMemory=2000 State=UNKNOWN
 NodeName=beta NodeHostname={host} NodeAddr=127.0.0.1 Port={beta_port} CPUs=2 RealMemory=2000 State=UNKNOWN
 PartitionName=main Nodes=ALL Default=YES MaxTime=60 State=UP
 PartitionName=short Nodes=ALL MaxTime=60 State=UP
+"""
+# Nodes that are not there: enough to ask the controller whether it would take a job.
+BIG = """\
+GresTypes=gpu
+SuspendProgram=/bin/true
+ResumeProgram=/bin/true
+SuspendTime=60
+NodeName=node[01-64] CPUs=96 RealMemory=2000000 Gres=gpu:8 State=CLOUD
+PartitionName=gpu Nodes=ALL Default=YES MaxTime=UNLIMITED State=UP
 """
 
 
@@ -83,7 +94,7 @@ def free_ports(count: int) -> list[int]:
 class LocalSlurm:
     """Its daemons; ``environment`` is what the clients need to find it."""
 
-    def __init__(self, root: Path, slurmd_timeout: int = 10, kill_wait: int = 10) -> None:
+    def __init__(self, root: Path, nodes: str = TWO_NODES) -> None:
         self.root = root
         self.environment = os.environ | {"SLURM_CONF": str(root / "slurm.conf"), "PATH": _path()}
         self.daemons: dict[str, subprocess.Popen[bytes]] = {}
@@ -93,11 +104,16 @@ class LocalSlurm:
         host = socket.gethostname().partition(".")[0]
         ports = dict(zip(("controller_port", "alpha_port", "beta_port"), free_ports(3), strict=True))
         (root / "slurm.conf").write_text(
-            CONFIG.format(root=root, host=host, slurmd_timeout=slurmd_timeout, kill_wait=kill_wait, **ports)
+            CONFIG.format(root=root, host=host, **ports) + nodes.format(host=host, **ports)
         )
 
     def start(self) -> None:
         """Start everything and wait until both nodes are idle."""
+        self.start_munge()
+        self.mend()
+
+    def start_munge(self) -> None:
+        """Start what the others prove with who they are."""
         key = self.root / "munge.key"
         key.write_bytes(os.urandom(128))
         key.chmod(0o600)
@@ -106,7 +122,6 @@ class LocalSlurm:
         options += [f"--log-file={self.root}/munged.log", f"--seed-file={self.root}/munged.seed"]
         self._spawn("munged", "munged", "--foreground", "--force", *options)
         _wait(lambda: (self.root / "munge.socket").exists(), 10, "munged")
-        self.mend()
 
     def start_controller(self) -> None:
         """Start slurmctld, from its saved state if there is one."""

@@ -1,7 +1,7 @@
 """The job scripts: compared whole with golden copies, checked by shellcheck, and read by bash and sbatch with hostile
 values in every place.
 
-``python tests/slurm/test_scripts.py`` writes the golden copies anew.
+``PYTHONPATH=tests python tests/slurm/test_scripts.py`` writes the golden copies anew.
 """
 
 import os
@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import yaml
+from local_slurm import BIG, LocalSlurm, why_not
 
 from alsace_dist.cluster import SiteProfile, load_profile
 from alsace_dist.config_file import load_config, validate
@@ -64,6 +66,30 @@ def test_golden_copies(monkeypatch: pytest.MonkeyPatch) -> None:
     assert made.keys() == {path.name for path in GOLDEN.glob("*.sh")}
     for name, text in made.items():
         assert text == (GOLDEN / name).read_text(), f"{name}: look at it, then run this file to write it anew"
+
+
+def test_slurm_takes_the_scripts_of_64_nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A controller with the nodes of a large cluster in its configuration; --test-only asks it and submits nothing."""
+    if reason := why_not():
+        pytest.fail(reason) if os.environ.get("CI") else pytest.skip(reason)
+    monkeypatch.chdir(tmp_path)
+    command = ["submit", str(ROOT / "configs/xnli-mt5-xxl.yaml"), "--nodes=64", "--dry-run", "--run_dir=run"]
+    tiny.alsace(*command, f"--cluster={CLUSTERS / 'generic.yaml'}")
+    slurm = LocalSlurm(tmp_path / "slurm", BIG)
+    try:
+        slurm.start_munge()
+        slurm.start_controller()
+        tiny.wait_for(lambda: "gpu" in slurm.client("sinfo", check=False))
+        scripts = sorted((tmp_path / "run/slurm").glob("*-*.sh"))
+        assert len(scripts) == 8
+        for script in scripts:
+            slurm.client("sbatch", "--test-only", str(script))
+        distill = str(tmp_path / "run/slurm/05-distill-round-1.sh")
+        for more in ("--nodes=65", "--gpus-per-node=9", "--cpus-per-task=97"):
+            done = subprocess.run(["sbatch", "--test-only", more, distill], env=slurm.environment, check=False)
+            assert done.returncode == 1, more
+    finally:
+        slurm.stop()
 
 
 def needs(program: str) -> None:

@@ -62,7 +62,7 @@ def test_a_controller_that_is_down(slurm: LocalSlurm, world: Path, tmp_path: Pat
 def test_without_slurm(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nonexistent")
     config = make_run(world, tmp_path)
-    assert "sinfo: not found; run this where Slurm's programs are" in refusal(config, "--stages=finetune")
+    assert "scontrol: not found; run this where Slurm's programs are" in refusal(config, "--stages=finetune")
     done = tiny.alsace("status", "run")
     assert "finetune" in done.stdout and "to do" in done.stdout
     assert "has no jobs in the queue" in tiny.alsace("cancel", "run").stdout
