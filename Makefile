@@ -9,7 +9,7 @@ demo: $(READY)
 	$(VENV)/bin/alsace demo
 
 test: $(READY)
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest -n 2 --dist=loadfile
 
 lint: $(READY)
 	$(VENV)/bin/ruff check .

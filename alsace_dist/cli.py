@@ -1,5 +1,6 @@
 """The command ``alsace``: one thin function per command, read by fire. ``alsace COMMAND --help`` shows its flags."""
 
+import errno
 import functools
 import inspect
 import os
@@ -355,11 +356,16 @@ def _leave(error: BaseException | None, debug: bool) -> None:
     sys.exit(code)
 
 
+# Others, such as a network disk that does not answer or no memory for a process, may pass by themselves.
+_FOR_PEOPLE = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EISDIR}
+_FOR_PEOPLE |= {errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTEMPTY, errno.EFBIG}
+
+
 def _as_user_error(error: BaseException) -> BaseException:
     """What the operating system refuses (full disk, no permission) is for people; the rest is a defect of ours."""
     if isinstance(error, KeyboardInterrupt):
         return Stopped(STOPPED)
-    if isinstance(error, OSError) and error.errno is not None and error.strerror:
+    if isinstance(error, OSError) and error.errno in _FOR_PEOPLE and error.strerror:
         where = f"{error.filename}: " if error.filename else ""
         return UserError(f"{where}{error.strerror}; free space or correct the path, then run the same command again")
     return error

@@ -40,7 +40,30 @@ def _is_duration(text: str) -> str:
     return text
 
 
+def _is_option(line: str) -> str:
+    if not _SBATCH_LINE.fullmatch(line):
+        raise ValueError(f"{line!r} is no option of sbatch; write --name=value")
+    name = line.partition("=")[0]
+    if name in OWNED:
+        raise ValueError(f"{name} is set from this profile's own keys or by alsace itself; remove it")
+    return line
+
+
+def seconds_of(duration: str) -> int:
+    """Seconds of a duration as sbatch reads it: minutes, minutes:seconds, hours:minutes:seconds, days-hours..."""
+    days, dash, rest = duration.rpartition("-")
+    parts = [int(part) for part in rest.split(":")]
+    if dash:
+        hours, minutes, seconds = (*parts, 0, 0)[:3]
+    elif len(parts) == 3:
+        hours, minutes, seconds = parts
+    else:
+        hours, (minutes, seconds) = 0, (*parts, 0)[:2]
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
+
+
 Line = Annotated[str, Field(min_length=1), AfterValidator(_on_one_line)]
+Option = Annotated[Line, AfterValidator(_is_option)]
 File = Annotated[Line, AfterValidator(os.path.expanduser)]
 Duration = Annotated[str, AfterValidator(_is_duration)]
 
@@ -73,6 +96,8 @@ class SmallConfig(Section):
     """CPU cores."""
     memory: Line | None = None
     """Memory as Slurm writes it, such as 16G; null: the partition's default."""
+    sbatch: list[Option] | None = None
+    """Further options of sbatch for them, such as none if the others' ask for GPUs; null: those of the others."""
 
 
 class SiteProfile(Section):
@@ -132,7 +157,7 @@ class SiteProfile(Section):
     """How long before the end it is sent: longer than a step and a checkpoint take together."""
     max_requeues: Annotated[int, Field(ge=0)] = 20
     """How often a job goes back into the queue, at most."""
-    sbatch: list[Line] = []
+    sbatch: list[Option] = []
     """Further options of sbatch, one a line, as they would stand after #SBATCH."""
 
     @field_validator("environment")
@@ -158,17 +183,6 @@ class SiteProfile(Section):
             return {key: str(one) if type(one) is int else one for key, one in value.items()}
         return str(value) if type(value) is int else value
 
-    @field_validator("sbatch")
-    @classmethod
-    def _check_lines(cls, value: list[str]) -> list[str]:
-        for line in value:
-            if not _SBATCH_LINE.fullmatch(line):
-                raise ValueError(f"{line!r} is no option of sbatch; write --name=value")
-            name = line.partition("=")[0]
-            if name in OWNED:
-                raise ValueError(f"{name} is set from this profile's own keys or by alsace itself; remove it")
-        return value
-
     @field_validator("time")
     @classmethod
     def _check_stages(cls, value: str | dict[str, str]) -> str | dict[str, str]:
@@ -181,6 +195,13 @@ class SiteProfile(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        limits = [self.time] if isinstance(self.time, str) else list(self.time.values())
+        shortest = min(limits, key=seconds_of)
+        if seconds_of(shortest) < self.lead_seconds + 60:
+            raise ValueError(
+                f"time {shortest} is not a minute more than lead_seconds ({self.lead_seconds}): a job would be told to "
+                "stop as soon as it starts; give it more time, or lower lead_seconds"
+            )
         if self.gpu_type and not self.gpus_per_node:
             raise ValueError("gpu_type needs gpus_per_node")
         if self.mail_type and not self.mail_user:

@@ -25,9 +25,11 @@ if TYPE_CHECKING:
 
 MEET_SECONDS = 60.0  # for every node to start, and to be seen by the others
 PAIR_SECONDS = 30.0
+CLOCK_SECONDS = 10.0
 PAIR_BYTES = 32 * 2**20
 MAX_CLOCK_SECONDS = 2.0  # more, and make, rsync and the order of log lines are fooled
 MAX_USED_BYTES = 2 * 10**9  # of a GPU that is free; the driver alone takes some hundred MB
+GPUS_PER_NODE = "ALSACE_GPUS_PER_NODE"  # what the job has asked for
 PACKAGES = ("alsace_dist", "torch", "deepspeed", "transformers", "tokenizers", "safetensors")
 Finding = tuple[bool, str, str]  # ok, what was checked, what was found
 
@@ -35,7 +37,7 @@ Finding = tuple[bool, str, str]  # ok, what was checked, what was found
 def check_node(directory: Path) -> None:
     """One node's part, as rank RANK of WORLD_SIZE tasks; ``directory``: one that all nodes share, of this job alone.
 
-    Rank 0 prints the findings of all. Raises ``UserError`` there if something is wrong with a node.
+    The first rank that is there prints the findings of all. Raises ``UserError`` there if something is wrong.
     """
     rank, num_nodes = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     name = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
@@ -51,7 +53,7 @@ def check_node(directory: Path) -> None:
     except Exception as error:
         network["store"] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     write_json(directory / f"network{rank:04d}.json", network)
-    if rank == 0:
+    if rank == min(present):
         findings = list(_compare(directory, num_nodes))
         for is_ok, what, text in findings:
             print(f"{'ok' if is_ok else 'FAILED':<8} {what:<14} {text}", flush=True)
@@ -73,16 +75,21 @@ def _versions() -> dict[str, str]:
 
 
 def _gpus() -> Iterator[dict[str, Any]]:
-    """Name, bytes in use, memory errors, and whether a product comes out right, of every GPU."""
+    """Name, bytes in use, memory errors, and what is wrong with a product computed on it, of every GPU."""
     import torch
 
     errors = _memory_errors()
     for index in range(torch.cuda.device_count()):
-        free, total = torch.cuda.mem_get_info(index)
-        ones = torch.ones(512, 512, device=f"cuda:{index}")
-        is_right = bool(((ones @ ones) == 512).all())
-        name = torch.cuda.get_device_name(index)
-        yield {"name": name, "used_bytes": total - free, "errors": errors.get(index, 0), "is_right": is_right}
+        gpu = {"name": "", "used_bytes": 0, "errors": errors.get(index, 0), "problem": ""}
+        try:
+            free, total = torch.cuda.mem_get_info(index)
+            gpu |= {"name": torch.cuda.get_device_name(index), "used_bytes": total - free}
+            ones = torch.ones(512, 512, device=f"cuda:{index}")
+            if not bool(((ones @ ones) == 512).all()):
+                gpu["problem"] = "computes wrongly"
+        except RuntimeError as error:
+            gpu["problem"] = f"fails: {' '.join(str(error).split())[:100]}"
+        yield gpu
 
 
 def _memory_errors() -> dict[int, int]:
@@ -116,6 +123,10 @@ def _clock(store: Any, rank: int, present: Iterable[int]) -> float:
     for other in sorted(set(present) - {0}):
         begin = time.time()
         store.set(f"ask{other}", "?")
+        try:
+            store.wait([f"time{other}"], timedelta(seconds=CLOCK_SECONDS))
+        except Exception:  # it does not reach the port, as its own findings say
+            continue
         theirs = float(store.get(f"time{other}"))
         store.set(f"ahead{other}", repr(theirs - (begin + time.time()) / 2))
     return 0.0
@@ -176,7 +187,8 @@ def _all_reduce(group: Any, data: "torch.Tensor") -> None:
 def _compare(directory: Path, num_nodes: int) -> Iterator[Finding]:
     nodes = _collect(directory, "node", num_nodes, 0)
     names = {rank: node["name"] for rank, node in nodes.items()}
-    missing = [f"rank {rank}" for rank in range(num_nodes) if rank not in nodes]
+    hosts = _host_names()
+    missing = [dict(enumerate(hosts)).get(rank, f"rank {rank}") for rank in range(num_nodes) if rank not in nodes]
     text = f"{len(nodes)} of {num_nodes} write into {directory}: {', '.join(names.values())}"
     yield (
         not missing,
@@ -187,6 +199,14 @@ def _compare(directory: Path, num_nodes: int) -> Iterator[Finding]:
     yield from _compare_gpus(nodes, names)
     network = _collect(directory, "network", len(nodes), MEET_SECONDS + num_nodes * PAIR_SECONDS)
     yield from _compare_network(network, names)
+
+
+def _host_names() -> list[str]:
+    """The job's nodes, in the order of their tasks; none where Slurm's programs are not, as in a container."""
+    if shutil.which("scontrol") is None or "SLURM_JOB_NODELIST" not in os.environ:
+        return []
+    command = ["scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False).stdout.split()
 
 
 def _collect(directory: Path, kind: str, num_nodes: int, seconds: float) -> dict[int, dict[str, Any]]:
@@ -210,23 +230,23 @@ def _compare_versions(nodes: dict[int, dict[str, Any]], names: dict[int, str]) -
 
 
 def _compare_gpus(nodes: dict[int, dict[str, Any]], names: dict[int, str]) -> Iterator[Finding]:
-    usual = Counter(len(node["gpus"]) for node in nodes.values()).most_common(1)[0][0]
+    wanted = int(os.environ.get(GPUS_PER_NODE, 0))
     are_well = True
     for rank, node in nodes.items():
-        problems = [f"{len(node['gpus'])} GPUs, elsewhere {usual}"] if len(node["gpus"]) != usual else []
+        problems = [f"torch sees {len(node['gpus'])} GPUs of {wanted}"] if len(node["gpus"]) < wanted else []
         for index, gpu in enumerate(node["gpus"]):
             if gpu["used_bytes"] > MAX_USED_BYTES:
                 problems.append(f"GPU {index} is in use, {gpu['used_bytes'] / 1e9:.0f} GB")
             if gpu["errors"]:
                 problems.append(f"GPU {index} has {gpu['errors']} uncorrected memory errors")
-            if not gpu["is_right"]:
-                problems.append(f"GPU {index} computes wrongly")
+            if gpu["problem"]:
+                problems.append(f"GPU {index} {gpu['problem']}")
         for problem in problems:
             are_well = False
             yield False, "GPUs", f"{names[rank]}: {problem}"
     if are_well:
         kinds = sorted({gpu["name"] for node in nodes.values() for gpu in node["gpus"]})
-        yield True, "GPUs", f"{usual} a node, free and well: {', '.join(kinds)}" if usual else "none; the CPUs compute"
+        yield True, "GPUs", f"{wanted} a node, free and well: {', '.join(kinds)}" if kinds else "none; the CPUs compute"
 
 
 def _compare_network(network: dict[int, dict[str, Any]], names: dict[int, str]) -> Iterator[Finding]:
@@ -237,7 +257,7 @@ def _compare_network(network: dict[int, dict[str, Any]], names: dict[int, str]) 
     clocks = {rank: node["clock"] for rank, node in network.items() if node["clock"] is not None}
     if wrong := {rank: ahead for rank, ahead in clocks.items() if abs(ahead) > MAX_CLOCK_SECONDS}:
         for rank, ahead in wrong.items():
-            yield False, "clocks", f"{names[rank]}: {ahead:+.1f} s from {names[0]}'s"
+            yield False, "clocks", f"{names[rank]}: {ahead:+.1f} s from the first node's"
     elif clocks:
         yield True, "clocks", f"within {max(map(abs, clocks.values())):.3f} s"
     pairs = {

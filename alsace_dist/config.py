@@ -268,6 +268,10 @@ class EngineConfig(Section):
     def _check(self) -> Self:
         if self.offload_optimizer and self.zero_stage == 0:
             raise ValueError("offload_optimizer needs zero_stage 1, 2 or 3")
+        if self.hang_seconds is not None and self.hang_seconds + 120 > self.timeout_seconds:
+            raise ValueError(
+                "hang_seconds must be at least 120 below timeout_seconds, which would end a hung group first"
+            )
         owned = {"train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "optimizer"}
         owned |= {"scheduler", "fp16", "bf16", "checkpoint", "gradient_clipping", "managed_gradient_accumulation"}
         if clash := sorted(owned & self.deepspeed.keys()):

@@ -1,7 +1,6 @@
 """Job scripts: a run's stages as plain sbatch scripts, from a site profile."""
 
 import shlex
-import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -65,7 +64,8 @@ def write_scripts(config: Config, profile: SiteProfile, jobs: Sequence[Job], num
     """
     directory = Layout(Path(config.run_dir)).slurm.absolute()
     (directory / "logs").mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(TASK_SCRIPT, directory / TASK_SCRIPT.name)  # where the nodes, and containers, can read it
+    # Where the nodes, and containers, can read it.
+    write_text(directory / TASK_SCRIPT.name, TASK_SCRIPT.read_text(encoding="utf-8"))
     scripts = {}
     for job in jobs:
         path = directory / f"{job.file_name}.sh"
@@ -101,6 +101,8 @@ def render(config: Config, profile: SiteProfile, job: Job, num_nodes: int) -> st
         attempts=directory / "attempts",
         launcher=launcher,
         ranks_per_node=num_ranks,
+        # The doctor's findings are not mended by trying again.
+        max_requeues=0 if job.tasks == "nodes" else profile.max_requeues,
         kill_on_bad_exit=int(job.tasks != "nodes"),  # where one node's failure is what the others shall tell
         srun_options=_words(_srun_options(profile)),
         container=_words(_container(profile)),
@@ -151,7 +153,12 @@ def _options(
     is_small = job.tasks == "one"
     partition = (profile.small.partition if is_small else None) or profile.partition
     common = {"partition": partition, "account": profile.account, "qos": profile.qos}
-    common |= {"reservation": profile.reservation, "mail-user": profile.mail_user, "mail-type": profile.mail_type}
+    common |= {
+        "exclude": profile.exclude,
+        "reservation": profile.reservation,
+        "mail-user": profile.mail_user,
+        "mail-type": profile.mail_type,
+    }
     for name, value in common.items():
         if value is not None:
             yield _option(name, value)
@@ -161,9 +168,10 @@ def _options(
             yield _option("mem", profile.small.memory)
     else:
         yield from _options_of_many(profile, num_nodes, num_ranks, num_tasks)
+    raw = profile.small.sbatch if is_small and profile.small.sbatch is not None else profile.sbatch
     yield from (
         name if not equals else _option(name.removeprefix("--"), value)
-        for name, equals, value in (line.partition("=") for line in profile.sbatch)
+        for name, equals, value in (line.partition("=") for line in raw)
     )
 
 
@@ -175,7 +183,7 @@ def _options_of_many(profile: SiteProfile, num_nodes: int, num_ranks: int, num_t
     if profile.gpus_per_node:
         kind = f"{profile.gpu_type}:" if profile.gpu_type else ""
         yield _option("gpus-per-node", f"{kind}{profile.gpus_per_node}")
-    for name, value in {"mem": profile.memory, "constraint": profile.constraint, "exclude": profile.exclude}.items():
+    for name, value in {"mem": profile.memory, "constraint": profile.constraint}.items():
         if value is not None:
             yield _option(name, value)
     if profile.exclusive:

@@ -11,6 +11,7 @@ import threading
 import time
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -206,7 +207,8 @@ def _log_apart() -> None:
 def note_position(text: str) -> None:
     """Leave for the job script where the next start would go on: it stops a job that fails again and again there."""
     if ATTEMPT_DIR in os.environ:
-        write_text(Path(os.environ[ATTEMPT_DIR]) / "position", text + "\n")
+        with suppress(OSError):  # a full disk is told by what the disk is needed for
+            write_text(Path(os.environ[ATTEMPT_DIR]) / "position", text + "\n")
 
 
 class LeadCheck:
@@ -291,7 +293,8 @@ def record_cause(error: BaseException) -> None:
         if is_secondary(error):
             message = f"a rank died without a word (killed? out of memory?), its node's lines above say how; {message}"
         name = f"cause-{int(is_secondary(error))}-{time.time_ns()}-{exit_code(error)}-{who}"
-        write_text(Path(directory) / name, " ".join(message.split()) + "\n")
+        with suppress(OSError):  # the error itself is printed all the same
+            write_text(Path(directory) / name, " ".join(message.split()) + "\n")
 
 
 def num_local_processes(engine: EngineConfig) -> int:

@@ -1,5 +1,7 @@
 """Submit a run to Slurm as a chain of jobs, and ask and stop it."""
 
+import os
+import re
 import subprocess
 import time
 from collections.abc import Sequence
@@ -15,6 +17,8 @@ POLL_SECONDS = 2.0
 # States in which a job may still do something; squeue(1), JOB STATE CODES.
 ALIVE = {"PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED"}
 ALIVE |= {"RESIZING", "SIGNALING", "STAGE_OUT", "STOPPED", "SPECIAL_EXIT"}
+REMEDY = "is the Slurm controller up? Try again later"
+_UNREACHABLE = ("contact slurm controller", "configuration source", "timed out", "munge", "authentication", "refused")
 
 
 class NoSlurm(UserError):
@@ -55,17 +59,22 @@ def submit(run: Path, scripts: Sequence[tuple[str, Path]]) -> list[Submitted]:
     done: list[Submitted] = []
     try:
         for name, script in scripts:
-            after = [f"--dependency=afterok:{done[-1].job_id}", "--kill-on-invalid-dep=yes"] if done else []
+            # The first one is held until all are taken: if one is refused, none has begun.
+            after = [f"--dependency=afterok:{done[-1].job_id}", "--kill-on-invalid-dep=yes"] if done else ["--hold"]
             job_id = sbatch(script, *after)
             done.append(Submitted(name, job_id, str(script), str(script.parent / "logs" / f"{script.stem}.log")))
             _write(run, done)  # at once: what is submitted can be asked for and cancelled
-    except (UserError, KeyboardInterrupt) as error:
+        if done:
+            _call(["scontrol", "release", done[0].job_id])
+    except BaseException as error:
         ids = [job.job_id for job in reversed(done)]
         try:
             scancel(ids)
         except UserError as second:
             raise UserError(f"{error}; and {', '.join(ids)} cannot be cancelled: {second}") from None
         _write(run, [])
+        if isinstance(error, UserError):
+            raise type(error)(f"{error}; nothing is submitted") from None
         raise
     return done
 
@@ -150,9 +159,9 @@ def job_states(job_ids: Sequence[str]) -> dict[str, JobState]:
         text = _call(
             ["squeue", "--noheader", "--all", "--states=all", "--format=%i|%T|%r|%N", f"--jobs={','.join(job_ids)}"]
         )
-    except NoSlurm:
-        raise
-    except UserError:  # Invalid job id: so it says if it knows none of them
+    except UserError as error:
+        if "Invalid job id" not in str(error):  # so it says if it knows none of them
+            raise
         text = ""
     wanted = set(job_ids)
     found: dict[str, JobState] = {}
@@ -171,7 +180,8 @@ def _num_restarts(job_id: str) -> int:
         text = _call(["scontrol", "show", "job", "--oneliner", job_id])
     except UserError:  # forgotten in between
         return 0
-    return int(_fields(text).get("Restarts", 0))
+    found = re.search(r" Restarts=(\d+) ", text)
+    return int(found[1]) if found else 0
 
 
 def _from_accounting(job_id: str) -> str | None:
@@ -186,15 +196,22 @@ def _call(command: list[str]) -> str:
     """What one of Slurm's programs prints. Raises ``NoSlurm`` or ``UserError`` with what it says of its failure."""
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, check=False, stdin=subprocess.DEVNULL
+            command,
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT_SECONDS,
+            check=False,
+            stdin=subprocess.DEVNULL,
+            # What a person has set for sbatch by hand would win over the scripts' options.
+            env={name: value for name, value in os.environ.items() if not name.startswith("SBATCH_")},
         )
     except FileNotFoundError:
         raise NoSlurm(f"{command[0]}: not found; run this where Slurm's programs are, such as a login node") from None
     except subprocess.TimeoutExpired:
-        raise NoSlurm(f"{command[0]}: no answer within {TIMEOUT_SECONDS} s; is the Slurm controller up?") from None
+        raise NoSlurm(f"{command[0]}: no answer within {TIMEOUT_SECONDS} s; {REMEDY}") from None
     if done.returncode == 0:
         return done.stdout
     said = " ".join(done.stderr.split()) or f"exit code {done.returncode}"
-    if "contact slurm controller" in said.lower() or "configuration source" in said.lower():
-        raise NoSlurm(f"{command[0]}: {said}; is the Slurm controller up? Nothing was submitted")
-    raise UserError(f"{command[0]}: {said}; correct the site profile or the number of nodes")
+    if any(phrase in said.lower() for phrase in _UNREACHABLE):
+        raise NoSlurm(f"{command[0]}: {said}; {REMEDY}")
+    raise UserError(f"{command[0]}: {said}; correct the site profile or what was asked for")

@@ -7,6 +7,7 @@ from pathlib import Path
 from alsace_dist import job_scripts, pipeline, slurm
 from alsace_dist.cluster import STAGES, load_profile
 from alsace_dist.config import Config
+from alsace_dist.config_file import config_text
 from alsace_dist.errors import UserError
 from alsace_dist.job_scripts import Job
 from alsace_dist.layout import Layout
@@ -31,16 +32,15 @@ def submit(config: Config, source: Path, cluster: str, num_nodes: int, only: str
         raise UserError(f"--stages: no {unknown[0]!r}; there are {', '.join(STAGES)}")
     found = pipeline.stages(config)
     run = Path(config.run_dir)
-    if not dry_run and slurm.submitted(run):
-        slurm.refuse_if_alive(run)  # before anything of the run is written over
-    pipeline.write_config(config, source, found)
+    _write_config(config, source, found, is_only_reading=dry_run)
     jobs = [job for job in job_scripts.jobs_of(config, found) if not commands or job.command in commands]
     todo = [job for job in jobs if not _is_complete(job)]
+    _check_inputs(todo, found)
     for job in jobs:
         if job not in todo:
             print(f"{job.name}: complete, skipped", file=sys.stderr)
-    if not any(job.stage for job in todo) and (run / "report.json").exists():
-        print(f"nothing is left to do; the report is {run / 'report.html'}")
+    if not todo or (not any(job.stage for job in todo) and (run / "report.json").exists()):
+        print(f"nothing is left to do in {run}")
         return
     scripts = job_scripts.write_scripts(config, profile, todo, num_nodes or profile.nodes)
     if dry_run:
@@ -70,7 +70,7 @@ def check_cluster(config: Config, source: Path, cluster: str, num_nodes: int) ->
     """
     profile = load_profile(cluster)
     num_nodes = num_nodes or profile.nodes
-    pipeline.write_config(config, source, pipeline.stages(config))
+    _write_config(config, source, pipeline.stages(config), is_only_reading=True)
     slurm.check_num_nodes(num_nodes, profile.partition)
     job = job_scripts.doctor_job(config)
     script = job_scripts.write_scripts(config, profile, [job], num_nodes)[job.name]
@@ -90,6 +90,29 @@ def check_cluster(config: Config, source: Path, cluster: str, num_nodes: int) ->
     if state != "COMPLETED":
         cause = _cause(Path(config.run_dir), job_id) or (lines[-1] if lines else f"its job ended as {state.lower()}")
         raise UserError(f"doctor: {cause.removeprefix('doctor: ')}")
+
+
+def _write_config(config: Config, source: Path, found: list[pipeline.Stage], is_only_reading: bool) -> None:
+    """Write the resolved config, but not one with other settings under jobs that are still to read it."""
+    run = Path(config.run_dir)
+    path = Layout(run).config
+    is_same = path.exists() and path.read_text(encoding="utf-8") == config_text(config)
+    if slurm.submitted(run) and not (is_only_reading and is_same):
+        slurm.refuse_if_alive(run)
+    pipeline.write_config(config, source, found)
+
+
+def _check_inputs(todo: list[Job], found: list[pipeline.Stage]) -> None:
+    """Raises ``UserError`` if a stage before one to submit is neither complete nor submitted with it."""
+    submitted = [job.stage.name for job in todo if job.stage]
+    for job in todo:
+        if job.stage is None:
+            continue
+        for stage in found[: job.number - 1]:
+            is_shared = stage.command in ("prepare", "pretrain-nano", "finetune") or stage.command == "score"
+            is_needed = stage.variant == job.stage.variant or (is_shared and not stage.variant and not stage.round)
+            if is_needed and stage.name not in submitted and stage.state() != "complete":
+                raise UserError(f"--stages: {job.name} needs {stage.name}, which is not complete; add {stage.command}")
 
 
 def _is_complete(job: Job) -> bool:
@@ -115,12 +138,12 @@ def print_status(config: Config, num_lines: int) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    run = Path(config.run_dir)
+    run, is_asked = Path(config.run_dir), True
     submitted = {row.name: row for row in slurm.submitted(run)}
     try:
         states = slurm.job_states([row.job_id for row in submitted.values()]) if submitted else {}
-    except slurm.NoSlurm as error:
-        states = {}
+    except UserError as error:
+        states, is_asked = {}, False
         print(f"Slurm is not asked: {error}", file=sys.stderr)
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in ("stage", "job", "state", "progress", "restarts"):
@@ -130,9 +153,11 @@ def print_status(config: Config, num_lines: int) -> None:
         row = submitted.get(job.name)
         found = states.get(row.job_id) if row else None
         state = _state(job, run, row, found, blocker)
+        if found is None and row and not is_asked and state.startswith("to do"):
+            state = "unknown: Slurm is not asked"
         blocker = blocker or ("" if state == "done" else job.name)
         log = Layout(run).slurm / "logs" / f"{job.file_name}.log"
-        is_telling = state.split()[0] in ("running", "failed", "ending")
+        is_telling = state.startswith(("running", "failed", "ending"))
         progress = _progress(log) if is_telling else ""
         restarts = str(found.num_restarts) if found and found.num_restarts else ""
         table.add_row(job.name, row.job_id if row else "", state, progress, restarts)

@@ -60,7 +60,11 @@ class Watchdog:
     def beat(self, what: str) -> None:
         """There was progress; ``what``: what comes next, the same on all ranks at the same beat."""
         self.num_beats += 1
-        self.last_beat, self.what = time.monotonic(), what
+        self.what = what
+        self._start_clock()
+
+    def _start_clock(self) -> None:
+        self.last_beat = time.monotonic()
         if self._stacks is not None and self.seconds is not None:
             faulthandler.dump_traceback_later(self.seconds + GRACE_SECONDS, file=self._stacks, exit=True)
 
@@ -75,24 +79,28 @@ class Watchdog:
         from torch.distributed.distributed_c10d import _get_default_store
 
         store, total = _get_default_store(), 0
-        keys = [f"watchdog/{self.directory}/{rank}" for rank in range(self.runtime.world_size)]
-        for key in keys:
+        name = f"watchdog/{self.directory}"
+        beats = [f"{name}/beats{rank}" for rank in range(self.runtime.world_size)]
+        for key in beats:
             store.add(key, 0)
-        while not self._ended.wait(min(10.0, seconds / 4)):
-            store.set(keys[self.runtime.rank], str(self.num_beats))
+        while not self._ended.wait(min(1.0, seconds / 4)):
+            store.set(beats[self.runtime.rank], str(self.num_beats))
             if self._is_done:
-                before, total = total, sum(int(value) for value in store.multi_get(keys))
+                before, total = total, sum(int(value) for value in store.multi_get(beats))
                 if total != before:
-                    self.last_beat = time.monotonic()
-            if time.monotonic() - self.last_beat > seconds:
-                self._end(seconds, stacks)
+                    self._start_clock()
+            # Where one rank finds a hang, all say where they are: it would end them before they find it themselves.
+            if time.monotonic() - self.last_beat > seconds or store.check([f"{name}/hang"]):
+                store.set(f"{name}/hang", "")
+                self._end(seconds, stacks, store, name)
 
-    def _end(self, seconds: float, stacks: TextIO) -> None:
+    def _end(self, seconds: float, stacks: TextIO, store: Any, name: str) -> None:
         faulthandler.dump_traceback(file=stacks)
-        place = {"beats": self.num_beats, "what": self.what, "is_waiting": self._is_waiting()}
+        place = {"beats": self.num_beats, "what": self.what, "is_waiting": self._is_waiting(), "is_done": self._is_done}
+        store.set(f"{name}/place{self.runtime.rank}", json.dumps(place))
         write_text(self._file("place"), json.dumps(place))
         self._dump_collectives()
-        error = RankFailed(f"hang: {self._compare(seconds)}; stacks of all threads: {self.directory}")
+        error = RankFailed(f"hang: {self._compare(seconds, store, name)}; stacks of all threads: {self.directory}")
         ranks.record_failure(error)
         if ranks.ERROR_DIR not in os.environ:
             ranks.record_cause(error)
@@ -121,24 +129,26 @@ class Watchdog:
                 write_text(self._file("collectives.json"), dump().decode())
                 return
 
-    def _compare(self, seconds: float) -> str:
-        """Which ranks are behind: those that do not answer, else those with the fewest beats, else those that do not
-        wait for others."""
-        world_size = self.runtime.world_size
+    def _compare(self, seconds: float, store: Any, name: str) -> str:
+        """Which ranks are behind: those that do not answer, else, of those that are not done, those with the fewest
+        beats, else those that do not wait for others."""
+        everyone = range(self.runtime.world_size)
+        places: dict[int, dict[str, Any]] = {}
         deadline = time.monotonic() + min(WAIT_SECONDS, seconds)
-        while len(found := list(self.directory.glob("rank*.place"))) < world_size and time.monotonic() < deadline:
+        while len(places) < len(everyone) and time.monotonic() < deadline:
             time.sleep(0.2)
-        places = {int(path.stem.removeprefix("rank")): json.loads(path.read_text()) for path in found}
-        silent = sorted(set(range(world_size)) - places.keys())
-        fewest = min(place["beats"] for place in places.values())
-        slow = [rank for rank, place in sorted(places.items()) if place["beats"] == fewest]
-        if len(slow) == len(places):
-            slow = [rank for rank, place in sorted(places.items()) if not place["is_waiting"]]
+            for rank in set(everyone) - places.keys():
+                if store.check([f"{name}/place{rank}"]):
+                    places[rank] = json.loads(store.get(f"{name}/place{rank}"))
         head = f"no progress for {seconds:g} s before {self.what}"
-        if silent:
+        if silent := sorted(set(everyone) - places.keys()):
             return f"{head}; no answer from {_names(silent)}"
-        if slow and len(slow) < world_size:
-            return f"{head}; behind: {_names(slow)}, at {places[slow[0]]['what']}"
+        busy = {rank: place for rank, place in sorted(places.items()) if not place["is_done"]}
+        behind = [rank for rank, place in busy.items() if place["beats"] == min(one["beats"] for one in busy.values())]
+        if len(behind) == len(busy):
+            behind = [rank for rank, place in busy.items() if not place["is_waiting"]]
+        if behind and len(behind) < len(everyone):
+            return f"{head}; behind: {_names(behind)}, at {busy[behind[0]]['what']}"
         return f"{head}; all ranks are at the same point"
 
 

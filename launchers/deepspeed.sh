@@ -3,7 +3,7 @@
 #   HOSTFILE=hosts launchers/deepspeed.sh distill CONFIG.yaml --round=1
 # The hostfile has a line per machine, such as `node1 slots=8`: its name and its ranks. The run directory, the data and
 # this environment must lie on a disk that all of them share. NCCL_* variables travel through a file .deepspeed_env.
-# DEEPSPEED_OPTIONS: further options of its launcher, such as "--master_port 29600 --launcher openmpi".
+# DEEPSPEED_OPTIONS: further options of its launcher, such as "--master_port 29600 --master_addr 10.0.0.1".
 set -euo pipefail
 hostfile=${HOSTFILE:-/job/hostfile}
 [[ -r $hostfile ]] || {

@@ -4,7 +4,7 @@
 # (`alsace distill CONFIG.yaml` does the same by itself, and `alsace run CONFIG.yaml` every stage.)
 set -euo pipefail
 if [[ -z ${NUM_PROCESSES:-} ]]; then
-  NUM_PROCESSES=$(nvidia-smi --list-gpus 2>/dev/null | wc -l)
+  NUM_PROCESSES=$({ nvidia-smi --list-gpus 2>/dev/null || true; } | wc -l)
   ((NUM_PROCESSES)) || NUM_PROCESSES=$(nproc)
 fi
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"

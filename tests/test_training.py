@@ -134,7 +134,7 @@ def stop_after_first_step(config: Path, run: Path) -> None:
         process.send_signal(signal.SIGUSR2)
         assert process.wait(timeout=60) == EXIT_STOPPED
         assert process.stderr is not None
-        assert "stopped on request" in process.stderr.read().strip().splitlines()[-1]
+        assert "stopped after step" in process.stderr.read().strip().splitlines()[-1]
 
 
 @pytest.mark.parametrize(("first", "second"), [((2, 2), (1, 2)), ((3, 2), (0, 1)), ((0, 1), (3, 3))])

@@ -39,6 +39,7 @@ SelectTypeParameters=CR_Core
 AccountingStorageType=accounting_storage/none
 JobCompType=jobcomp/none
 JobRequeue=1
+FirstJobId={first_job_id}
 ReturnToService=2
 SlurmdTimeout=10
 KillWait=10
@@ -102,9 +103,11 @@ class LocalSlurm:
         for name in ("state", *(f"spool-{node}" for node in NODES)):
             (root / name).mkdir(parents=True)
         host = socket.gethostname().partition(".")[0]
+        # A rendezvous port follows from the job's id, and test sessions beside each other share this machine's ports.
+        first_job_id = os.getpid() % 19 * 1000 + 1
         ports = dict(zip(("controller_port", "alpha_port", "beta_port"), free_ports(3), strict=True))
         (root / "slurm.conf").write_text(
-            CONFIG.format(root=root, host=host, **ports) + nodes.format(host=host, **ports)
+            CONFIG.format(root=root, host=host, first_job_id=first_job_id, **ports) + nodes.format(host=host, **ports)
         )
 
     def start(self) -> None:
@@ -189,6 +192,9 @@ class LocalSlurm:
 
     def clear(self) -> None:
         """Cancel every job and wait until none is left."""
+        if "slurmctld" not in self.daemons:
+            self.start_controller()
+            _wait(lambda: bool(self.states()), 60, "the controller")
         if ids := list(self.jobs()):
             self.client("scancel", *ids, check=False)
         _wait(lambda: not self.jobs(), 60, "jobs to end")

@@ -50,14 +50,18 @@ def scores(directory: Path) -> dict[str, bytes]:
 
 
 def rank_of(node: str) -> psutil.Process:
-    """The rank that runs on a node: the newest process of ours with its name in the environment."""
+    """The rank of this test's run on a node: the newest process with both in its environment."""
     found = []
     for process in psutil.process_iter():
         try:
             environment = process.environ()
         except (psutil.Error, OSError):
             continue
-        if environment.get("SLURMD_NODENAME") == node and "RANK" in environment:
+        if (
+            environment.get("SLURMD_NODENAME") == node
+            and "RANK" in environment
+            and environment.get("ALSACE_ATTEMPT_DIR", "").startswith(str(Path.cwd()))
+        ):
             found.append(process)
     return max(found, key=lambda process: process.create_time())
 
@@ -133,8 +137,10 @@ def test_scoring_that_is_requeued_ends_with_the_same_bytes(
     (script,) = (tmp_path / "run/slurm").glob("*-score.sh")
     job = slurm.client("sbatch", "--parsable", str(script)).strip()
     tiny.wait_for(lambda: any(tmp_path.glob("run/scores/*/*.parquet")), every_seconds=0.001)
-    slurm.client("scontrol", "requeue", job, check=False)
+    slurm.client("scontrol", "requeue", job)
+    assert len(scores(tmp_path)) < len(scores(undisturbed))  # in the middle of it
     slurm.wait_for_jobs(200)
+    assert "restart 1" in log(tmp_path, "score")
     assert scores(tmp_path) == scores(undisturbed)
 
 
@@ -160,7 +166,7 @@ def test_a_time_limit_is_met_with_a_checkpoint(
 ) -> None:
     """The rank on beta stands still until the signal has come: so the limit is always met in the middle of training."""
     config = make_run(world, tmp_path, finetune=LONG)
-    submit(config, "--stages=finetune", site=site(tmp_path, time=2, lead_seconds=90))
+    submit(config, "--stages=finetune", site=site(tmp_path, time=2, lead_seconds=60))
     tiny.wait_for(lambda: any(tmp_path.glob("run/finetune/checkpoints/*/manifest.json")))
     rank = rank_of("beta")
     rank.suspend()

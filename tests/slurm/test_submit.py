@@ -30,9 +30,14 @@ def refusal(config: Path, *flags: str, profile: Path = SITE) -> str:
         ({"memory": "9000G"}, [], "Memory specification can not be satisfied"),
         ({"reservation": "nope"}, [], "reservation is invalid"),
         # The first job is accepted, the second is not.
-        ({"small": {"cpus": 1, "partition": "nope"}}, ["--stages=score,select"], "invalid partition specified: nope"),
+        (
+            {"small": {"cpus": 1, "partition": "nope"}},
+            ["--stages=finetune,score,select"],
+            "invalid partition specified: nope",
+        ),
         ({}, ["--nodes=-1"], "--nodes=-1: must be 1 or more"),
         ({}, ["--stages=score,selct"], "--stages: no 'selct'; there are prepare"),
+        ({}, ["--stages=finetune,distill"], "--stages: distill round 1 needs score, which is not complete; add score"),
     ],
 )
 def test_what_slurm_refuses_leaves_nothing_in_the_queue(
@@ -52,11 +57,12 @@ def test_a_controller_that_is_down(slurm: LocalSlurm, world: Path, tmp_path: Pat
     slurm.clear()
     before = (tmp_path / "run/slurm/jobs.json").read_text()
     slurm.stop_controller()
-    assert "is the Slurm controller up? Nothing was submitted" in refusal(config, "--stages=finetune")
+    assert "is the Slurm controller up? Try again later" in refusal(config, "--stages=finetune")
     assert (tmp_path / "run/slurm/jobs.json").read_text() == before
     done = tiny.alsace("status", "run")
     assert "Slurm is not asked: squeue: " in done.stderr
-    assert "to do" in done.stdout
+    assert "unknown: Slurm is not asked" in done.stdout
+    assert "is the Slurm controller up?" in tiny.alsace("cancel", "run", check=False).stderr
 
 
 def test_without_slurm(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,6 +93,7 @@ def test_a_stage_that_fails_ends_the_chain_and_the_mended_run_goes_on(
     assert "failed: " in rows["score"] and shard.name in rows["score"], text
     assert "cancelled: score has not succeeded" in rows["select round 1"], text
     assert "not requeued" in log(tmp_path, "score")
+    assert f"Last lines of {tmp_path}/run/slurm/logs/" in text and "-score.log" in text
     assert shard.name in log(tmp_path, "score").strip().splitlines()[-1]  # the cause, last
     shard.write_bytes(good)
     assert "finetune" not in submit(config)
@@ -155,4 +162,4 @@ def test_the_doctor_misses_a_node_that_does_not_start(slurm: LocalSlurm, world: 
     config = make_run(world, tmp_path)
     done = tiny.alsace("doctor", str(config), f"--cluster={site(tmp_path, python=str(python))}", check=False)
     assert done.returncode == EXIT_USER_ERROR
-    assert "1 of 2 write into" in done.stdout and "not seen: rank 1" in done.stdout, done.stdout
+    assert "1 of 2 write into" in done.stdout and "not seen: beta" in done.stdout, done.stdout

@@ -19,8 +19,17 @@ refuse() {
   exit 2
 }
 
+# A stop signal, whenever it comes, goes on to the step, whose ranks agree on a point to stop at.
+step='' told=''
+forward() {
+  told=1
+  [[ -z $step ]] || kill -USR2 "$step" 2>/dev/null
+}
+trap forward USR1 USR2
+
 # --- The site: software and environment, as its profile says ---
 module load apptainer || refuse "module load failed"
+unset MASTER_ADDR MASTER_PORT RANK WORLD_SIZE LOCAL_RANK # of whoever has submitted this
 export NCCL_DEBUG=WARN
 
 # --- The run ---
@@ -35,16 +44,10 @@ cd -- / || refuse "no working directory"
 export ALSACE_ATTEMPT_DIR=/shared/runs/xxl/slurm/attempts/$job/$restarts
 mkdir -p -- "$ALSACE_ATTEMPT_DIR" || refuse "cannot write into the run directory"
 export ALSACE_LAUNCHER=none ALSACE_RANKS_PER_NODE=1
-export ALSACE_LEAD_SECONDS=300
+export ALSACE_LEAD_SECONDS=300 ALSACE_GPUS_PER_NODE=4
 echo "== $SLURM_JOB_NAME: job $job, restart $restarts, $SLURM_JOB_NODELIST, $(date '+%F %T')"
 
-# --- The step: a stop signal goes on to it, and its ranks agree on a point to stop at ---
-step='' told=''
-forward() {
-  told=1
-  [[ -z $step ]] || kill -USR2 "$step" 2>/dev/null
-}
-trap forward USR1 USR2
+# --- The step ---
 srun --kill-on-bad-exit=1 --cpus-per-task="$SLURM_CPUS_PER_TASK" \
   apptainer exec --nv --bind /shared:/shared --pwd / /shared/images/alsace_dist.sif bash /shared/runs/xxl/slurm/slurm_task.sh \
   python -m alsace_dist select /shared/runs/xxl/config.yaml --round=1 &
@@ -57,6 +60,7 @@ while kill -0 "$step" 2>/dev/null; do
   wait "$step"
   status=$?
 done
+((status <= 128)) || { wait "$step"; status=$?; } # it ended while a signal was taken
 ((status == 0)) && exit 0
 
 # --- The step has failed or was stopped: why, and does it go on? ---
@@ -69,7 +73,9 @@ if [[ -n $cause ]]; then
 fi
 # Where the next start goes on, if this one failed: three failures in a row that leave it at the same point are enough.
 position=$(cat "$ALSACE_ATTEMPT_DIR/position" 2>/dev/null)
-((code == 75)) || echo "$position" >"$ALSACE_ATTEMPT_DIR/failed-at"
+if ((code != 75)) || [[ -z $position ]]; then
+  echo "$position" >"$ALSACE_ATTEMPT_DIR/failed-at" || code=2 # the disk is full: no start would do better
+fi
 same=0
 for ((start = restarts; start >= 0; start--)); do
   failed_at=/shared/runs/xxl/slurm/attempts/$job/$start/failed-at
@@ -82,11 +88,11 @@ elif ((same >= 3)); then
   next="not requeued: failed $same times in a row at the same point (${position:-before it began}); find out why first"
 elif ((restarts >= max_requeues)); then
   next="not requeued: $restarts times are enough; submit again to go on"
-elif scontrol requeue "$job"; then
+elif trap '' TERM && scontrol requeue "$job"; then # which ends this script, but not before its last words
   next="requeued, $((restarts + 1)) of at most $max_requeues times"
 else
   next="not requeued: Slurm refused; submit again to go on"
 fi
-echo "== $SLURM_JOB_NAME: exit code $code, $next" >&2
+echo "-- $SLURM_JOB_NAME: exit code $code, $next" >&2
 echo "$message" >&2
 exit "$code"
