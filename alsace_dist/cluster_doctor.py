@@ -45,13 +45,15 @@ def check_node(directory: Path) -> None:
     present = _collect(directory, "node", num_nodes, MEET_SECONDS).keys()
     network: dict[str, Any] = {"store": "", "clock": None, "pairs": {}}
     try:
+        if 0 not in present:
+            raise UserError("the first node is not there to open it")
         store = _store(rank)
         network["clock"] = _clock(store, rank, present)
         for other in opponents(rank, num_nodes):
             if other in present:
                 network["pairs"][other] = _try_pair(store, rank, other)
     except Exception as error:
-        network["store"] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        network["store"] = " ".join(str(error).split())[:200] or type(error).__name__
     write_json(directory / f"network{rank:04d}.json", network)
     if rank == min(present):
         findings = list(_compare(directory, num_nodes))

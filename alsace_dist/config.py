@@ -251,9 +251,9 @@ class EngineConfig(Section):
     """Recompute activations in the backward pass: less memory, about a third more time. Not in pretraining."""
     timeout_seconds: Positive = 1800
     """Longest silence of a collective before a rank gives up."""
-    hang_seconds: Positive | None = 900
+    hang_seconds: Positive | Literal["auto"] | None = "auto"
     """Longest time without a step or a scored batch, checkpoints included, before a rank counts as hung: then all
-    ranks write their stacks, say who is behind, and end. null: never."""
+    ranks write their stacks, say who is behind, and end. auto: half of timeout_seconds; null: never."""
     deepspeed: dict[str, Any] = {}
     """Raw DeepSpeed settings, merged last over the ones that this config makes; DeepSpeed validates them."""
 
@@ -268,7 +268,7 @@ class EngineConfig(Section):
     def _check(self) -> Self:
         if self.offload_optimizer and self.zero_stage == 0:
             raise ValueError("offload_optimizer needs zero_stage 1, 2 or 3")
-        if self.hang_seconds is not None and self.hang_seconds + 120 > self.timeout_seconds:
+        if isinstance(self.hang_seconds, float) and self.hang_seconds + 120 > self.timeout_seconds:
             raise ValueError(
                 "hang_seconds must be at least 120 below timeout_seconds, which would end a hung group first"
             )
@@ -282,6 +282,10 @@ class EngineConfig(Section):
         if "stage" in zero:
             raise ValueError("deepspeed.zero_optimization.stage: use engine.zero_stage")
         return self
+
+    def hang_limit(self) -> float | None:
+        """``hang_seconds`` as a number; None: never."""
+        return self.timeout_seconds / 2 if self.hang_seconds == "auto" else self.hang_seconds
 
 
 # What a rerun may change without training something else: how fast and how safely, not what.

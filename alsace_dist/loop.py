@@ -95,7 +95,7 @@ def run(job: Job, runtime: Runtime) -> None:
     stream: TrainStream[Any] = TrainStream(order, job.load, job.build, runtime.rank, runtime.world_size)
     writer = MetricsWriter(job.directory, job.tensorboard, first, runtime.is_main)
     meter, check_lead = _Meter(runtime, section), LeadCheck()
-    watchdog = Watchdog(runtime, job.directory, job.engine.hang_seconds)
+    watchdog = Watchdog(runtime, job.directory, job.engine.hang_limit())
     with progress(job.kind, num_steps, first, runtime.is_main) as advance, watchdog:
         batches = stream.batches(first, num_steps, lambda step, batch: _micro_batches(job, batch, runtime))
         for step in range(first, num_steps):

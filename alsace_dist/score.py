@@ -85,7 +85,7 @@ class _Pass:
         self.num_tokens = self.num_padded = 0
         self.statistics: dict[str, list[int]] = {}
         self.check_lead = LeadCheck()
-        self.watchdog = Watchdog(runtime, directory, config.engine.hang_seconds)
+        self.watchdog = Watchdog(runtime, directory, config.engine.hang_limit())
 
     def run(self) -> None:
         """Score all shards that have no result yet, then check the whole and write the manifest."""

@@ -35,7 +35,7 @@ def submit(config: Config, source: Path, cluster: str, num_nodes: int, only: str
     _write_config(config, source, found, is_only_reading=dry_run)
     jobs = [job for job in job_scripts.jobs_of(config, found) if not commands or job.command in commands]
     todo = [job for job in jobs if not _is_complete(job)]
-    _check_inputs(todo, found)
+    todo = _with_inputs(todo, found)
     for job in jobs:
         if job not in todo:
             print(f"{job.name}: complete, skipped", file=sys.stderr)
@@ -102,17 +102,35 @@ def _write_config(config: Config, source: Path, found: list[pipeline.Stage], is_
     pipeline.write_config(config, source, found)
 
 
-def _check_inputs(todo: list[Job], found: list[pipeline.Stage]) -> None:
-    """Raises ``UserError`` if a stage before one to submit is neither complete nor submitted with it."""
-    submitted = [job.stage.name for job in todo if job.stage]
+def _with_inputs(todo: list[Job], found: list[pipeline.Stage]) -> list[Job]:
+    """The jobs whose inputs are complete or made by jobs before them; the others are said and left out.
+
+    Raises ``UserError`` if of a command none is left.
+    """
+    kept: list[Job] = []
     for job in todo:
-        if job.stage is None:
+        missing = _missing_input(job, kept, found)
+        if missing is None:
+            kept.append(job)
             continue
-        for stage in found[: job.number - 1]:
-            is_shared = stage.command in ("prepare", "pretrain-nano", "finetune") or stage.command == "score"
-            is_needed = stage.variant == job.stage.variant or (is_shared and not stage.variant and not stage.round)
-            if is_needed and stage.name not in submitted and stage.state() != "complete":
-                raise UserError(f"--stages: {job.name} needs {stage.name}, which is not complete; add {stage.command}")
+        reason = f"{job.name} needs {missing.name}, which is not complete"
+        if job.command not in (one.command for one in kept):
+            raise UserError(f"--stages: {reason}; add {missing.command}")
+        print(f"{reason}: left out", file=sys.stderr)
+    return kept
+
+
+def _missing_input(job: Job, kept: list[Job], found: list[pipeline.Stage]) -> pipeline.Stage | None:
+    """The first stage before a job's that it needs and that is neither complete nor among the jobs kept."""
+    if job.stage is None:
+        return None
+    submitted = [one.stage.name for one in kept if one.stage]
+    for stage in found[: job.number - 1]:
+        is_shared = stage.command in ("prepare", "pretrain-nano", "finetune", "score") and not stage.round
+        is_needed = stage.variant == job.stage.variant or (is_shared and not stage.variant)
+        if is_needed and stage.name not in submitted and stage.state() != "complete":
+            return stage
+    return None
 
 
 def _is_complete(job: Job) -> bool:
@@ -153,7 +171,7 @@ def print_status(config: Config, num_lines: int) -> None:
         row = submitted.get(job.name)
         found = states.get(row.job_id) if row else None
         state = _state(job, run, row, found, blocker)
-        if found is None and row and not is_asked and state.startswith("to do"):
+        if row and not is_asked and state != "done":
             state = "unknown: Slurm is not asked"
         blocker = blocker or ("" if state == "done" else job.name)
         log = Layout(run).slurm / "logs" / f"{job.file_name}.log"

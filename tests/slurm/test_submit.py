@@ -93,7 +93,7 @@ def test_a_stage_that_fails_ends_the_chain_and_the_mended_run_goes_on(
     assert "failed: " in rows["score"] and shard.name in rows["score"], text
     assert "cancelled: score has not succeeded" in rows["select round 1"], text
     assert "not requeued" in log(tmp_path, "score")
-    assert f"Last lines of {tmp_path}/run/slurm/logs/" in text and "-score.log" in text
+    assert "Last lines of run/slurm/logs/" in text and "-score.log" in text
     assert shard.name in log(tmp_path, "score").strip().splitlines()[-1]  # the cause, last
     shard.write_bytes(good)
     assert "finetune" not in submit(config)
@@ -156,10 +156,12 @@ def test_the_doctor_names_the_bad_node(slurm: LocalSlurm, world: Path, tmp_path:
 
 
 def test_the_doctor_misses_a_node_that_does_not_start(slurm: LocalSlurm, world: Path, tmp_path: Path) -> None:
-    python = tmp_path / "python"  # as if beta had no Python
-    python.write_text(f'#!/bin/bash\n[[ $SLURMD_NODENAME == beta ]] && exit 127\nexec {sys.executable} "$@"\n')
+    """The first one, which the others would meet at."""
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/bash\n[[ $SLURMD_NODENAME == alpha ]] && exit 127\nexec {sys.executable} "$@"\n')
     python.chmod(0o755)
     config = make_run(world, tmp_path)
     done = tiny.alsace("doctor", str(config), f"--cluster={site(tmp_path, python=str(python))}", check=False)
     assert done.returncode == EXIT_USER_ERROR
-    assert "1 of 2 write into" in done.stdout and "not seen: beta" in done.stdout, done.stdout
+    assert "1 of 2 write into" in done.stdout and "not seen: alpha" in done.stdout, done.stdout
+    assert "doctor: 1 of 2 write into" in done.stderr.strip().splitlines()[-1]
