@@ -430,7 +430,7 @@ def _run_as_rank(stage: "Stage") -> None:
 
 
 def _run_stage(stage: "Stage", config: "Config", debug: bool) -> None:
-    from alsace_dist import runtime
+    from alsace_dist import launcher
     from alsace_dist.layout import Layout
 
     if stage.is_complete():
@@ -441,7 +441,7 @@ def _run_stage(stage: "Stage", config: "Config", debug: bool) -> None:
         stage.execute(None)
         return
     arguments = [stage.command, str(Layout(Path(config.run_dir)).config), *stage.flags]
-    runtime.launch(arguments + (["--debug"] if debug else []), runtime.num_local_processes(config.engine), debug)
+    launcher.launch(arguments + (["--debug"] if debug else []), launcher.num_local_processes(config.engine), debug)
 
 
 def _is_true(name: str, text: str) -> bool:

@@ -52,7 +52,7 @@ def check_node(directory: Path) -> None:
         for other in opponents(rank, num_nodes):
             if other in present:
                 network["pairs"][other] = _try_pair(store, rank, other)
-    except Exception as error:
+    except (RuntimeError, UserError) as error:
         network["store"] = " ".join(str(error).split())[:200] or type(error).__name__
     write_json(directory / f"network{rank:04d}.json", network)
     if rank == min(present):
@@ -127,7 +127,7 @@ def _clock(store: Any, rank: int, present: Iterable[int]) -> float:
         store.set(f"ask{other}", "?")
         try:
             store.wait([f"time{other}"], timedelta(seconds=CLOCK_SECONDS))
-        except Exception:  # it does not reach the port, as its own findings say
+        except RuntimeError:  # it does not reach the port, as its own findings say
             continue
         theirs = float(store.get(f"time{other}"))
         store.set(f"ahead{other}", repr(theirs - (begin + time.time()) / 2))
@@ -171,7 +171,7 @@ def _try_pair(store: Any, rank: int, other: int) -> dict[str, Any]:
         _all_reduce(group, data)
         seconds = time.monotonic() - begin
         return {"bytes_per_second": PAIR_BYTES / seconds, "error": "" if bool((data == 4).all()) else "a wrong sum"}
-    except Exception as error:
+    except RuntimeError as error:
         return {"bytes_per_second": 0.0, "error": " ".join(str(error).split())[:200] or type(error).__name__}
 
 

@@ -105,10 +105,10 @@ def check_devices(config: Config | None) -> Iterator[Finding]:
     """Cores, memory and GPUs of this machine, and whether they suit the engine section."""
     import torch
 
-    from alsace_dist import runtime
+    from alsace_dist import launcher
 
     num_cores, num_gpus = len(os.sched_getaffinity(0)), torch.cuda.device_count()
-    num_ranks = runtime.num_local_processes(config.engine) if config else 1
+    num_ranks = launcher.num_local_processes(config.engine) if config else 1
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     text = f"{num_cores} cores, {memory / 1e9:.0f} GB memory"
     if num_ranks > num_cores:

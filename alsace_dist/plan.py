@@ -73,11 +73,11 @@ def print_plan(config: Config, num_processes: int | None = None) -> None:
     """
     from rich.console import Console
 
-    from alsace_dist import runtime
+    from alsace_dist import launcher
 
     if num_processes is not None and num_processes < 1:
         raise UserError(f"--num_processes={num_processes}: must be 1 or more; leave it out for as many as would run")
-    num_ranks = num_processes or runtime.num_local_processes(config.engine)
+    num_ranks = num_processes or launcher.num_local_processes(config.engine)
     console = Console(highlight=False)
     parameters = _print_parameters(config, console)
     _print_memory(config, parameters, num_ranks, console)

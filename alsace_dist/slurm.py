@@ -18,7 +18,14 @@ POLL_SECONDS = 2.0
 ALIVE = {"PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED"}
 ALIVE |= {"RESIZING", "SIGNALING", "STAGE_OUT", "STOPPED", "SPECIAL_EXIT"}
 REMEDY = "is the Slurm controller up? Try again later"
-_UNREACHABLE = ("contact slurm controller", "configuration source", "timed out", "munge", "authentication", "refused")
+_UNREACHABLE = (
+    "contact slurm controller",
+    "configuration source",
+    "timed out",
+    "connection refused",
+    "munge",
+    "authentication",
+)
 
 
 class NoSlurm(UserError):
@@ -72,7 +79,8 @@ def submit(run: Path, scripts: Sequence[tuple[str, Path]]) -> list[Submitted]:
             scancel(ids)
         except UserError as second:
             raise UserError(f"{error}; and {', '.join(ids)} cannot be cancelled: {second}") from None
-        _write(run, [])
+        if done:
+            _write(run, [])
         if isinstance(error, UserError):
             raise type(error)(f"{error}; nothing is submitted") from None
         raise

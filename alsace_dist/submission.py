@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from alsace_dist import job_scripts, pipeline, slurm
-from alsace_dist.cluster import STAGES, load_profile
+from alsace_dist.cluster import STAGES, SiteProfile, load_profile
 from alsace_dist.config import Config
 from alsace_dist.config_file import config_text
 from alsace_dist.errors import UserError
@@ -13,7 +13,8 @@ from alsace_dist.job_scripts import Job
 from alsace_dist.layout import Layout
 
 TAIL_BYTES = 20_000
-_PROGRESS = re.compile(r"(?P<done>\d+)/(?P<total>\d+)(, \d+ s, eta (?P<eta>\d+) s)?")  # metrics._LineProgress
+# A line of metrics._LineProgress.
+_PROGRESS = re.compile(r"[a-z -]+: (?P<done>\d+)/(?P<total>\d+)($|, \d+ s, eta (?P<eta>\d+) s)")
 
 
 def submit(config: Config, source: Path, cluster: str, num_nodes: int, only: str, dry_run: bool) -> None:
@@ -25,8 +26,7 @@ def submit(config: Config, source: Path, cluster: str, num_nodes: int, only: str
     Raises ``UserError`` if the run has jobs in the queue, holds outputs of other settings, or Slurm refuses.
     """
     profile = load_profile(cluster)
-    if num_nodes < 0:
-        raise UserError(f"--nodes={num_nodes}: must be 1 or more")
+    num_nodes = _num_nodes(profile, num_nodes)
     commands = [part for part in only.split(",") if part]
     if unknown := [command for command in commands if command not in STAGES]:
         raise UserError(f"--stages: no {unknown[0]!r}; there are {', '.join(STAGES)}")
@@ -34,22 +34,21 @@ def submit(config: Config, source: Path, cluster: str, num_nodes: int, only: str
     run = Path(config.run_dir)
     _write_config(config, source, found, is_only_reading=dry_run)
     jobs = [job for job in job_scripts.jobs_of(config, found) if not commands or job.command in commands]
-    todo = [job for job in jobs if not _is_complete(job)]
-    todo = _with_inputs(todo, found)
-    for job in jobs:
-        if job not in todo:
-            print(f"{job.name}: complete, skipped", file=sys.stderr)
+    complete = [job for job in jobs if _is_complete(job)]
+    for job in complete:
+        print(f"{job.name}: complete, skipped", file=sys.stderr)
+    todo = _with_inputs([job for job in jobs if job not in complete], found)
     if not todo or (not any(job.stage for job in todo) and (run / "report.json").exists()):
         print(f"nothing is left to do in {run}")
         return
-    scripts = job_scripts.write_scripts(config, profile, todo, num_nodes or profile.nodes)
+    scripts = job_scripts.write_scripts(config, profile, todo, num_nodes)
     if dry_run:
         for job in todo:
             print(f"{scripts[job.name]}   {job.name}")
         print("nothing is submitted; each script can be given to sbatch by hand, in this order")
         return
     if any(job.tasks == "ranks" for job in todo):
-        slurm.check_num_nodes(num_nodes or profile.nodes, profile.partition)
+        slurm.check_num_nodes(num_nodes, profile.partition)
     done = slurm.submit(run, [(job.name, scripts[job.name]) for job in todo])
     width = max(len(row.job_id) for row in done)
     for row in done:
@@ -69,7 +68,7 @@ def check_cluster(config: Config, source: Path, cluster: str, num_nodes: int) ->
     Raises ``UserError`` if something is wrong with a node.
     """
     profile = load_profile(cluster)
-    num_nodes = num_nodes or profile.nodes
+    num_nodes = _num_nodes(profile, num_nodes)
     _write_config(config, source, pipeline.stages(config), is_only_reading=True)
     slurm.check_num_nodes(num_nodes, profile.partition)
     job = job_scripts.doctor_job(config)
@@ -90,6 +89,12 @@ def check_cluster(config: Config, source: Path, cluster: str, num_nodes: int) ->
     if state != "COMPLETED":
         cause = _cause(Path(config.run_dir), job_id) or (lines[-1] if lines else f"its job ended as {state.lower()}")
         raise UserError(f"doctor: {cause.removeprefix('doctor: ')}")
+
+
+def _num_nodes(profile: SiteProfile, given: int) -> int:
+    if given < 0:
+        raise UserError(f"--nodes={given}: must be 1 or more")
+    return given or profile.nodes
 
 
 def _write_config(config: Config, source: Path, found: list[pipeline.Stage], is_only_reading: bool) -> None:
@@ -232,7 +237,7 @@ def _progress(log: Path) -> str:
     for line in reversed(_tail(log)):
         if line.startswith("== "):  # the job's start
             return ""
-        if match := _PROGRESS.search(line):
+        if match := _PROGRESS.match(line):
             eta = f", eta {match['eta']} s" if match["eta"] else ""
             return f"{match['done']}/{match['total']}{eta}"
     return ""

@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TextIO
@@ -16,6 +16,7 @@ from alsace_dist import runtime as ranks
 from alsace_dist.artifacts import write_text
 from alsace_dist.runtime import RankFailed, Runtime
 
+JOIN_SECONDS = 10.0  # for a message to the store to come back
 WAIT_SECONDS = 15.0  # for the other ranks to say where they are
 GRACE_SECONDS = 60.0  # after which the interpreter's own timer ends a rank whose interpreter does not run at all
 
@@ -47,15 +48,19 @@ class Watchdog:
             self.directory.mkdir(parents=True, exist_ok=True)
             self._stacks = self._file("stacks").open("w")
             self.beat(self.what)
-            threading.Thread(target=self._watch, args=(self.seconds, self._stacks), daemon=True).start()
+            self._thread = threading.Thread(target=self._watch, args=(self.seconds, self._stacks), daemon=True)
+            self._thread.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._ended.set()
         if self._stacks is not None:
+            self._thread.join(JOIN_SECONDS)  # else it might start the clock once more
             faulthandler.cancel_dump_traceback_later()
             self._stacks.close()
             self._file("stacks").unlink(missing_ok=True)  # empty: nothing hung
+            with suppress(OSError):  # other ranks' files are still there
+                self.directory.rmdir()
 
     def beat(self, what: str) -> None:
         """There was progress; ``what``: what comes next, the same on all ranks at the same beat."""
@@ -76,16 +81,23 @@ class Watchdog:
         self._is_done = False
 
     def _watch(self, seconds: float, stacks: TextIO) -> None:
+        try:
+            self._watch_through_store(seconds, stacks)
+        except RuntimeError as error:  # the store is gone, and with it the group; the main thread meets that itself
+            print(f"watchdog: {error}", file=sys.stderr)
+
+    def _watch_through_store(self, seconds: float, stacks: TextIO) -> None:
         from torch.distributed.distributed_c10d import _get_default_store
 
-        store, total = _get_default_store(), 0
+        store, total, next_look = _get_default_store(), 0, 0.0
         name = f"watchdog/{self.directory}"
         beats = [f"{name}/beats{rank}" for rank in range(self.runtime.world_size)]
         for key in beats:
             store.add(key, 0)
         while not self._ended.wait(min(1.0, seconds / 4)):
             store.set(beats[self.runtime.rank], str(self.num_beats))
-            if self._is_done:
+            if self._is_done and time.monotonic() > next_look:  # seldom: every rank that is done asks for all
+                next_look = time.monotonic() + seconds / 10
                 before, total = total, sum(int(value) for value in store.multi_get(beats))
                 if total != before:
                     self._start_clock()

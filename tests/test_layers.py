@@ -21,7 +21,7 @@ FILES = {path.stem: path for path in PACKAGE.glob("*.py") if path.stem != "__ini
 
 LAYERS = [
     {"errors", "artifacts", "config", "config_file", "cluster", "layout", "languages", "statistics", "wording"},
-    {"runtime", "watchdog", "metrics", "plots"},
+    {"runtime", "launcher", "watchdog", "metrics", "plots"},
     {
         "checks",
         "tasks",

@@ -3,6 +3,8 @@
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +18,8 @@ import tiny
 from alsace_dist.errors import EXIT_STOPPED
 from alsace_dist.score_files import read_scores
 from alsace_dist.shards import open_dataset, read_shard, write_dataset
+
+REPOSITORY = Path(__file__).parent.parent
 
 
 def make_run(world: Path, directory: Path, **sections: Any) -> Path:
@@ -44,6 +48,27 @@ def test_any_number_of_ranks_gives_the_same_bytes(world: Path, tmp_path: Path, o
     tiny.alsace("score", str(make_run(world, tmp_path / "x", engine={"num_processes": num_ranks})))
     assert score_bytes(tmp_path / "x") == score_bytes(one_rank)
     assert len(score_bytes(one_rank)) == 3 + 2
+
+
+LAUNCHERS = {
+    "local.sh": {"NUM_PROCESSES": "2"},
+    "deepspeed.sh": {"HOSTFILE": "hosts", "DEEPSPEED_OPTIONS": "--no_ssh_check --master_addr 127.0.0.1"},
+}
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_every_launcher_gives_the_same_bytes(world: Path, tmp_path: Path, one_rank: Path, launcher: str) -> None:
+    config = make_run(world, tmp_path / "x", engine={"num_processes": 3})  # which a launcher's own number overrules
+    (tmp_path / "hosts").write_text("localhost slots=2\n")
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    subprocess.run(
+        [REPOSITORY / "launchers" / launcher, "score", str(config)],
+        cwd=tmp_path,
+        env=tiny.environment() | LAUNCHERS[launcher] | {"PATH": path},
+        timeout=300,
+        check=True,
+    )
+    assert score_bytes(tmp_path / "x") == score_bytes(one_rank)
 
 
 def test_every_example_is_there_once_and_normalised(world: Path, one_rank: Path) -> None:

@@ -59,8 +59,10 @@ GresTypes=gpu
 SuspendProgram=/bin/true
 ResumeProgram=/bin/true
 SuspendTime=60
-NodeName=node[01-64] CPUs=96 RealMemory=2000000 Gres=gpu:8 State=CLOUD
+Licenses=scratch:1
+NodeName=node[1-64] CPUs=96 RealMemory=2000000 Gres=gpu:a100:8 Feature=a100,ib State=CLOUD
 PartitionName=gpu Nodes=ALL Default=YES MaxTime=UNLIMITED State=UP
+PartitionName=cpu Nodes=ALL MaxTime=UNLIMITED State=UP
 """
 
 

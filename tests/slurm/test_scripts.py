@@ -5,8 +5,10 @@ values in every place.
 """
 
 import os
+import re
 import shutil
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ import tiny
 import yaml
 from local_slurm import BIG, LocalSlurm, why_not
 
-from alsace_dist.cluster import SiteProfile, load_profile
+from alsace_dist.cluster import STAGES, SiteProfile, load_profile
 from alsace_dist.config_file import load_config, validate
 from alsace_dist.errors import UserError
 from alsace_dist.job_scripts import Job, jobs_of, render
@@ -38,6 +40,19 @@ FULL: dict[str, Any] = {
         "sbatch": ["--comment=two words", "--licenses=scratch:1", "--spread-job"],
     },
 }
+
+HOSTILE = [
+    "two words",
+    "it's",
+    'say "so"',
+    "$(touch pwned)",
+    "`touch pwned`",
+    "back\\slash",
+    "a;touch pwned",
+    "#no",
+    "%j",
+]
+HOSTILE += ["&& touch pwned", "{{ 7 * 7 }}", "ключ", "-rf", "a\\", "'; touch pwned; '", "${HOME}"]
 
 
 def profiles() -> dict[str, SiteProfile]:
@@ -68,28 +83,95 @@ def test_golden_copies(monkeypatch: pytest.MonkeyPatch) -> None:
         assert text == (GOLDEN / name).read_text(), f"{name}: look at it, then run this file to write it anew"
 
 
-def test_slurm_takes_the_scripts_of_64_nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A controller with the nodes of a large cluster in its configuration; --test-only asks it and submits nothing."""
+@pytest.fixture(scope="module")
+def big(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalSlurm]:
+    """A controller with the nodes of a large cluster in its configuration: it takes jobs and starts none."""
     if reason := why_not():
         pytest.fail(reason) if os.environ.get("CI") else pytest.skip(reason)
-    monkeypatch.chdir(tmp_path)
-    command = ["submit", str(ROOT / "configs/xnli-mt5-xxl.yaml"), "--nodes=64", "--dry-run", "--run_dir=run"]
-    tiny.alsace(*command, f"--cluster={CLUSTERS / 'generic.yaml'}")
-    slurm = LocalSlurm(tmp_path / "slurm", BIG)
+    slurm = LocalSlurm(tmp_path_factory.mktemp("big"), BIG)
     try:
         slurm.start_munge()
         slurm.start_controller()
         tiny.wait_for(lambda: "gpu" in slurm.client("sinfo", check=False))
-        scripts = sorted((tmp_path / "run/slurm").glob("*-*.sh"))
-        assert len(scripts) == 8
-        for script in scripts:
-            slurm.client("sbatch", "--test-only", str(script))
-        distill = str(tmp_path / "run/slurm/05-distill-round-1.sh")
-        for more in ("--nodes=65", "--gpus-per-node=9", "--cpus-per-task=97"):
-            done = subprocess.run(["sbatch", "--test-only", more, distill], env=slurm.environment, check=False)
-            assert done.returncode == 1, more
+        yield slurm
     finally:
         slurm.stop()
+
+
+def test_slurm_takes_the_scripts_of_64_nodes(big: LocalSlurm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    command = ["submit", str(ROOT / "configs/xnli-mt5-xxl.yaml"), "--nodes=64", "--dry-run", "--run_dir=run"]
+    tiny.alsace(*command, f"--cluster={CLUSTERS / 'generic.yaml'}")
+    scripts = sorted((tmp_path / "run/slurm").glob("*-*.sh"))
+    assert len(scripts) == 8
+    for script in scripts:
+        big.client("sbatch", "--test-only", str(script))
+    distill = str(tmp_path / "run/slurm/05-distill-round-1.sh")
+    for more in ("--nodes=65", "--gpus-per-node=9", "--cpus-per-task=97"):
+        done = subprocess.run(["sbatch", "--test-only", more, distill], env=big.environment, check=False)
+        assert done.returncode == 1, more
+
+
+def shown(slurm: LocalSlurm, script: str, directory: Path) -> dict[str, str]:
+    """What Slurm has understood of a script, as ``scontrol show job`` says it."""
+    path = directory / "script.sh"
+    path.write_text(script)
+    job = slurm.client("sbatch", "--parsable", "--hold", str(path)).strip()
+    text = slurm.client("scontrol", "show", "job", job)
+    long = r"^ *(?:JobId=\d+ )?(JobName|Comment|StdOut|WorkDir)=(.*?) ?$"  # one to a line, and may hold spaces
+    rest = re.sub(long, "", text, flags=re.MULTILINE)
+    return dict(word.split("=", 1) for word in rest.split() if "=" in word) | dict(re.findall(long, text, re.MULTILINE))
+
+
+def test_slurm_reads_every_field_of_a_profile(big: LocalSlurm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir("/")
+    reservation = ("ReservationName=us", "StartTime=now", "Duration=60", "Nodes=ALL", "Users=root")
+    big.client("scontrol", "create", "reservation", *reservation)
+    made = scripts(num_nodes=FULL["nodes"])
+    both = {"Account": "nlp", "Reservation": "us", "ExcNodeList": "node[7,9]", "Requeue": "1", "WorkDir": "/"}
+    both |= {"MailUser": "me@example.org", "MailType": "END,FAIL", "Comment": "two words", "Licenses": "scratch:1"}
+    both |= {"SpreadJob": "Yes"}
+    distill = {"Partition": "gpu", "TimeLimit": "1-12:00:00", "NumNodes": "3-3", "NumTasks": "6", "CPUs/Task": "32"}
+    distill |= {"MinMemoryNode": "480G", "Features": "a100&ib", "TresPerNode": "gres:gpu:a100:4", "OverSubscribe": "NO"}
+    distill |= {"JobName": "xxl: distill round 1", "StdOut": "/shared/runs/xxl/slurm/logs/05-distill-round-1.log"}
+    select = {"Partition": "cpu", "TimeLimit": "02:00:00", "NumNodes": "1-1", "NumTasks": "1", "CPUs/Task": "4"}
+    select |= {"MinMemoryNode": "16G", "Features": "(null)", "JobName": "xxl: select round 1"}
+    select |= {"StdOut": "/shared/runs/xxl/slurm/logs/04-select-round-1.log"}
+    for name, own in {"distill": distill, "select": select}.items():
+        seen = shown(big, made[f"full-{name}.sh"], tmp_path)
+        assert {key: seen.get(key) for key in both | own} == both | own
+    # Without accounting a controller keeps no qos: sbatch itself must have read it.
+    done = subprocess.run(
+        ["sbatch", "-v", "--test-only", str(tmp_path / "script.sh")],
+        env=big.environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert re.search(r"^sbatch: qos +: high$", done.stderr, re.MULTILINE)
+
+
+def test_slurm_reads_hostile_values_as_they_are(
+    big: LocalSlurm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for value in HOSTILE:
+        run = str(tmp_path / value.replace("/", "").replace("\\", ""))  # a log file cannot have a backslash
+        config = load_config(ROOT / "configs/demo.yaml", {"run_dir": run})
+        profile = validate(SiteProfile, {"account": value, "mail_user": value, "sbatch": [f"--comment={value}"]}, "")
+        job = Job(1, f"score {value}", "score", ("score",), "one", None)
+        seen = shown(big, render(config, profile, job, 1), tmp_path)
+        assert seen["Comment"] == value
+        assert seen["JobName"] == f"{Path(run).name}: score {value}"
+        if "%" not in value:  # scontrol shows %%j as if it were %j; slurmd writes into the right file
+            assert seen["StdOut"].startswith(f"{run}/slurm/logs/01-score-")
+    assert list(tmp_path.rglob("pwned")) == []
+
+
+def test_a_profile_knows_every_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = load_config(ROOT / "configs/demo.yaml", {"evaluate.calibrate": True})
+    assert {job.command for job in jobs_of(config, stages(config))} | {"doctor"} == set(STAGES)
 
 
 def needs(program: str) -> None:
@@ -104,20 +186,6 @@ def test_shellcheck_finds_nothing() -> None:
     files = [*GOLDEN.glob("*.sh"), *(ROOT / "launchers").glob("*.sh"), ROOT / ".ci/run"]
     done = subprocess.run(["shellcheck", *map(str, files)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
-
-
-HOSTILE = [
-    "two words",
-    "it's",
-    'say "so"',
-    "$(touch pwned)",
-    "`touch pwned`",
-    "back\\slash",
-    "a;touch pwned",
-    "#no",
-    "%j",
-]
-HOSTILE += ["&& touch pwned", "{{ 7 * 7 }}", "ключ", "-rf", "a\\", "'; touch pwned; '", "${HOME}"]
 
 
 def test_hostile_values_stay_in_their_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,7 +42,7 @@ module load cuda/12.8 || refuse "module load failed"
 module load gcc || refuse "module load failed"
 eval "$(conda shell.bash hook)" || refuse "no conda here"
 conda activate /envs/alsace || refuse "conda activate failed"
-unset MASTER_ADDR MASTER_PORT RANK WORLD_SIZE LOCAL_RANK # of whoever has submitted this
+unset "${!ALSACE_@}" MASTER_ADDR MASTER_PORT RANK WORLD_SIZE LOCAL_RANK # of whoever has submitted this
 export NCCL_SOCKET_IFNAME=ib0
 export NCCL_IB_TIMEOUT=22
 

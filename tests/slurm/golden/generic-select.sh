@@ -30,7 +30,7 @@ trap forward USR1 USR2
 
 # --- The site: software and environment, as its profile says ---
 . /home/me/alsace_dist/.venv/bin/activate || refuse "no virtual environment there"
-unset MASTER_ADDR MASTER_PORT RANK WORLD_SIZE LOCAL_RANK # of whoever has submitted this
+unset "${!ALSACE_@}" MASTER_ADDR MASTER_PORT RANK WORLD_SIZE LOCAL_RANK # of whoever has submitted this
 export NCCL_DEBUG=WARN
 export TORCH_FR_BUFFER_SIZE=2000
 

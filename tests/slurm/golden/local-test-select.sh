@@ -28,7 +28,7 @@ forward() {
 trap forward USR1 USR2
 
 # --- The site: software and environment, as its profile says ---
-unset MASTER_ADDR MASTER_PORT RANK WORLD_SIZE LOCAL_RANK # of whoever has submitted this
+unset "${!ALSACE_@}" MASTER_ADDR MASTER_PORT RANK WORLD_SIZE LOCAL_RANK # of whoever has submitted this
 export MASTER_ADDR=127.0.0.1
 
 # --- The run ---
