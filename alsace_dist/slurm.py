@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import time
 from collections.abc import Sequence
@@ -123,9 +124,27 @@ def _write(run: Path, jobs: list[Submitted]) -> None:
     artifacts.write_json(Layout(run).slurm / "jobs.json", {"jobs": [asdict(job) for job in jobs]})
 
 
+def known_jobs(run: Path) -> list[Submitted]:
+    """The run's jobs, by their ids: those of its last submission, and whatever else Slurm knows of its scripts, such as
+    what was given to sbatch by hand, or taken by an sbatch that did not answer in time.
+
+    Raises ``NoSlurm`` if Slurm does not answer.
+    """
+    jobs = {job.job_id: job for job in submitted(run)}
+    directory = Layout(run).slurm.resolve()
+    if directory.exists() and shutil.which("squeue"):
+        for line in _call(["squeue", "--me", "--noheader", "--states=all", "--format=%F|%o"]).splitlines():
+            job_id, _, command = line.partition("|")
+            script = Path(command).resolve()
+            if script.parent == directory and job_id not in jobs:
+                log = directory / "logs" / f"{script.stem}.log"
+                jobs[job_id] = Submitted(script.stem, job_id, str(script), str(log))
+    return sorted(jobs.values(), key=lambda job: int(job.job_id))
+
+
 def alive_jobs(run: Path) -> list[Submitted]:
     """Those of the run's jobs that are in the queue. Raises ``NoSlurm`` if there are jobs and Slurm does not answer."""
-    jobs = submitted(run)
+    jobs = known_jobs(run)
     states = job_states([job.job_id for job in jobs]) if jobs else {}
     return [job for job in jobs if job.job_id in states and states[job.job_id].is_alive]
 
@@ -174,9 +193,12 @@ def job_states(job_ids: Sequence[str]) -> dict[str, JobState]:
     wanted = set(job_ids)
     found: dict[str, JobState] = {}
     for line in text.splitlines():
-        job_id, state, reason, nodes = line.split("|", 3)
-        if job_id in wanted:
-            found[job_id] = JobState(state, "" if reason == "None" else reason, _num_restarts(job_id), nodes)
+        full_id, state, reason, nodes = line.split("|", 3)
+        job_id = full_id.partition("_")[0]
+        # Of an array's tasks the one that runs, else one that waits, else any.
+        is_better = job_id not in found or state == "RUNNING" or (state in ALIVE and not found[job_id].is_alive)
+        if job_id in wanted and is_better:
+            found[job_id] = JobState(state, "" if reason == "None" else reason, _num_restarts(full_id), nodes)
     for job_id in sorted(wanted - found.keys()):
         if known := _from_accounting(job_id):
             found[job_id] = JobState(known, "", 0, "")

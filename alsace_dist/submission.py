@@ -162,18 +162,19 @@ def print_status(config: Config, num_lines: int) -> None:
     from rich.table import Table
 
     run, is_asked = Path(config.run_dir), True
-    submitted = {row.name: row for row in slurm.submitted(run)}
     try:
-        states = slurm.job_states([row.job_id for row in submitted.values()]) if submitted else {}
+        known = slurm.known_jobs(run)
+        states = slurm.job_states([row.job_id for row in known]) if known else {}
     except UserError as error:
-        states, is_asked = {}, False
+        known, states, is_asked = slurm.submitted(run), {}, False
         print(f"Slurm is not asked: {error}", file=sys.stderr)
+    last = {Path(row.script).stem: row for row in known}
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in ("stage", "job", "state", "progress", "restarts"):
         table.add_column(name, overflow="fold")
     tails, blocker = [], ""
     for job in job_scripts.jobs_of(config, pipeline.stages(config)):
-        row = submitted.get(job.name)
+        row = last.get(job.file_name)
         found = states.get(row.job_id) if row else None
         state = _state(job, run, row, found, blocker)
         if row and not is_asked and state != "done":
@@ -225,10 +226,11 @@ def _state(job: Job, run: Path, row: slurm.Submitted | None, found: slurm.JobSta
 
 def _cause(run: Path, job_id: str) -> str:
     """Why a job's last start ended, as its ranks left it; empty if they left nothing."""
-    attempts = [path for path in (Layout(run).slurm / "attempts" / job_id).glob("*") if path.name.isdigit()]
-    if not attempts:
+    attempts = Layout(run).slurm / "attempts"
+    starts = [path for path in (*attempts.glob(f"{job_id}/*"), *attempts.glob(f"{job_id}_*/*")) if path.name.isdigit()]
+    if not starts:
         return ""
-    causes = sorted(max(attempts, key=lambda path: int(path.name)).glob("cause-*"))
+    causes = sorted(max(starts, key=lambda path: path.stat().st_mtime).glob("cause-*"))
     return causes[0].read_text(encoding="utf-8").strip() if causes else ""
 
 

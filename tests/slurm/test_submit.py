@@ -74,6 +74,22 @@ def test_without_slurm(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert "has no jobs in the queue" in tiny.alsace("cancel", "run").stdout
 
 
+def test_what_was_submitted_by_hand_is_known(slurm: LocalSlurm, world: Path, tmp_path: Path) -> None:
+    config = make_run(world, tmp_path)
+    tiny.alsace("submit", str(config), f"--cluster={SITE}", "--dry-run")
+    (script,) = tmp_path.glob("run/slurm/*-finetune.sh")
+    jobs = [
+        slurm.client("sbatch", "--parsable", "--hold", *array, str(script.relative_to(tmp_path))).strip()
+        for array in ([], ["--array=0-3%1"])
+    ]
+    assert f"has jobs in the queue: {jobs[0]} ({script.stem}), {jobs[1]} ({script.stem}); wait" in refusal(config)
+    (row,) = (line for line in tiny.alsace("status", "run").stdout.splitlines() if line.startswith("finetune"))
+    assert jobs[1] in row and "pending (JobHeldUser)" in row
+    assert tiny.alsace("cancel", "run").stdout.count("cancelled") == 2
+    tiny.wait_for(lambda: slurm.jobs() == {})
+    assert "has no jobs in the queue" in tiny.alsace("cancel", "run").stdout
+
+
 def test_a_stage_that_fails_ends_the_chain_and_the_mended_run_goes_on(
     slurm: LocalSlurm, world: Path, tmp_path: Path
 ) -> None:
