@@ -2,9 +2,10 @@
 
     python benchmarks/faults.py --trials=50
 
-A trial kills one rank of a scoring or a training group with SIGKILL after a random time (training saves a checkpoint
-every other step, so many kills fall into one), up to three times, and then lets the command finish. It fails if the
-score bytes or the losses differ from the undisturbed run's, or if a group outlives its killed rank by 60 seconds.
+A trial kills one rank of a scoring or a training group with SIGKILL at a random moment of the time that an undisturbed
+run takes (training saves a checkpoint every other step, so many kills fall into one), up to three times, and then lets
+the command finish. It fails if the score bytes or the losses differ from the undisturbed run's, or if a group outlives
+its killed rank by 60 seconds.
 """
 
 import argparse
@@ -35,18 +36,24 @@ def main() -> None:
         world = Path(folder)
         tiny.write_world(world)
         tiny.alsace("prepare", str(tiny.write_config(world / "c.yaml", tiny.make_config(world))))
-        expected = {command: outcome(command, *undisturbed(command, world)) for command in ("score", "finetune")}
+        expected, seconds_of = {}, {}
+        for command in ("score", "finetune"):
+            config, run = make_run(command, world, f"undisturbed-{command}")
+            begin = time.monotonic()
+            tiny.alsace(command, str(config))
+            seconds_of[command] = time.monotonic() - begin
+            expected[command] = outcome(command, run)
         num_kills = num_failed = 0
         longest = 0.0
         for trial in range(flags.trials):
             command = ("score", "finetune")[trial % 2]
             config, run = make_run(command, world, f"trial{trial}")
             for _ in range(rng.randint(1, 3)):
-                killed, seconds = disturb(command, config, rng)
+                killed, seconds = disturb(command, config, rng.uniform(0.1, 1.0) * seconds_of[command], rng)
                 num_kills += killed
                 longest = max(longest, seconds)
             tiny.alsace(command, str(config))
-            good = outcome(command, config, run) == expected[command] and longest < MAX_HANG_SECONDS
+            good = outcome(command, run) == expected[command] and longest < MAX_HANG_SECONDS
             num_failed += not good
             print(f"trial {trial + 1}/{flags.trials}: {command}: {'same' if good else 'DIFFERENT'}", flush=True)
             shutil.rmtree(run)
@@ -71,25 +78,19 @@ def make_run(command: str, world: Path, name: str) -> tuple[Path, Path]:
     return tiny.write_config(world / f"{name}.yaml", value), run
 
 
-def undisturbed(command: str, world: Path) -> tuple[Path, Path]:
-    """A run that nobody kills."""
-    config, run = make_run(command, world, f"undisturbed-{command}")
-    tiny.alsace(command, str(config))
-    return config, run
-
-
-def outcome(command: str, config: Path, run: Path) -> object:
+def outcome(command: str, run: Path) -> object:
     """What must not differ: score bytes, or the loss of every step."""
     if command == "score":
         return {str(path.relative_to(run)): path.read_bytes() for path in run.glob("scores/*/*.parquet")}
     return [(row["step"], row["loss"]) for row in read_metrics(run / "finetune/metrics.jsonl")]
 
 
-def disturb(command: str, config: Path, rng: random.Random) -> tuple[bool, float]:
-    """Start the command and kill one of its ranks; whether one was killed, and how long the group then took to end."""
+def disturb(command: str, config: Path, seconds: float, rng: random.Random) -> tuple[bool, float]:
+    """Start the command and kill one of its ranks after so many seconds, or as soon as there is one; whether one was
+    killed, and how long the group then took to end."""
+    end = time.monotonic() + seconds
     with tiny.started(command, str(config)) as process:
         tiny.wait_for(lambda: tiny.ranks_of(process) or process.poll() is not None)
-        end = time.monotonic() + rng.uniform(0.5, 9.0)
         while time.monotonic() < end and process.poll() is None:
             time.sleep(0.01)
         if process.poll() is not None or not tiny.kill_one(tiny.ranks_of(process), rng):
