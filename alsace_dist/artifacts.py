@@ -69,6 +69,8 @@ def read_json(path: Path, remedy: str = RERUN) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; run the stage that writes it first") from None
+    except PermissionError:
+        raise  # not broken: the operating system's own words say what to do
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise UserError(f"{path}: not readable as JSON ({error}); {remedy}") from None
 
@@ -152,8 +154,13 @@ def load_manifest(directory: Path, kind: str) -> Manifest:
     if value.get("kind") != kind:
         raise UserError(f"{path}: holds {value.get('kind')!r} where {kind!r} is needed; name the right directory")
     try:
-        return Manifest(**value)
-    except TypeError as error:
+        manifest = Manifest(**value)
+        if not all(
+            isinstance(entry, dict) and {"bytes", "sha256"} <= entry.keys() for entry in manifest.files.values()
+        ):
+            raise TypeError("a file without bytes or sha256")
+        return manifest
+    except (TypeError, AttributeError) as error:
         raise UserError(f"{path}: broken ({error}); delete {directory} and run its stage again") from None
 
 

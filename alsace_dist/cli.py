@@ -8,6 +8,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -210,6 +211,8 @@ def doctor(config: str = "", *, cluster: str = "", nodes: int = 0, debug: bool =
     else:
         from alsace_dist import doctor as checks
 
+        if overrides and not config:
+            raise UserError(f"--{next(iter(overrides))}: no flag of doctor; settings need the config that they change")
         checks.run_checks(_load(config, overrides) if config else None)
 
 
@@ -293,11 +296,14 @@ def main() -> None:
     fire.parser.DefaultParseValue = str
     debug = any(argument in ("--debug", "--debug=True", "--debug=true") for argument in sys.argv)
     _stop_on_signals()
+    command = sys.argv[1:]
+    if len(command) > 1 and {"--help", "-h"} & set(command[1:]):  # else a flag of commands that take any
+        command = [command[0], "--", "--help"]
     error: BaseException | None = None
     # Fire complains of arguments that it has no use for after the command has run: so it only chooses.
     chosen: list[Callable[[], None]] = []
     try:
-        fire.Fire({name: _chooser(function, chosen) for name, function in COMMANDS.items()}, name="alsace")
+        fire.Fire({name: _chooser(function, chosen) for name, function in COMMANDS.items()}, command, "alsace")
         for call in chosen:
             call()
     except (Exception, KeyboardInterrupt) as caught:
@@ -321,7 +327,10 @@ def _chooser(function: Callable[..., None], chosen: list[Callable[[], None]]) ->
     @functools.wraps(function)
     def choose(*arguments: str, **flags: str) -> None:
         defaults = {name: one.default for name, one in inspect.signature(function).parameters.items()}
-        values: dict[str, Any] = dict(flags)
+        # Fire writes _ for - in the name of a flag, but a language or a variant may have a - in its own.
+        typed = [argument.removeprefix("--").partition("=")[0] for argument in sys.argv[2:]]
+        spelling = {name.replace("-", "_"): name for name in typed if "." in name}
+        values: dict[str, Any] = {spelling.get(name, name): text for name, text in flags.items()}
         for name in flags.keys() & defaults.keys():
             if isinstance(defaults[name], bool):
                 values[name] = _is_true(name, flags[name])
@@ -425,12 +434,14 @@ def _run_as_rank(stage: "Stage") -> None:
     if not stage.is_distributed:
         raise UserError(f"{stage.name} runs in one process; start it without torchrun")
     group = runtime.start(stage.config.engine)
-    stage.execute(group)
+    with ExitStack() as stack:
+        group.main_first(lambda: stack.enter_context(runtime.alone(stage.lock, stage.name)))
+        stage.execute(group)
     runtime.finish()
 
 
 def _run_stage(stage: "Stage", config: "Config", debug: bool) -> None:
-    from alsace_dist import launcher
+    from alsace_dist import launcher, runtime
     from alsace_dist.layout import Layout
 
     if stage.is_complete():
@@ -438,7 +449,8 @@ def _run_stage(stage: "Stage", config: "Config", debug: bool) -> None:
         return
     if not stage.is_distributed:
         print(f"{stage.name}", file=sys.stderr)
-        stage.execute(None)
+        with runtime.alone(stage.lock, stage.name):
+            stage.execute(None)
         return
     arguments = [stage.command, str(Layout(Path(config.run_dir)).config), *stage.flags]
     launcher.launch(arguments + (["--debug"] if debug else []), launcher.num_local_processes(config.engine), debug)
@@ -461,21 +473,23 @@ def _whole_number(name: str, text: str) -> int:
 def _report(config: "Config") -> None:
     from rich.console import Console
 
-    from alsace_dist import artifacts, layout
+    from alsace_dist import artifacts, layout, pipeline
     from alsace_dist import report as reporting
 
     evaluations = {}
     for name in ("", *config.variants):
         directory = layout.Layout(Path(config.run_dir), name).evaluation
-        if (directory / "manifest.json").exists():
+        if (directory / artifacts.MANIFEST).exists():
+            artifacts.verify_files(directory, artifacts.load_manifest(directory, "evaluation"))
             evaluations[name or "main"] = artifacts.read_json(directory / "metrics.json")
     if not evaluations:
         raise UserError(f"{config.run_dir}: holds no evaluation yet; `alsace run` makes one")
     own = layout.Layout(Path(config.run_dir))
+    maker = pipeline.made_by(config, own, config.rounds)
     details = {
         "report": own.run / "report.html",
         "numbers": own.run / "report.json",
-        "model": own.distill(config.rounds) / "model" if config.rounds else own.finetune / "model",
+        "model": maker[0] / "model" if maker else config.model.path,
         "config": own.config,
         "TensorBoard": f"tensorboard --logdir {own.run / 'tensorboard'}",
     }

@@ -1,5 +1,6 @@
 """What describes a run: pydantic models, one per section of its YAML."""
 
+import difflib
 import os
 import string
 from collections.abc import Iterator, Mapping
@@ -10,7 +11,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInf
 Split = Literal["pretrain", "labeled", "unlabeled", "test"]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, le=10**9)]
+Seconds = Annotated[float, Field(gt=0.0, le=1e6)]
 Location = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]  # of files; ~ as shells read it
 
 
@@ -71,6 +73,8 @@ class TaskConfig(Section):
         for language, answers in self.answers().items():
             if len(answers) != len(self.labels):
                 raise ValueError(f"verbalizers for {language} must hold one answer per label ({len(self.labels)})")
+            if not all(answer.strip() for answer in answers) or len(set(answers)) != len(answers):
+                raise ValueError(f"verbalizers for {language} must be different answers, none of them empty: {answers}")
         for language, template in self.templates().items():
             try:
                 parts = [part for part in string.Formatter().parse(template) if part[1] is not None]
@@ -158,7 +162,7 @@ class DataConfig(Section):
     """An existing prepared dataset (directory or fsspec URL); then nothing is prepared."""
     inputs: list[InputConfig] = []
     """Sources of parallel groups."""
-    splits: dict[Split, Annotated[float, Field(gt=0)]] = {}
+    splits: dict[Split, Annotated[float, Field(gt=0, le=1e12)]] = {}
     """Share (below 1) or number (from 1) of the groups of undivided inputs that each split gets, by hash of the id."""
     withhold_labels: list[Split] = ["pretrain", "unlabeled"]
     """Splits that are written without labels, whatever the source says."""
@@ -233,6 +237,34 @@ class ModelConfig(Section):
         return self
 
 
+# Sections and settings that DeepSpeed has beside those that are set here: docs, "DeepSpeed Configuration JSON".
+DEEPSPEED_KEYS = (
+    "zero_optimization",
+    "zero_allow_untested_optimizer",
+    "zero_force_ds_cpu_optimizer",
+    "communication_data_type",
+    "data_types",
+    "prescale_gradients",
+    "gradient_predivide_factor",
+    "sparse_gradients",
+    "amp",
+    "aio",
+    "compile",
+    "tensor_parallel",
+    "activation_checkpointing",
+    "flops_profiler",
+    "comms_logger",
+    "steps_per_print",
+    "wall_clock_breakdown",
+    "memory_breakdown",
+    "dump_state",
+    "csv_monitor",
+    "wandb",
+    "comet",
+    "tensorboard",
+)
+
+
 class EngineConfig(Section):
     """How the ranks compute: processes, precision, DeepSpeed ZeRO."""
 
@@ -245,13 +277,13 @@ class EngineConfig(Section):
     """Precision of weights and activations; the loss and the optimizer are always float32."""
     offload_optimizer: bool = False
     """Keep optimizer states in host memory (ZeRO 1 to 3)."""
-    num_threads: Count = 1
+    num_threads: Annotated[int, Field(ge=1, le=4096)] = 1
     """CPU threads per rank. Part of the result: another number may change the last bits of scores on CPUs."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time. Not in pretraining."""
-    timeout_seconds: Positive = 1800
+    timeout_seconds: Seconds = 1800
     """Longest silence of a collective before a rank gives up."""
-    hang_seconds: Positive | Literal["auto"] | None = "auto"
+    hang_seconds: Seconds | Literal["auto"] | None = "auto"
     """Longest time without a step or a scored batch, checkpoints included, before a rank counts as hung: then all
     ranks write their stacks, say who is behind, and end. auto: half of timeout_seconds; null: never."""
     deepspeed: dict[str, Any] = {}
@@ -276,6 +308,9 @@ class EngineConfig(Section):
         owned |= {"scheduler", "fp16", "bf16", "checkpoint", "gradient_clipping", "managed_gradient_accumulation"}
         if clash := sorted(owned & self.deepspeed.keys()):
             raise ValueError(f"deepspeed.{clash[0]} is set from this config's own keys; remove it")
+        for key in self.deepspeed:  # DeepSpeed itself passes over what it does not know
+            if key not in DEEPSPEED_KEYS and (meant := difflib.get_close_matches(key, DEEPSPEED_KEYS, 1, 0.8)):
+                raise ValueError(f"deepspeed.{key}: no such setting of DeepSpeed; {meant[0]} is meant?")
         zero = self.deepspeed.get("zero_optimization", {})
         if not isinstance(zero, dict):
             raise ValueError("deepspeed.zero_optimization must be a mapping")
@@ -480,12 +515,12 @@ class Config(Section):
 
     run_dir: Location
     """Directory of the run's outputs."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, le=2**63 - 1)] = 0
     """Seed of splits, order, initial weights and resampling."""
     method: Literal["paper", "calibrated"] = "calibrated"
     """Preset for the parts of `select` and `distill` that are not given: the paper's rule, or calibrated and
     score-weighted."""
-    rounds: Annotated[int, Field(ge=0)] = 1
+    rounds: Annotated[int, Field(ge=0, le=100)] = 1
     """How often to score, select and distil; 0: no distillation (with evaluate.calibrate: calibration alone)."""
     task: TaskConfig
     data: DataConfig

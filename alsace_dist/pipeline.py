@@ -53,6 +53,11 @@ class Stage:
             return [f"--variant={self.variant}"] if self.variant else []
         return [f"--round={self.round}"] + ([f"--variant={self.variant}"] if self.variant else [])
 
+    @property
+    def lock(self) -> Path:
+        """What a process holds while it works on the stage."""
+        return Path(self.config.run_dir) / ".locks" / self.name.replace(" ", "-")
+
     def is_begun(self) -> bool:
         """Whether there is anything of its outputs, whatever it was made with."""
         names = (artifacts.MANIFEST, artifacts.STARTED)
@@ -100,10 +105,10 @@ def write_config(config: Config, source: Path, found: list[Stage]) -> None:
     """
     path, text = Layout(Path(config.run_dir)).config, config_text(config)
     if path.exists():
-        old = path.read_text(encoding="utf-8")
-        if old == text:
+        old = path.read_bytes()
+        if old == text.encode():
             return
-        if path.samefile(source) and old != config_text(load_config(source)):
+        if path.samefile(source) and old != config_text(load_config(source)).encode():
             raise UserError(f"{source}: lies where the run's resolved config goes; move it out of run_dir")
         for stage in found:
             _refuse_other_settings(stage)
@@ -163,7 +168,7 @@ def _shared_stages(config: Config) -> Iterator[Stage]:
             True,
             lambda: {layout.finetune: ("finetune", finetune_fingerprint())},
             lambda runtime: train.finetune(
-                config, model_directory(config, layout, -1), layout.finetune, finetune_fingerprint(), runtime
+                config, checked_model(config, layout, -1, runtime), layout.finetune, finetune_fingerprint(), runtime
             ),
         )
     yield _score_stage(config, layout, 0, ["unlabeled", "test"])
@@ -213,7 +218,7 @@ def _score_stage(config: Config, layout: Layout, round_: int, splits: list[str])
 
     def execute(runtime: Runtime | None) -> None:
         assert runtime is not None
-        score.score(config, model_directory(config, layout, round_), outputs, fingerprints(), runtime)
+        score.score(config, checked_model(config, layout, round_, runtime), outputs, fingerprints(), runtime)
 
     return Stage(
         "score",
@@ -257,7 +262,7 @@ def _distill_stage(config: Config, layout: Layout, round_: int) -> Stage:
 
     def execute(runtime: Runtime | None) -> None:
         assert runtime is not None
-        model = model_directory(config, layout, round_ - 1)
+        model = checked_model(config, layout, round_ - 1, runtime)
         train.distill(config, model, scores, selection, layout.distill(round_), fingerprint(), runtime)
 
     return Stage(
@@ -272,28 +277,43 @@ def _distill_stage(config: Config, layout: Layout, round_: int) -> Stage:
     )
 
 
-def model_directory(config: Config, layout: Layout, round_: int) -> Path:
-    """The model after a round of distillation; 0: before any; -1: before finetuning."""
-    if round_ > 0:
-        return layout.distill(round_) / "model"
-    if round_ == 0 and config.finetune:
-        return layout.finetune / "model"
-    if config.model.nano:
-        return layout.pretrain / "model"
-    from alsace_dist import modeling
+def made_by(config: Config, layout: Layout, round_: int) -> tuple[Path, str] | None:
+    """Directory and kind of the stage whose ``model/`` is the model after a round; None: it comes from elsewhere.
 
-    assert config.model.path is not None
-    return modeling.resolve_model(config.model.path, config.model.revision)
+    ``round_``: 0: before any round of distillation; -1: before finetuning.
+    """
+    if round_ > 0:
+        return layout.distill(round_), "distill"
+    if round_ == 0 and config.finetune:
+        return layout.finetune, "finetune"
+    return (layout.pretrain, "pretrain") if config.model.nano else None
+
+
+def checked_model(config: Config, layout: Layout, round_: int, runtime: Runtime | None) -> Path:
+    """Directory of the model after a round, whose files are what the manifest of its stage lists. Collective.
+
+    Raises ``UserError`` if they are not.
+    """
+    assert runtime is not None
+    if (maker := made_by(config, layout, round_)) is None:
+        return _given_model(config)
+    directory, kind = maker
+    runtime.main_first(lambda: artifacts.verify_files(directory, artifacts.load_manifest(directory, kind)))
+    return directory / "model"
 
 
 def identity(config: Config, layout: Layout, round_: int) -> dict[str, Any]:
     """What tells the model after a round from others: the manifest of the stage that made it, or its files."""
-    if round_ > 0:
-        return {"distill": artifacts.load_manifest(layout.distill(round_), "distill").digest}
-    if round_ == 0 and config.finetune:
-        return {"finetune": artifacts.load_manifest(layout.finetune, "finetune").digest}
-    if config.model.nano:
-        return {"pretrain": artifacts.load_manifest(layout.pretrain, "pretrain").digest}
+    if maker := made_by(config, layout, round_):
+        directory, kind = maker
+        return {kind: artifacts.load_manifest(directory, kind).digest}
     from alsace_dist import modeling
 
-    return modeling.model_identity(model_directory(config, layout, round_))
+    return modeling.model_identity(_given_model(config))
+
+
+def _given_model(config: Config) -> Path:
+    from alsace_dist import modeling
+
+    assert config.model.path is not None
+    return modeling.resolve_model(config.model.path, config.model.revision)

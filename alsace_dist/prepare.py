@@ -7,6 +7,8 @@ A record is one group: a line of JSONL, or the rows of a table that share an id.
 makes the whole record bad: silently thinner groups would bias what is later compared between languages.
 """
 
+import itertools
+import re
 import sys
 import unicodedata
 from collections import Counter
@@ -206,8 +208,8 @@ def _label_name(label: Any, labels: list[str]) -> str:
     spellings = [str(label)]
     if str(label) in ("True", "False"):
         spellings.append(str(label).lower())
-    elif isinstance(label, float) and label.is_integer():
-        spellings.append(str(int(label)))
+    elif re.fullmatch(r"-?[0-9]+\.0", str(label)):  # also as a text, in CSV
+        spellings.append(str(label).removesuffix(".0"))
     return next((name for name in spellings if name in labels), spellings[0])
 
 
@@ -245,7 +247,7 @@ def _divide(entries: list[Entry], config: Config) -> dict[str, list[Entry]]:
     """Split -> its groups, ordered by a hash of (seed, id): a shuffle that depends on nothing else."""
     ordered = sorted(entries, key=lambda entry: digest_bytes(f"{config.seed}:{entry.group.key}".encode()))
     sizes = _sizes(config.data.splits, sum(entry.split is None for entry in entries))
-    undivided = iter([split for split in SPLITS for _ in range(sizes.get(split, 0))])
+    undivided = itertools.chain.from_iterable(itertools.repeat(split, sizes.get(split, 0)) for split in SPLITS)
     parts: dict[str, list[Entry]] = {split: [] for split in _wanted_splits(config)}
     for entry in ordered:
         split = entry.split or next(undivided, None)

@@ -4,10 +4,12 @@ import ctypes
 import json
 import os
 import signal
+import socket
 import sys
 import time
 import traceback
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -21,6 +23,7 @@ from alsace_dist.errors import EXIT_STOPPED, EXIT_USER_ERROR, Stopped, UserError
 if TYPE_CHECKING:
     import torch
 
+LOCK_SECONDS = 10.0  # for the ranks of a start that was killed to be gone
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
 ERROR_DIR = "ALSACE_ERROR_DIR"  # where the ranks of a local group leave their errors and process ids
 # What a job script says to its tasks (slurm_stage.sh.j2, slurm_task.sh).
@@ -160,6 +163,36 @@ def start(engine: EngineConfig) -> Runtime:
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
     control = dist.new_group(backend="gloo", timeout=timeout)
     return Runtime(rank, world_size, local_rank, device, control, stop)
+
+
+@contextmanager
+def alone(path: Path, what: str) -> Iterator[None]:
+    """Hold the lock ``path`` on ``what``: the kernel takes it back when this process ends, however it ends.
+
+    Raises ``UserError`` if another process still holds it after ``LOCK_SECONDS``; in a job ``RankFailed``, for there it
+    may be the last start, which is about to end on a node that is gone. Without effect where a disk has no locks.
+    """
+    import fcntl
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    end = time.monotonic() + LOCK_SECONDS
+    with path.open("a+", encoding="utf-8") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > end:
+                    file.seek(0)
+                    error = RankFailed if ATTEMPT_DIR in os.environ else UserError
+                    raise error(f"{what}: {file.read()} works on it; wait for that one, or stop it") from None
+                time.sleep(0.1)
+            except OSError:  # no locks here
+                break
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield
 
 
 def finish() -> None:

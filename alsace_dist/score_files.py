@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from alsace_dist.artifacts import Manifest, atomic_path, load_manifest
+from alsace_dist.artifacts import Manifest, atomic_path, load_manifest, verify_file
 from alsace_dist.errors import UserError
 
 KIND = "scores"
@@ -69,6 +69,12 @@ def read_metadata(path: Path) -> dict[str, str] | None:
     return {key.decode(): value.decode() for key, value in metadata.items()}
 
 
+def read_verified(directory: Path, manifest: Manifest, name: str) -> Scores:
+    """Read one file of a complete score directory. Raises ``UserError`` if it is not what the manifest lists."""
+    verify_file(directory, manifest, name)
+    return read_score_file(directory / name)
+
+
 def read_score_file(path: Path) -> Scores:
     """Read one file. Raises ``UserError`` if it is missing, broken or lacks a column."""
     import pyarrow as pa
@@ -77,6 +83,8 @@ def read_score_file(path: Path) -> Scores:
     remedy = "delete its directory and run `alsace score` again"
     try:
         table = pq.read_table(path, columns=_schema().names).cast(_schema())
+    except PermissionError:
+        raise  # not broken
     except (OSError, pa.ArrowException, ValueError) as error:
         raise UserError(f"{path}: not a score file ({' '.join(str(error).split())}); {remedy}") from None
     if bad := next((name for name in ("key", "language", "log_probs") if table.column(name).null_count), None):
@@ -101,7 +109,7 @@ def read_scores(directory: Path, num_groups: int | None = None) -> Scores:
     for name in sorted(manifest.files):
         if num_groups is not None and len(set(whole.keys)) >= num_groups:
             break
-        part = read_score_file(directory / name)
+        part = read_verified(directory, manifest, name)
         whole.keys.extend(part.keys)
         whole.languages.extend(part.languages)
         whole.log_probs.extend(part.log_probs)

@@ -9,6 +9,7 @@ import gzip
 import io
 import json
 import math
+import re
 import sys
 import zlib
 from collections import Counter
@@ -26,6 +27,7 @@ from alsace_dist.errors import UserError
 
 BAD_RECORDS = "bad-records.txt"
 MAX_PRINTED = 50
+_WHOLE_FLOAT = re.compile(r"(0|-?[1-9][0-9]*)\.0")
 OPEN_QUOTE = "open quote"
 
 Cells = dict[str, Any]
@@ -207,11 +209,13 @@ def _read_csv(path: Path, source: InputConfig, task: TaskConfig, bad: BadRecords
 
         reader = csv.reader(remembered(), strict=True)
         header = next(reader, [])
+        if not header:
+            raise UserError(f"{path}: holds nothing; restore the file, or remove it from data.inputs")
         _wanted_columns(str(path), header, source, task, with_language=True)
 
         def note_key(values: list[str]) -> None:
             number = header.index(source.columns.id)
-            if number < len(values) and (key := _key(values[number])):
+            if number < len(values) and (key := _key(_whole(values[number]))):
                 bad.broken_keys.add(key)
 
         while True:
@@ -229,7 +233,8 @@ def _read_csv(path: Path, source: InputConfig, task: TaskConfig, bad: BadRecords
                     note_key(next(csv.reader(lines)))
                 continue
             if len(values) == len(header):
-                yield place, dict(zip(header, values, strict=True))
+                cells = dict(zip(header, values, strict=True))
+                yield place, cells | {source.columns.id: _whole(cells[source.columns.id])}
             elif values:
                 bad.add(place, "broken row", f"{len(values)} cells under {len(header)} columns")
                 note_key(values)
@@ -244,7 +249,9 @@ def _read_parquet(path: Path, source: InputConfig, task: TaskConfig) -> Iterator
             wanted = _wanted_columns(str(path), file.schema_arrow.names, source, task, with_language=True)
             yield from _cells_of_tables(file.iter_batches(columns=wanted), str(path))
     except (OSError, pyarrow.ArrowException) as error:
-        raise UserError(f"{path}: cannot be read as Parquet ({error}); restore the file") from None
+        raise UserError(
+            f"{path}: cannot be read as Parquet ({' '.join(str(error).split())}); restore the file"
+        ) from None
 
 
 def _cells_of_tables(tables: Iterable[Any], name: str) -> Iterator[tuple[Place, Cells]]:
@@ -275,6 +282,8 @@ def _read_huggingface(source: InputConfig, task: TaskConfig) -> Iterator[Row]:
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     subsets: Mapping[Any, str | None] = source.subsets or {None: None}
+    # Of a directory its own name alone, so that the ids do not change with the place it lies in.
+    name = Path(source.path).resolve().name if Path(source.path).exists() else source.path
     loaded = {language: _load_dataset(source, name) for language, name in subsets.items()}
     if len({source.columns.id in dataset.column_names for dataset in loaded.values()}) > 1:
         raise UserError(f"{source.path}: only some subsets have the id column {source.columns.id!r}; set columns.id")
@@ -291,7 +300,7 @@ def _read_huggingface(source: InputConfig, task: TaskConfig) -> Iterator[Row]:
         tables = dataset.select_columns(wanted).with_format("arrow").iter(1000)
         for place, cells in _cells_of_tables(tables, where):
             # The row number alone would collide between the splits of one dataset, which are inputs of their own.
-            cells.setdefault(source.columns.id, f"{source.path}/{source.hub_split or 'train'}/{place.number}")
+            cells.setdefault(source.columns.id, f"{name}/{source.hub_split or 'train'}/{place.number}")
             named = cells[source.columns.language] if language is None else language
             row = _row_of_cells(place, cells, source, task, named)
             yield row._replace(label=_class_name(row.label, names)) if isinstance(label, datasets.ClassLabel) else row
@@ -353,6 +362,11 @@ def _key(value: Any) -> str | None:
     if isinstance(value, float):
         return str(int(value) if value.is_integer() else value) if math.isfinite(value) else None
     return str(value) or None if isinstance(value, (str, int)) and not isinstance(value, bool) else None
+
+
+def _whole(text: str) -> str:
+    """A cell of a CSV file; pandas writes 1.0 for 1 in a column of numbers with gaps."""
+    return text.removesuffix(".0") if _WHOLE_FLOAT.fullmatch(text) else text
 
 
 def is_unicode(text: str) -> bool:

@@ -105,7 +105,9 @@ def distill(
     """Train every language towards the frozen distributions of the selected teachers."""
     section: DistillConfig = config.distill
     dataset = open_dataset(data_url(config, "unlabeled"))
+    artifacts.verify_files(selection, artifacts.load_manifest(selection, "selection"))
     teachers = artifacts.read_json(selection / "teachers.json")
+    listed = artifacts.load_manifest(scores, score_files.KIND)
     weights: dict[str, float] = teachers["weights"]
     biases = {language: np.array(row) for language, row in teachers["biases"].items()}
     taught = list(dataset.languages)
@@ -122,7 +124,7 @@ def distill(
     mean_weight = teachers["num_pairs"][section.targets] / max(1, sum(counts))
 
     def make(shard: int, rows: list[EncodedText]) -> list[Example]:
-        groups = score_files.read_score_file(scores / f"{dataset.shards[shard].stem}.parquet").groups()
+        groups = score_files.read_verified(scores, listed, f"{dataset.shards[shard].stem}.parquet").groups()
         found = {
             key: languages.targets(languages.calibrate(group, biases), weights, str(section.targets))
             for key, group in groups.items()

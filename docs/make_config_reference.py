@@ -125,11 +125,14 @@ def _type(field: dict[str, Any]) -> str:
     return WORDS.get(str(kind), "anything")
 
 
+BEYOND_REASON = 1e9  # bounds that only keep numbers within what computers count in
+
+
 def _constraint(field: dict[str, Any]) -> str:
     """Bounds of numbers, least lengths and patterns, also of what lists and mappings hold."""
     parts = [_constraint(choice) for choice in field.get("anyOf", [])]
     for key, words in (("minimum", "≥ {}"), ("exclusiveMinimum", "> {}"), ("maximum", "≤ {}")):
-        if key in field:
+        if key in field and field[key] < BEYOND_REASON:
             parts.append(words.format(f"{field[key]:g}"))
     if "minItems" in field:
         parts.append(f"at least {field['minItems']}")

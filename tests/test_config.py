@@ -209,6 +209,21 @@ def test_fp16_is_refused_with_the_reason(tmp_path: Path, name: str) -> None:
     assert raw.startswith("engine: deepspeed.fp16 is set from this config's own keys")
 
 
+@pytest.mark.parametrize(
+    ("over", "words"),
+    [
+        ({"engine": {"deepspeed": {"zero_optimisation": {}}}}, "engine: deepspeed.zero_optimisation: no such setting"),
+        ({"task": {"verbalizers": ["x", "x"]}}, "task: verbalizers for default must be different answers"),
+        ({"task": {"verbalizers": {"en": ["x", " "]}}}, "task: verbalizers for en must be different answers"),
+        ({"task": {"max_tokens": 10**23}}, "task.max_tokens: "),
+        ({"engine": {"timeout_seconds": 1e300}}, "engine.timeout_seconds: "),
+        ({"rounds": 10**12}, "rounds: "),
+    ],
+)
+def test_what_would_fail_late_or_be_passed_over(tmp_path: Path, over: dict[str, Any], words: str) -> None:
+    assert complaint(tmp_path, over).startswith(words)
+
+
 CRASHES = [
     ({"engine": {"deepspeed": {"zero_optimization": None}}}, "engine"),
     ({"engine": {"deepspeed": {"zero_optimization": 3}}}, "engine"),

@@ -1,6 +1,8 @@
 """The command line from parallel text to the report, as a user runs it."""
 
 import json
+import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -94,6 +96,8 @@ def test_a_deleted_stage_is_made_again_the_same(finished: Path) -> None:
         (["report", "{dir}"], "give the directory of a run"),
         (["plan", "{dir}/c.yaml", "--num-processes=all"], "--num_processes=all: give a whole number"),
         (["score", "{dir}/c.yaml", "--round=one"], "--round=one: give a whole number"),
+        (["doctor", "--foo=3"], "--foo: no flag of doctor"),
+        (["run", "{dir}/c.yaml", "--distill.learning-rate=1"], "distill.learning-rate: unknown key"),
         (["run", "{dir}/c.yaml", "--dry-run=maybe"], "--dry_run=maybe: give true or false"),
     ],
 )
@@ -125,6 +129,23 @@ def test_values_are_taken_as_they_are_typed(world: Path, tmp_path: Path) -> None
     tiny.write_config(path, value)
     failed = tiny.alsace("evaluate", str(path), "--variant=1e-3", check=False)
     assert "not complete" in failed.stderr  # so the variant was found
+
+
+def test_keys_are_taken_as_they_are_typed(world: Path, tmp_path: Path) -> None:
+    value = tiny.make_config(world, run_dir=str(tmp_path / "run"), variants={"my-v": {"rounds": 1}})
+    path = tiny.write_config(tmp_path / "c.yaml", value)
+    tiny.alsace("prepare", str(path), "--variants.my-v.rounds=2", "--variants.new-v.rounds=3")
+    resolved = tiny.yaml.safe_load((tmp_path / "run/config.yaml").read_text())
+    assert resolved["variants"] == {"my-v": {"rounds": 2}, "new-v": {"rounds": 3}}
+
+
+@pytest.mark.parametrize("command", ["doctor", "demo", "run", "submit"])
+def test_help_is_all_that_it_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = tiny.alsace(command, "--help")
+    assert f"alsace {command}" in done.stderr + done.stdout
+    assert "--debug" in done.stderr + done.stdout
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_calibration_can_be_done_stage_by_stage(finished: Path) -> None:
@@ -205,3 +226,77 @@ def test_nothing_of_the_environment_is_printed(finished: Path) -> None:
     assert secret not in done.stdout + done.stderr
     for path in (finished / "run").rglob("*"):
         assert not path.is_file() or secret.encode() not in path.read_bytes()
+
+
+def flip_a_bit(path: Path) -> None:
+    """In the middle of a file, which keeps its size."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("damaged", "command"),
+    [
+        ("scores/unlabeled/000000.parquet", ["select", "--round=1"]),
+        ("scores/unlabeled/000000.parquet", ["distill", "--round=1"]),
+        ("round1/selection/teachers.json", ["distill", "--round=1"]),
+        ("finetune/model/model.safetensors", ["score", "--round=0"]),
+        ("evaluation/metrics.json", ["report"]),
+    ],
+)
+def test_no_stage_goes_on_from_a_damaged_file(finished: Path, tmp_path: Path, damaged: str, command: list[str]) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished / "run", run)
+    for output in {"select": ["round1"], "distill": ["round1/distill"], "score": ["scores"], "report": []}[command[0]]:
+        shutil.rmtree(run / output)
+    flip_a_bit(run / damaged)
+    arguments = (
+        [command[0], str(run)] if command == ["report"] else [command[0], str(run / "config.yaml"), *command[1:]]
+    )
+    failed = tiny.alsace(*arguments, *([f"--run_dir={run}"] if command != ["report"] else []), check=False)
+    assert failed.returncode == 2, failed.stderr
+    last = failed.stderr.strip().splitlines()[-1]
+    assert last.startswith(f"error: {run / damaged}: content differs from the sha256 in manifest.json; restore it"), (
+        last
+    )
+    assert "Traceback" not in failed.stderr
+
+
+def test_a_second_run_in_the_same_directory_is_refused_and_harms_nothing(world: Path, tmp_path: Path) -> None:
+    steps = {"num_steps": 300, "checkpoint_every_steps": 2, "log_every_steps": 1}
+    data = {"directory": str(world / "run/data")}
+    value = tiny.make_config(world, run_dir=str(tmp_path / "run"), finetune=steps, data=data)
+    path = tiny.write_config(tmp_path / "c.yaml", value)
+    with tiny.started("finetune", str(path)) as first:
+        tiny.wait_for(lambda: any(tmp_path.glob("run/finetune/checkpoints/*/manifest.json")))
+        os.kill(first.pid, signal.SIGSTOP)  # the launcher alone: its ranks work on
+        for rank in tiny.ranks_of(first):
+            os.kill(rank, signal.SIGSTOP)
+        try:
+            second = tiny.alsace("finetune", str(path), check=False)
+        finally:
+            for process in [*tiny.ranks_of(first), first.pid]:
+                os.kill(process, signal.SIGCONT)
+        assert second.returncode == 2
+        last = second.stderr.strip().splitlines()[-1]
+        assert last.startswith("error: finetune: process ") and last.endswith(
+            "works on it; wait for that one, or stop it"
+        )
+        assert first.wait(timeout=120) == 0
+    rows = (tmp_path / "run/finetune/metrics.jsonl").read_text().splitlines()
+    assert [json.loads(row)["step"] for row in rows] == list(range(1, 301))
+
+
+def test_without_any_training_the_report_names_the_given_model(world: Path, tmp_path: Path) -> None:
+    value = tiny.make_config(
+        world,
+        run_dir=str(tmp_path / "run"),
+        finetune=None,
+        rounds=0,
+        evaluate={"calibrate": True},
+        engine={"num_processes": 1},
+    )
+    done = tiny.alsace("run", str(tiny.write_config(tmp_path / "c.yaml", value)))
+    (line,) = (line for line in done.stdout.splitlines() if line.startswith("model "))
+    assert line.split() == ["model", str(world / "model")]

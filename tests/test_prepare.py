@@ -241,6 +241,16 @@ def test_subsets_of_a_local_folder(cache: None, with_id: bool) -> None:
     assert by_key("test") == expected
 
 
+def test_rows_without_ids_are_named_alike_wherever_the_dataset_lies(cache: None, tmp_path: Path) -> None:
+    save_dataset("deep/saved", {"text": ["a", "b"], "language": ["en", "en"], "label": ["good", "bad"]})
+    source = {"kind": "huggingface", "hub_split": "validation", "split": "test"}
+    for number, path in enumerate(("deep/saved", "./deep/../deep/saved/", str(tmp_path / "deep/saved"))):
+        prepare(make_config([source | {"path": path}]), Path(f"run{number}/data"))
+        dataset = open_dataset(Path(f"run{number}/data/test"))
+        keys = [group.key for shard in dataset.shards for group in read_shard(dataset, shard)]
+        assert sorted(keys) == ["saved/validation/1", "saved/validation/2"]
+
+
 def test_subsets_without_id_must_have_equally_many_rows(cache: None) -> None:
     save_dataset("saved/en", {"text": ["a", "b"], "label": ["good", "bad"]})
     save_dataset("saved/de", {"text": ["a"], "label": ["good"]})
@@ -442,6 +452,23 @@ def test_whole_numbers_are_the_same_id_however_they_are_written() -> None:
     assert problems() == ["a.jsonl:1: missing id: the id must be a non-empty text or a number"]
 
 
+def test_numbers_with_gaps_as_pandas_writes_them_into_csv() -> None:
+    Path("a.csv").write_text("id,language,label,text\n1.0,en,1.0,dog\n1,de,,Hund\n2.0,en,0.0,cat\n")
+    source = {"kind": "table", "path": "a.csv", "split": "test"}
+    prepare(make_config([source], {"labels": ["0", "1"]}), Path("run/data"))
+    found = by_key("test")
+    assert {key: (group.label, sorted(group.texts)) for key, group in found.items()} == {
+        "1": (1, ["de", "en"]),
+        "2": (0, ["en"]),
+    }
+
+
+def test_an_empty_table_is_said_to_be_empty() -> None:
+    Path("a.csv").write_text("")
+    with pytest.raises(UserError, match=r"^a\.csv: holds nothing; restore the file"):
+        prepare(make_config([{"kind": "table", "path": "a.csv", "split": "test"}]), Path("run/data"))
+
+
 @pytest.mark.parametrize(
     ("language", "text", "problem"),
     [
@@ -624,6 +651,7 @@ def test_explicit_splits_join_divided_ones_in_hash_order() -> None:
     [
         ({"splits": {"test": 101}}, r"data\.splits: asks for 101 groups of 100"),
         ({"splits": {"test": 0.5, "labeled": 51}}, "asks for 101 groups of 100"),
+        ({"splits": {"test": 1e12}}, "asks for 1000000000000 groups of 100"),
         ({"splits": {"test": 0.001}}, "split test ends up without labeled groups"),
         ({"splits": {"pretrain": 0.001}}, "split pretrain ends up without groups"),
         ({"splits": {"test": 1.5}}, r"data\.splits\.test: 1\.5 is neither a share below 1 nor a whole number"),
