@@ -1,6 +1,6 @@
 """How fast, as ratios measured in one run: ours in turns with others that compute the same, and checked to.
 
-    python benchmarks/speed.py [--tiny]
+    python benchmarks/speed.py [--tiny] [--sections=pairwise,data]
 
 Two CPU ranks, mT5-small's geometry with its vocabulary of 250,112, random weights, bf16; the texts are Debian's package
 descriptions in 12 languages (benchmarks/debian/data.py fetches them), whole. ``--tiny``: a tiny model, float32 and the
@@ -9,8 +9,8 @@ demo's sentences, so that a test can run all of it.
 The contenders are whole loops that run in turns, a shard or a step each, in an order that rotates:
 
 * ours: ``score.score`` and ``train.distill``, shards, manifests and all, with default settings (ZeRO-1) but for smaller
-  shards (16 groups) and scoring batches (2,048 tokens), so that a turn is short, and the paper's batch of 32 examples
-  per language (384);
+  shards (16 groups) and scoring batches (2,048 tokens), so that a turn is short, the paper's batch of 32 examples per
+  language (384), and a reduce bucket of 5e7 elements, so that two engines find room in 24 GB;
 * bare scoring: ``CandidateScorer`` over the same batches, ready-made tensors, nothing is read or written;
 * ``generate(max_new_tokens=1, output_scores=True)`` over the same ready-made batches;
 * bare training: the same model and micro-batches, ready-made tensors; gradients summed in float32, clipped; fused AdamW
@@ -22,8 +22,7 @@ The contenders are whole loops that run in turns, a shard or a step each, in an 
   (that of bare training) for all pairs. Ours does the same groups: a scoring pass and a step.
 
 Before anything is timed, ``agreement`` asserts in float32 that they compute the same; while timed, losses and scores
-are compared again within the rounding of the timed precision. Takes a quarter of an hour on two idle cores and up to
-20 GB of memory.
+are compared again within the rounding of the timed precision. Takes half an hour on two idle cores and 20 GB of memory.
 """
 
 import argparse
@@ -342,11 +341,19 @@ def main() -> None:
     """Make the world, run the sections, print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true", help="a tiny model and the demo's sentences")
+    every = [section.__name__ for section in SECTIONS]
+    parser.add_argument("--sections", default=",".join(every), help="which to run; default: all, %(default)s")
     parser.add_argument("--rank", nargs=2, metavar=("SECTIONS", "DIRECTORY"), help=argparse.SUPPRESS)
     flags = parser.parse_args()
     size = SIZES["tiny" if flags.tiny else "full"]
     if flags.rank:
         run_rank(flags.rank[0].split(","), World(Path(flags.rank[1]), size))
+    names = flags.sections.split(",")
+    if unknown := sorted(set(names) - set(every)):
+        parser.error(f"--sections: no {unknown[0]!r}; there are {', '.join(every)}")
+    if {"training", "trainer"} & set(names):  # they distil what was scored
+        names.append("scoring")
+    names = [name for name in every if name in names]
     if not flags.tiny and not (SOURCE / "test.jsonl").exists():
         subprocess.run([sys.executable, str(HERE / "debian/data.py"), "--out", str(SOURCE)], check=True)
     begin = time.monotonic()
@@ -356,7 +363,6 @@ def main() -> None:
         make_world(world)
         rows: list[Row] = []
         peak = 0.0
-        names = [section.__name__ for section in SECTIONS]
         # A group of ranks for each section, for what one holds in memory; the tiny ones have room for all.
         for group in [names] if flags.tiny else [[name] for name in names]:
             print(f"--- {', '.join(group)}, after {time.monotonic() - begin:.0f} s", file=sys.stderr)

@@ -63,7 +63,11 @@ class World:
                 "task": {"fields": ["text"], "template": "{text} <extra_id_0>", "labels": LABELS},
                 "data": {"directory": str(self.directory / name)},
                 "model": {"path": str(self.model)},
-                "engine": {"num_processes": NUM_RANKS, "dtype": dtype or self.size.dtype},
+                "engine": {
+                    "num_processes": NUM_RANKS,
+                    "dtype": dtype or self.size.dtype,
+                    "deepspeed": {"zero_optimization": {"reduce_bucket_size": 50_000_000}},
+                },
                 "score": {"tokens_per_batch": self.size.tokens_per_batch},
                 "distill": {"num_steps": 1000, "checkpoint_every_steps": 1000, "log_every_steps": 1}
                 | {
