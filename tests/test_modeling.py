@@ -13,7 +13,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import MT5Config, MT5ForConditionalGeneration, PreTrainedTokenizerFast
 
 from alsace_dist.collate import AnswerCollator
@@ -482,6 +482,7 @@ def test_the_identity_of_a_model_changes_with_its_files(tmp_path: Path) -> None:
 def tokenizer() -> Any:
     words = ["<pad>", "</s>", "<unk>", "yes", "no", "not", "at", "all", "ja", "nein", "<x>"]
     fast = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
+    fast.normalizer = normalizers.Replace("\u200b", "")  # as SentencePiece's own does
     fast.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     fast.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     return PreTrainedTokenizerFast(tokenizer_object=fast, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
@@ -515,8 +516,7 @@ def test_how_answers_are_scored_does_not_depend_on_the_languages_at_hand(tokeniz
 @pytest.mark.parametrize(
     ("verbalizers", "message"),
     [
-        (["yes", ""], r"the answer '' for 'en' has no tokens; give it text"),
-        (["yes", "  "], r"the answer '  ' for 'en' has no tokens; give it text"),
+        (["yes", "\u200b"], r"the answer '.u200b' for 'en' has no tokens; give it text"),
         (["yes", "oui"], r"the answer 'oui' for 'en' holds tokens that the model does not know; choose words"),
         (["yes", "not oui"], r"the answer 'not oui' for 'en' holds tokens that the model does not know"),
         (["yes", "yes "], r"two answers for 'en' have the same tokens: \['yes', 'yes '\]; change one"),
