@@ -420,8 +420,7 @@ def _single(
         raise UserError(f"{path}: has no stage {which}; `alsace run --dry-run` lists them")
     if runtime.in_group():
         for stage in matching:
-            if not stage.is_complete():
-                _run_as_rank(stage)
+            _run_as_rank(stage)
         return
     pipeline.write_config(config, Path(path), found)
     for stage in matching:
@@ -435,8 +434,16 @@ def _run_as_rank(stage: "Stage") -> None:
         raise UserError(f"{stage.name} runs in one process; start it without torchrun")
     group = runtime.start(stage.config.engine)
     with ExitStack() as stack:
-        group.main_first(lambda: stack.enter_context(runtime.alone(stage.lock, stage.name)))
-        stage.execute(group)
+        found: list[bool] = []
+
+        def look() -> None:
+            stack.enter_context(runtime.alone(stage.lock, stage.name))
+            found.append(stage.is_complete())  # whoever held the lock may have finished it
+
+        group.main_first(look)
+        (is_complete,) = group.any_rank(any(found))
+        if not is_complete:
+            stage.execute(group)
     runtime.finish()
 
 
@@ -450,7 +457,8 @@ def _run_stage(stage: "Stage", config: "Config", debug: bool) -> None:
     if not stage.is_distributed:
         print(f"{stage.name}", file=sys.stderr)
         with runtime.alone(stage.lock, stage.name):
-            stage.execute(None)
+            if not stage.is_complete():  # whoever held the lock may have finished it
+                stage.execute(None)
         return
     arguments = [stage.command, str(Layout(Path(config.run_dir)).config), *stage.flags]
     launcher.launch(arguments + (["--debug"] if debug else []), launcher.num_local_processes(config.engine), debug)

@@ -243,6 +243,7 @@ DEEPSPEED_KEYS = (
     "zero_allow_untested_optimizer",
     "zero_force_ds_cpu_optimizer",
     "communication_data_type",
+    "seq_parallel_communication_data_type",
     "data_types",
     "prescale_gradients",
     "gradient_predivide_factor",

@@ -8,7 +8,6 @@ makes the whole record bad: silently thinner groups would bias what is later com
 """
 
 import itertools
-import re
 import sys
 import unicodedata
 from collections import Counter
@@ -34,6 +33,7 @@ from alsace_dist.sources import (
     is_unicode,
     read_groups,
     source_files,
+    whole,
 )
 
 KIND = "data"
@@ -208,8 +208,8 @@ def _label_name(label: Any, labels: list[str]) -> str:
     spellings = [str(label)]
     if str(label) in ("True", "False"):
         spellings.append(str(label).lower())
-    elif re.fullmatch(r"-?[0-9]+\.0", str(label)):  # also as a text, in CSV
-        spellings.append(str(label).removesuffix(".0"))
+    else:
+        spellings.append(whole(str(label)))
     return next((name for name in spellings if name in labels), spellings[0])
 
 

@@ -1,6 +1,7 @@
 """A rank: the torchrun environment, its process group, agreed stops, and what it leaves about a failure."""
 
 import ctypes
+import errno
 import json
 import os
 import signal
@@ -23,6 +24,7 @@ from alsace_dist.errors import EXIT_STOPPED, EXIT_USER_ERROR, Stopped, UserError
 if TYPE_CHECKING:
     import torch
 
+_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 LOCK_SECONDS = 10.0  # for the ranks of a start that was killed to be gone
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
 ERROR_DIR = "ALSACE_ERROR_DIR"  # where the ranks of a local group leave their errors and process ids
@@ -185,9 +187,12 @@ def alone(path: Path, what: str) -> Iterator[None]:
                 if time.monotonic() > end:
                     file.seek(0)
                     error = RankFailed if ATTEMPT_DIR in os.environ else UserError
-                    raise error(f"{what}: {file.read()} works on it; wait for that one, or stop it") from None
+                    who = file.read() or "another process"
+                    raise error(f"{what}: {who} works on it; wait for that one, or stop it") from None
                 time.sleep(0.1)
-            except OSError:  # no locks here
+            except OSError as error_of_disk:
+                if error_of_disk.errno not in _NO_LOCKS:
+                    raise
                 break
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")

@@ -215,7 +215,7 @@ def _read_csv(path: Path, source: InputConfig, task: TaskConfig, bad: BadRecords
 
         def note_key(values: list[str]) -> None:
             number = header.index(source.columns.id)
-            if number < len(values) and (key := _key(_whole(values[number]))):
+            if number < len(values) and (key := _key(whole(values[number]))):
                 bad.broken_keys.add(key)
 
         while True:
@@ -234,7 +234,7 @@ def _read_csv(path: Path, source: InputConfig, task: TaskConfig, bad: BadRecords
                 continue
             if len(values) == len(header):
                 cells = dict(zip(header, values, strict=True))
-                yield place, cells | {source.columns.id: _whole(cells[source.columns.id])}
+                yield place, cells | {source.columns.id: whole(cells[source.columns.id])}
             elif values:
                 bad.add(place, "broken row", f"{len(values)} cells under {len(header)} columns")
                 note_key(values)
@@ -364,8 +364,8 @@ def _key(value: Any) -> str | None:
     return str(value) or None if isinstance(value, (str, int)) and not isinstance(value, bool) else None
 
 
-def _whole(text: str) -> str:
-    """A cell of a CSV file; pandas writes 1.0 for 1 in a column of numbers with gaps."""
+def whole(text: str) -> str:
+    """A number as text without a `.0`: in CSV pandas writes 1.0 for 1 in a column of numbers with gaps."""
     return text.removesuffix(".0") if _WHOLE_FLOAT.fullmatch(text) else text
 
 

@@ -280,7 +280,9 @@ def test_tensors_that_transformers_doubles_or_leaves_out_are_allowed(tmp_path: P
     extra["decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"] = torch.zeros(32, 4)
     save_file(state | extra, tmp_path / "model.safetensors")
     module = CandidateScorer(make_body(config, 0.0), Answers({"en": ((30,), (4,))}, (PAD,), True))
-    check_weights(module, Weights(tmp_path))
+    weights = Weights(tmp_path)
+    assert extra.keys() <= weights.keys() and not extra.keys() & state.keys()
+    check_weights(module, weights)
 
 
 # --- weight files --------------------------------------------------------------------------------------------------
