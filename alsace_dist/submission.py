@@ -102,7 +102,7 @@ def _write_config(config: Config, source: Path, found: list[pipeline.Stage], is_
     run = Path(config.run_dir)
     path = Layout(run).config
     is_same = path.exists() and path.read_text(encoding="utf-8") == config_text(config)
-    if slurm.submitted(run) and not (is_only_reading and is_same):
+    if not (is_only_reading and is_same):
         slurm.refuse_if_alive(run)
     pipeline.write_config(config, source, found)
 
