@@ -346,7 +346,7 @@ def _leave(error: BaseException | None, debug: bool) -> None:
 
     code = 0
     if error is not None:
-        error = _as_user_error(error)
+        error = _as_readable(error)
         code = runtime.exit_code(error)
         if runtime.in_group():
             runtime.record_failure(error)
@@ -370,10 +370,14 @@ _FOR_PEOPLE = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSP
 _FOR_PEOPLE |= {errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTEMPTY, errno.EFBIG}
 
 
-def _as_user_error(error: BaseException) -> BaseException:
-    """What the operating system refuses (full disk, no permission) is for people; the rest is a defect of ours."""
+def _as_readable(error: BaseException) -> BaseException:
+    """What the system refuses (full disk, no permission, no memory) is one line; the rest is a defect of ours."""
+    from alsace_dist import runtime
+
     if isinstance(error, KeyboardInterrupt):
         return Stopped(STOPPED)
+    if runtime.is_out_of_memory(error):
+        return runtime.RankFailed(runtime.out_of_memory(error))
     if isinstance(error, OSError) and error.errno in _FOR_PEOPLE and error.strerror:
         where = f"{error.filename}: " if error.filename else ""
         return UserError(f"{where}{error.strerror}; free space or correct the path, then run the same command again")

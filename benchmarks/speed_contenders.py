@@ -20,10 +20,14 @@ from alsace_dist.tasks import encode_answers, encode_groups
 
 
 class Contender:
-    """A loop that runs in turns with others: in a thread of its own that waits wherever the loop calls ``pause``."""
+    """A loop that runs in turns with others: in a thread of its own that waits wherever the loop calls ``pause``.
+
+    ``cpu_seconds``: what this process has computed in each of its turns.
+    """
 
     def __init__(self, name: str, loop: Callable[[Callable[[], None]], None]) -> None:
         self.name = name
+        self.cpu_seconds: list[float] = []
         self._loop, self._go, self._back = loop, threading.Semaphore(0), threading.Semaphore(0)
         self._error: BaseException | None = None
         self._ended = False
@@ -33,11 +37,12 @@ class Contender:
     def advance(self) -> float:
         """Let it run to its next pause; the seconds that it took."""
         assert not self._ended, f"{self.name} has ended"
-        begin = time.monotonic()
+        begin, cpu_begin = time.monotonic(), time.process_time()
         self._go.release()
         self._back.acquire()
         if self._error is not None:
             raise self._error
+        self.cpu_seconds.append(time.process_time() - cpu_begin)
         return time.monotonic() - begin
 
     def _main(self) -> None:

@@ -72,7 +72,6 @@ class World:
                 "distill": {"num_steps": 1000, "checkpoint_every_steps": 1000, "log_every_steps": 1}
                 | {
                     "global_batch_size": self.size.global_batch_size,
-                    "micro_batch_size": 32,  # for the memory that Trainer needs
                     "learning_rate": LEARNING_RATE,
                     "schedule": "constant",
                     "warmup_ratio": 0.0,

@@ -4,9 +4,10 @@ import errno
 from pathlib import Path
 
 import pytest
+import torch
 
 from alsace_dist import runtime
-from alsace_dist.cli import _as_user_error
+from alsace_dist.cli import _as_readable
 from alsace_dist.errors import EXIT_STOPPED, EXIT_USER_ERROR, Stopped, UserError
 from alsace_dist.runtime import LeadCheck, PeerFailed, RankFailed
 
@@ -43,6 +44,8 @@ def test_outside_a_job_no_lead_is_too_short(
         (OSError(errno.ESTALE, "Stale file handle", "x"), 1),
         (OSError(errno.EIO, "Input/output error", "x"), 1),
         (OSError(errno.ENOMEM, "Cannot allocate memory"), 1),
+        (MemoryError(), 1),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has"), 1),
         (RankFailed("rank 1 was killed by SIGKILL"), 1),
         (PeerFailed("rank 0 failed"), 1),
         (KeyboardInterrupt(), EXIT_STOPPED),
@@ -52,7 +55,19 @@ def test_outside_a_job_no_lead_is_too_short(
     ids=repr,
 )
 def test_exit_codes(error: BaseException, code: int) -> None:
-    assert runtime.exit_code(_as_user_error(error)) == code
+    assert runtime.exit_code(_as_readable(error)) == code
+
+
+def test_out_of_memory_is_told_with_what_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    error = torch.OutOfMemoryError(
+        "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 80 GiB"
+    )
+    told = _as_readable(error)
+    assert runtime.is_plain(told)
+    assert str(told).startswith("rank 3: out of memory (tried to allocate 2.00 GiB); lower micro_batch_size")
+    assert str(_as_readable(MemoryError())).startswith("rank 3: out of memory; lower")
 
 
 def test_the_cause_of_a_job_is_the_first_that_a_rank_has_of_its_own(

@@ -3,9 +3,11 @@
 The loss of every step is logged, so a trace is compared step by step.
 """
 
+import re
 import shutil
 import signal
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -197,6 +199,30 @@ def test_a_full_disk_ends_training_and_keeps_what_was_there(world: Path, tmp_pat
         assert losses(disk) == losses(undisturbed)
     finally:
         subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_no_memory_is_one_line_that_says_what_takes_less(world: Path, tmp_path: Path) -> None:
+    """A model of terabytes, with a limit of 100 GB for machines that promise more than they have."""
+    splits = {"pretrain": 15, "labeled": 30, "unlabeled": 40, "test": 30}
+    value = tiny.make_config(
+        world,
+        run_dir=str(tmp_path / "run"),
+        model={"nano": {"vocab_size": 140, "d_ff": 10**9}},
+        data={"splits": splits},
+    )
+    del value["model"]["path"]
+    config = tiny.write_config(tmp_path / "c.yaml", value)
+    tiny.alsace("prepare", str(config))
+    command = f"ulimit -v {10**8}; exec {sys.executable} -m alsace_dist pretrain-nano {config}"
+    failed = subprocess.run(
+        ["bash", "-c", command], env=tiny.environment(), capture_output=True, text=True, timeout=120, check=False
+    )
+    assert failed.returncode == 1
+    last = failed.stderr.strip().splitlines()[-1]
+    assert re.match(r"error: rank \d: out of memory \(tried to allocate \d+ bytes\); lower micro_batch_size", last), (
+        last
+    )
+    assert "Traceback" not in failed.stderr
 
 
 def test_an_unwritable_directory_is_an_error(world: Path, tmp_path: Path) -> None:

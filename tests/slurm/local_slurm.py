@@ -35,7 +35,11 @@ TaskPlugin=task/none
 SwitchType=switch/none
 MpiDefault=none
 SelectType=select/cons_tres
-SelectTypeParameters=CR_Core
+SelectTypeParameters=CR_Core_Memory
+DefMemPerCPU=8000
+JobAcctGatherType=jobacct_gather/linux
+JobAcctGatherFrequency=1
+JobAcctGatherParams=OverMemoryKill
 AccountingStorageType=accounting_storage/none
 JobCompType=jobcomp/none
 JobRequeue=1
@@ -48,8 +52,8 @@ UnkillableStepTimeout=60
 SchedulerParameters=sched_interval=1,sched_min_interval=100000,batch_sched_delay=0,bf_interval=1
 """
 TWO_NODES = """\
-NodeName=alpha NodeHostname={host} NodeAddr=127.0.0.1 Port={alpha_port} CPUs=2 RealMemory=2000 State=UNKNOWN
-NodeName=beta NodeHostname={host} NodeAddr=127.0.0.1 Port={beta_port} CPUs=2 RealMemory=2000 State=UNKNOWN
+NodeName=alpha NodeHostname={host} NodeAddr=127.0.0.1 Port={alpha_port} CPUs=2 RealMemory=16000 State=UNKNOWN
+NodeName=beta NodeHostname={host} NodeAddr=127.0.0.1 Port={beta_port} CPUs=2 RealMemory=16000 State=UNKNOWN
 PartitionName=main Nodes=ALL Default=YES MaxTime=60 State=UP
 PartitionName=short Nodes=ALL MaxTime=60 State=UP
 """

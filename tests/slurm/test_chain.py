@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -190,6 +191,30 @@ def test_a_node_that_dies_costs_nothing_but_time(
     rank.kill()
     slurm.start_node("beta")
     slurm.wait_for_jobs(200)
+    assert losses(tmp_path) == losses(undisturbed)
+
+
+def test_a_step_that_takes_more_memory_than_the_job_has(
+    slurm: LocalSlurm, world: Path, tmp_path: Path, undisturbed: Path
+) -> None:
+    """Beside the first start's ranks something in their step takes 4 GB, of 3: Slurm kills all that is in it."""
+    config = make_run(world, tmp_path, finetune=LONG)
+    hog = tmp_path / "hog.sh"
+    hog.write_text(
+        f"""\
+[[ ${{SLURM_RESTART_COUNT:-0}} -gt 0 || $SLURMD_NODENAME == alpha ]] || {{
+  until ls {tmp_path}/run/finetune/checkpoints/*/manifest.json >/dev/null 2>&1; do sleep 0.1; done
+  exec {sys.executable} -c 'import time; taken = bytes([1]) * (4 << 30); time.sleep(600)'
+}} &
+"""
+    )
+    environment = {"MASTER_ADDR": "127.0.0.1", "BASH_ENV": str(hog)}  # which slurm_task.sh reads, in the step
+    submit(config, "--stages=finetune", site=site(tmp_path, memory="3G", environment=environment))
+    slurm.wait_for_jobs(200)
+    text = log(tmp_path, "finetune")
+    assert "exceeded memory limit" in text
+    assert "the step was killed (often: out of memory); the lines above say more" in text
+    assert "requeued, 1 of at most 5 times" in text
     assert losses(tmp_path) == losses(undisturbed)
 
 

@@ -81,6 +81,7 @@ done
 # Causes are named cause-<0: own, 1: another rank failed>-<time>-<exit code>-<who>: the first one is the one to read.
 cause=$(find "$ALSACE_ATTEMPT_DIR" -maxdepth 1 -name 'cause-*' | sort | head -n 1)
 code=$status message="the step ended with exit code $status; the lines above say why"
+((status != 137)) || message="the step was killed (often: out of memory); the lines above say more"
 if [[ -n $cause ]]; then
   message=$(<"$cause")
   code=$(cut -d- -f4 <<<"${cause##*/}")
