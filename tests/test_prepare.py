@@ -581,7 +581,7 @@ def test_labeled_groups_need_the_source_language_and_a_label() -> None:
     ]
 
 
-@pytest.mark.parametrize("data", [gzip.compress(b'{"id": 1}\n' * 1000)[:-20], b"not gzip"])
+@pytest.mark.parametrize("data", [gzip.compress(b'{"id": 1}\n' * 1000)[:-20], b"not gzip"], ids=["cut", "no gzip"])
 def test_unreadable_gzip(data: bytes) -> None:
     Path("a.jsonl.gz").write_bytes(data)
     with pytest.raises(UserError, match=r"a\.jsonl\.gz: cannot be read \(.*\); restore the file"):

@@ -128,20 +128,27 @@ def test_training_that_is_disturbed_ends_the_same(
     assert (tmp_path / "run/finetune/manifest.json").exists()
 
 
-def test_scoring_that_is_requeued_ends_with_the_same_bytes(
-    slurm: LocalSlurm, world: Path, tmp_path: Path, undisturbed: Path
+@pytest.mark.parametrize("how", ["requeue", "signal"])
+def test_scoring_that_is_disturbed_ends_with_the_same_bytes(
+    slurm: LocalSlurm, world: Path, tmp_path: Path, undisturbed: Path, how: str
 ) -> None:
-    """Requeued after its first shard; small batches make the others last."""
+    """After its first shard; small batches make the others last."""
     shutil.copytree(undisturbed / "run/finetune", tmp_path / "run/finetune")
     config = make_run(world, tmp_path, finetune=LONG)
     tiny.alsace("submit", str(config), f"--cluster={SITE}", "--dry-run", "--stages=score")
     (script,) = (tmp_path / "run/slurm").glob("*-score.sh")
     job = slurm.client("sbatch", "--parsable", str(script)).strip()
     tiny.wait_for(lambda: any(tmp_path.glob("run/scores/*/*.parquet")), every_seconds=0.001)
-    slurm.client("scontrol", "requeue", job)
+    if how == "requeue":
+        slurm.client("scontrol", "requeue", job)
+    else:
+        slurm.client("scancel", "--batch", "--signal=USR2", job)
     assert len(scores(tmp_path)) < len(scores(undisturbed))  # in the middle of it
     slurm.wait_for_jobs(200)
-    assert "restart 1" in log(tmp_path, "score")
+    text = log(tmp_path, "score")
+    assert "restart 1" in text
+    if how == "signal":
+        assert "requeued, 1 of at most 5 times" in text
     assert scores(tmp_path) == scores(undisturbed)
 
 
