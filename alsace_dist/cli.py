@@ -346,7 +346,10 @@ def _leave(error: BaseException | None, debug: bool) -> None:
 
     code = 0
     if error is not None:
-        error = _as_readable(error)
+        readable = _as_readable(error)
+        if readable is not error:
+            readable.__cause__ = error  # for --debug
+        error = readable
         code = runtime.exit_code(error)
         if runtime.in_group():
             runtime.record_failure(error)

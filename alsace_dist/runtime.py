@@ -306,11 +306,12 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def out_of_memory(error: BaseException) -> str:
     """What to read of an ``is_out_of_memory`` error: which rank, how much it asked for, and what takes less."""
-    who = f"rank {os.environ['RANK']}: " if in_group() else ""
     asked = re.search(r"ried to allocate ([\d.]+ \w+)", str(error))
-    amount = f" (tried to allocate {asked[1]})" if asked else ""
+    what = f"out of memory{f' (tried to allocate {asked[1]})' if asked else ''}"
+    if not in_group():
+        return f"{what}; give this machine or job more, then run the same command again"
     return (
-        f"{who}out of memory{amount}; lower micro_batch_size of the stage's section (for scoring "
+        f"rank {os.environ['RANK']}: {what}; lower micro_batch_size of the stage's section (for scoring "
         "score.tokens_per_batch), set engine.gradient_checkpointing, raise engine.zero_stage or take more ranks; "
         "`alsace plan` estimates the model's share; the same command goes on from the last checkpoint"
     )

@@ -68,6 +68,8 @@ def test_out_of_memory_is_told_with_what_was_asked_for(monkeypatch: pytest.Monke
     assert runtime.is_plain(told)
     assert str(told).startswith("rank 3: out of memory (tried to allocate 2.00 GiB); lower micro_batch_size")
     assert str(_as_readable(MemoryError())).startswith("rank 3: out of memory; lower")
+    monkeypatch.delenv("RANK")  # prepare and select have no micro-batches
+    assert str(_as_readable(MemoryError())).startswith("out of memory; give this machine or job more")
 
 
 def test_the_cause_of_a_job_is_the_first_that_a_rank_has_of_its_own(
