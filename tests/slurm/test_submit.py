@@ -83,6 +83,11 @@ def test_what_was_submitted_by_hand_is_known(slurm: LocalSlurm, world: Path, tmp
         for array in ([], ["--array=0-3%1"])
     ]
     assert f"has jobs in the queue: {jobs[0]} ({script.stem}), {jobs[1]} ({script.stem}); wait" in refusal(config)
+    before = Path("run/config.yaml").read_bytes()
+    flags = (f"--cluster={SITE}", "--dry-run", "--finetune.learning_rate=0.5")
+    changed = tiny.alsace("submit", str(config), *flags, check=False)
+    assert changed.returncode == 2 and "has jobs in the queue" in changed.stderr
+    assert Path("run/config.yaml").read_bytes() == before
     (row,) = (line for line in tiny.alsace("status", "run").stdout.splitlines() if line.startswith("finetune"))
     assert jobs[1] in row and "pending (JobHeldUser)" in row
     assert tiny.alsace("cancel", "run").stdout.count("cancelled") == 2
