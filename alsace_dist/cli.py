@@ -28,7 +28,7 @@ def demo(*, run_dir: str = "runs/demo", debug: bool = False, **overrides: Any) -
         debug: show tracebacks.
         overrides: settings of the demo's config by dotted name, such as --distill.num_epochs=2.
     """
-    path = Path(__file__).with_name("demo.yaml")
+    path = Path(__file__).parent / "tasks/demo.yaml"
     run(str(path), debug=debug, **{"run_dir": run_dir} | overrides)
     tool = Path(sys.argv[0])  # as it was called: a virtual environment need not be on the PATH
     alsace, board = (tool, tool.with_name("tensorboard")) if tool.name == "alsace" else ("alsace", "tensorboard")
@@ -196,16 +196,16 @@ def doctor(config: str = "", *, cluster: str = "", nodes: int = 0, debug: bool =
         debug: show tracebacks.
         overrides: settings by dotted name.
     """
-    from alsace_dist import runtime
+    from alsace_dist.ranks import group as runtime
 
     if cluster:
         if not config:
             raise UserError("--cluster needs the config of a run, in whose directory the nodes meet")
-        from alsace_dist import submission
+        from alsace_dist.cluster import submit as submission
 
         submission.check_cluster(_load(config, overrides), Path(config), cluster, nodes)
     elif runtime.in_group() and runtime.ATTEMPT_DIR in os.environ:
-        from alsace_dist import cluster_doctor
+        from alsace_dist.cluster import nodes as cluster_doctor
 
         cluster_doctor.check_node(Path(os.environ[runtime.ATTEMPT_DIR]))
     else:
@@ -237,7 +237,7 @@ def submit(
         debug: show tracebacks.
         overrides: settings of the config by dotted name.
     """
-    from alsace_dist import submission
+    from alsace_dist.cluster import submit as submission
 
     submission.submit(_load(config, overrides), Path(config), cluster, nodes, stages, dry_run)
 
@@ -250,7 +250,7 @@ def status(run: str, *, lines: int = 5, debug: bool = False) -> None:
         lines: how many last lines to show of the log of what runs or has failed.
         debug: show tracebacks.
     """
-    from alsace_dist import submission
+    from alsace_dist.cluster import submit as submission
 
     submission.print_status(_of_run(run), lines)
 
@@ -262,7 +262,7 @@ def cancel(run: str, *, debug: bool = False) -> None:
         run: the run's directory.
         debug: show tracebacks.
     """
-    from alsace_dist import submission
+    from alsace_dist.cluster import submit as submission
 
     submission.cancel(Path(run))
 
@@ -342,7 +342,7 @@ def _chooser(function: Callable[..., None], chosen: list[Callable[[], None]]) ->
 
 
 def _leave(error: BaseException | None, debug: bool) -> None:
-    from alsace_dist import runtime
+    from alsace_dist.ranks import group as runtime
 
     code = 0
     if error is not None:
@@ -375,7 +375,7 @@ _FOR_PEOPLE |= {errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP, er
 
 def _as_readable(error: BaseException) -> BaseException:
     """What the system refuses (full disk, no permission, no memory) is one line; the rest is a defect of ours."""
-    from alsace_dist import runtime
+    from alsace_dist.ranks import group as runtime
 
     if isinstance(error, KeyboardInterrupt):
         return Stopped(STOPPED)
@@ -396,7 +396,7 @@ def _load(path: str, overrides: Mapping[str, Any]) -> "Config":
 
 def _of_run(run: str) -> "Config":
     """The resolved config of a run, wherever it lies now."""
-    from alsace_dist.layout import CONFIG_FILE
+    from alsace_dist.files.layout import CONFIG_FILE
 
     path = Path(run) / CONFIG_FILE
     if not path.exists():
@@ -411,7 +411,8 @@ def _single(
 
     ``round_``: None for a stage that there is once, whatever its round.
     """
-    from alsace_dist import pipeline, runtime
+    from alsace_dist import pipeline
+    from alsace_dist.ranks import group as runtime
 
     config = _load(path, overrides)
     if variant and variant not in config.variants:
@@ -435,7 +436,7 @@ def _single(
 
 
 def _run_as_rank(stage: "Stage") -> None:
-    from alsace_dist import runtime
+    from alsace_dist.ranks import group as runtime
 
     if not stage.is_distributed:
         raise UserError(f"{stage.name} runs in one process; start it without torchrun")
@@ -455,8 +456,9 @@ def _run_as_rank(stage: "Stage") -> None:
 
 
 def _run_stage(stage: "Stage", config: "Config", debug: bool) -> None:
-    from alsace_dist import launcher, runtime
-    from alsace_dist.layout import Layout
+    from alsace_dist.files.layout import Layout
+    from alsace_dist.ranks import group as runtime
+    from alsace_dist.ranks import launcher
 
     if stage.is_complete():
         print(f"{stage.name}: complete, skipped", file=sys.stderr)
@@ -488,8 +490,10 @@ def _whole_number(name: str, text: str) -> int:
 def _report(config: "Config") -> None:
     from rich.console import Console
 
-    from alsace_dist import artifacts, layout, pipeline
-    from alsace_dist import report as reporting
+    from alsace_dist import pipeline
+    from alsace_dist.files import layout
+    from alsace_dist.files import manifest as artifacts
+    from alsace_dist.reporting import report as reporting
 
     evaluations = {}
     for name in ("", *config.variants):

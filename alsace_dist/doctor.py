@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 from urllib.parse import urlsplit
 
-from alsace_dist.artifacts import atomic_path
 from alsace_dist.config import Config, InputConfig
 from alsace_dist.errors import UserError
-from alsace_dist.layout import Layout, data_url
+from alsace_dist.files.layout import Layout, data_url
+from alsace_dist.files.manifest import atomic_path
 
 GROUP_SECONDS = 120.0  # two processes that import torch on a busy machine
 MIN_FREE_BYTES = 5 * 10**9
@@ -105,7 +105,7 @@ def check_devices(config: Config | None) -> Iterator[Finding]:
     """Cores, memory and GPUs of this machine, and whether they suit the engine section."""
     import torch
 
-    from alsace_dist import launcher
+    from alsace_dist.ranks import launcher
 
     num_cores, num_gpus = len(os.sched_getaffinity(0)), torch.cuda.device_count()
     num_ranks = launcher.num_local_processes(config.engine) if config else 1
@@ -220,7 +220,7 @@ def check_directory(name: str, directory: Path) -> Iterator[Finding]:
 
 def check_data(config: Config) -> Iterator[Finding]:
     """Prepared data opens, or the inputs are there."""
-    from alsace_dist.artifacts import MANIFEST
+    from alsace_dist.files.manifest import MANIFEST
 
     if config.data.directory is not None:
         yield from _check_datasets(config)
@@ -238,7 +238,7 @@ def check_data(config: Config) -> Iterator[Finding]:
 
 
 def _check_files(source: InputConfig) -> Finding:
-    from alsace_dist.sources import source_files
+    from alsace_dist.data.sources import source_files
 
     try:
         files = source_files(source)
@@ -251,8 +251,8 @@ def _check_files(source: InputConfig) -> Finding:
 
 
 def _check_datasets(config: Config) -> Iterator[Finding]:
-    from alsace_dist.checks import check_datasets
-    from alsace_dist.shards import open_dataset
+    from alsace_dist.data.config_check import check_datasets
+    from alsace_dist.files.shards import open_dataset
 
     opened = {}
     wanted = {"pretrain": config.model.nano, "labeled": config.finetune, "unlabeled": True, "test": True}
@@ -286,8 +286,8 @@ def check_model(config: Config) -> Iterator[Finding]:
 def _check_model_directory(config: Config, directory: Path) -> Iterator[Finding]:
     import torch
 
-    from alsace_dist import modeling
-    from alsace_dist.tasks import encode_answers
+    from alsace_dist.models import mt5 as modeling
+    from alsace_dist.tasks.base import encode_answers
 
     model_config = modeling.load_model_config(directory)
     yield Finding("ok", "model", f"{directory}: mT5, vocabulary {model_config.vocab_size:,}")

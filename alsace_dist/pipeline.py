@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from alsace_dist import artifacts
-from alsace_dist.checks import check_prepared
 from alsace_dist.config import Config
 from alsace_dist.config_file import config_text, load_config, variant
+from alsace_dist.data.config_check import check_prepared
 from alsace_dist.errors import UserError
-from alsace_dist.layout import Layout, data_url
-from alsace_dist.runtime import Runtime
+from alsace_dist.files import manifest as artifacts
+from alsace_dist.files.layout import Layout, data_url
+from alsace_dist.ranks.group import Runtime
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ def _check_splits(config: Config) -> None:
 
 
 def _shared_stages(config: Config) -> Iterator[Stage]:
-    from alsace_dist import prepare, pretrain, train
+    from alsace_dist.stages import prepare, pretrain, train
 
     layout = Layout(Path(config.run_dir))
 
@@ -175,7 +175,7 @@ def _shared_stages(config: Config) -> Iterator[Stage]:
 
 
 def _variant_stages(config: Config, name: str) -> Iterator[Stage]:
-    from alsace_dist import evaluate
+    from alsace_dist.stages import evaluate
 
     layout = Layout(Path(config.run_dir), name)
     for round_ in range(1, config.rounds + 1):
@@ -208,7 +208,7 @@ def _variant_stages(config: Config, name: str) -> Iterator[Stage]:
 
 
 def _score_stage(config: Config, layout: Layout, round_: int, splits: list[str]) -> Stage:
-    from alsace_dist import score
+    from alsace_dist.stages import score
 
     outputs = {layout.scores(round_, split): data_url(config, split) for split in splits}
 
@@ -235,7 +235,7 @@ def _score_stage(config: Config, layout: Layout, round_: int, splits: list[str])
 def _select_stage(
     config: Config, layout: Layout, round_: int, scores: Path, directory: Path, command: str = "select"
 ) -> Stage:
-    from alsace_dist import select
+    from alsace_dist.stages import select
 
     def execute(runtime: Runtime | None) -> None:
         select.select(config, scores, directory, select.fingerprint(config, scores))
@@ -253,7 +253,7 @@ def _select_stage(
 
 
 def _distill_stage(config: Config, layout: Layout, round_: int) -> Stage:
-    from alsace_dist import train
+    from alsace_dist.stages import train
 
     scores, selection = layout.scores(round_ - 1, "unlabeled"), layout.selection(round_)
 
@@ -307,13 +307,13 @@ def identity(config: Config, layout: Layout, round_: int) -> dict[str, Any]:
     if maker := made_by(config, layout, round_):
         directory, kind = maker
         return {kind: artifacts.load_manifest(directory, kind).digest}
-    from alsace_dist import modeling
+    from alsace_dist.models import mt5 as modeling
 
     return modeling.model_identity(_given_model(config))
 
 
 def _given_model(config: Config) -> Path:
-    from alsace_dist import modeling
+    from alsace_dist.models import mt5 as modeling
 
     assert config.model.path is not None
     return modeling.resolve_model(config.model.path, config.model.revision)

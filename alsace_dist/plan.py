@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from alsace_dist.config import Config, EngineConfig, Split, TrainConfig
 from alsace_dist.config_file import variant
+from alsace_dist.data.stream import CanonicalOrder
 from alsace_dist.errors import UserError
-from alsace_dist.layout import Layout, data_url
-from alsace_dist.shards import Dataset, open_dataset
-from alsace_dist.stream import CanonicalOrder
-from alsace_dist.tasks import encode_answers
+from alsace_dist.files.layout import Layout, data_url
+from alsace_dist.files.shards import Dataset, open_dataset
+from alsace_dist.tasks.base import encode_answers
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -73,7 +73,7 @@ def print_plan(config: Config, num_processes: int | None = None) -> None:
     """
     from rich.console import Console
 
-    from alsace_dist import launcher
+    from alsace_dist.ranks import launcher
 
     if num_processes is not None and num_processes < 1:
         raise UserError(f"--num_processes={num_processes}: must be 1 or more; leave it out for as many as would run")
@@ -96,7 +96,7 @@ def count_parameters(model_config: Any, num_answer_tokens: int | None) -> Parame
     """
     import torch
 
-    from alsace_dist import modeling
+    from alsace_dist.models import mt5 as modeling
 
     with torch.device("meta"):
         body = modeling.make_body(model_config, 0.0)
@@ -132,7 +132,7 @@ def _print_parameters(config: Config, console: "Console") -> Parameters:
 
 def _model(config: Config) -> tuple[Any, int | None, list[str]]:
     """The model's transformers config, the number of head rows that are kept (None: all), and what to say of it."""
-    from alsace_dist import modeling
+    from alsace_dist.models import mt5 as modeling
 
     distinct = {answer for answers in config.task.answers().values() for answer in answers}
     if config.model.nano:

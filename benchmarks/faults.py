@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 import tiny
 
-from alsace_dist.metrics import read_metrics
+from alsace_dist.monitor.scalars import read_metrics
 
 MAX_HANG_SECONDS = 60
 

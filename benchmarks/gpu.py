@@ -43,12 +43,14 @@ import numpy as np
 import torch
 from gpu_work import SIZES, RandomWeights, Row, Runs
 
-from alsace_dist import engine, plan, runtime
-from alsace_dist.artifacts import write_json
+from alsace_dist import plan
 from alsace_dist.config import EngineConfig
+from alsace_dist.data.stream import score_batches
 from alsace_dist.errors import UserError
-from alsace_dist.metrics import peak_flops
-from alsace_dist.stream import score_batches
+from alsace_dist.files.manifest import write_json
+from alsace_dist.monitor.scalars import peak_flops
+from alsace_dist.ranks import group as runtime
+from alsace_dist.training import engine
 
 LEAST_RATIO = 0.95  # of the bare loop's speed
 

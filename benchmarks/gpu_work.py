@@ -20,15 +20,16 @@ import torch
 from torch import Tensor, nn
 from transformers import MT5Config
 
-from alsace_dist import engine, plan
-from alsace_dist.collate import AnswerCollator, Inputs
+from alsace_dist import plan
 from alsace_dist.config import DistillConfig, EngineConfig, TrainConfig
+from alsace_dist.data.stream import PASS_COST, micro_batches
 from alsace_dist.errors import UserError
-from alsace_dist.modeling import CandidateScorer, make_body
-from alsace_dist.runtime import Runtime
-from alsace_dist.stream import PASS_COST, micro_batches
-from alsace_dist.tasks import Answers
-from alsace_dist.train import AnswerLoss, Example
+from alsace_dist.models.collate import AnswerCollator, Inputs
+from alsace_dist.models.mt5 import CandidateScorer, make_body
+from alsace_dist.ranks.group import Runtime
+from alsace_dist.stages.train import AnswerLoss, Example
+from alsace_dist.tasks.base import Answers
+from alsace_dist.training import engine
 
 ANSWERS = Answers({"en": ((10,), (11,), (12,))}, decoder_prefix=(0, 3), single_token=True)
 Runs = AbstractContextManager[Callable[[], Any]]  # within it, a function that does the work once

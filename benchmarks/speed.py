@@ -64,12 +64,13 @@ from speed_contenders import (
 )
 from speed_world import LABELS, NUM_RANKS, SIZES, SOURCE, World, make_world
 
-from alsace_dist import languages, score_files
 from alsace_dist.config import Config, DistillConfig, ScoreConfig
-from alsace_dist.layout import Layout, data_url
-from alsace_dist.runtime import Runtime, finish, start
-from alsace_dist.select import select
-from alsace_dist.shards import open_dataset
+from alsace_dist.files import scores as score_files
+from alsace_dist.files.layout import Layout, data_url
+from alsace_dist.files.shards import open_dataset
+from alsace_dist.method import languages
+from alsace_dist.ranks.group import Runtime, finish, start
+from alsace_dist.stages.select import select
 
 HERE = Path(__file__).parent
 RESULT = "result.json"
@@ -113,7 +114,8 @@ def agreement(world: World, runtime: Runtime) -> list[Row]:
     """In float32, four languages of a group on each rank: scores, losses and gradients are the same."""
     import torch
 
-    from alsace_dist import engine, train
+    from alsace_dist.stages import train
+    from alsace_dist.training import engine
 
     config = world.config("pairs", "paper", "fp32")
     answers, collator, (rows,) = encode(world, config, slice(runtime.rank, runtime.rank + 1))
@@ -150,8 +152,8 @@ def agreement(world: World, runtime: Runtime) -> list[Row]:
 
 def scoring(world: World, runtime: Runtime) -> list[Row]:
     """Ours, a bare loop and generate, a shard per rank in each block; the first block is a warm-up."""
-    from alsace_dist import engine
-    from alsace_dist.stream import score_batches
+    from alsace_dist.data.stream import score_batches
+    from alsace_dist.training import engine
 
     config = world.config("timed")
     answers, collator, shards = encode(world, config, slice(runtime.rank, None, runtime.world_size))
@@ -195,7 +197,7 @@ def scoring(world: World, runtime: Runtime) -> list[Row]:
 
 def logged(config: Config) -> list[dict[str, float]]:
     """What our training has logged so far, step by step."""
-    from alsace_dist.metrics import read_metrics
+    from alsace_dist.monitor.scalars import read_metrics
 
     return read_metrics(Layout(Path(config.run_dir)).distill(1) / "metrics.jsonl")
 
@@ -296,7 +298,7 @@ def pairwise(world: World, runtime: Runtime) -> list[Row]:
 
 def data(world: World, runtime: Runtime) -> list[Row]:
     """Resuming far into a large dataset, and the padding with default batches, there; no model runs here."""
-    from alsace_dist.stream import CanonicalOrder, TrainStream, score_batches
+    from alsace_dist.data.stream import CanonicalOrder, TrainStream, score_batches
 
     config = world.config("large")
     jobs: list[Any] = []

@@ -13,10 +13,10 @@ import numpy as np
 from speed_world import LEARNING_RATE, World
 
 from alsace_dist.config import Config
-from alsace_dist.layout import Layout, data_url
-from alsace_dist.runtime import Runtime, StopFlag
-from alsace_dist.shards import open_dataset, read_shard
-from alsace_dist.tasks import encode_answers, encode_groups
+from alsace_dist.files.layout import Layout, data_url
+from alsace_dist.files.shards import open_dataset, read_shard
+from alsace_dist.ranks.group import Runtime, StopFlag
+from alsace_dist.tasks.base import encode_answers, encode_groups
 
 
 class Contender:
@@ -90,7 +90,7 @@ def ours_scoring(
     world: World, runtime: Runtime, config: Config, outputs: Sequence[Path], pause: Callable[[], None]
 ) -> None:
     """Our scoring of a dataset, once for each output directory. Pauses before every shard and after the last."""
-    from alsace_dist import score
+    from alsace_dist.stages import score
 
     turns = dataclasses.replace(runtime, stop=Turn(pause))
     url = data_url(config, "unlabeled")
@@ -99,7 +99,8 @@ def ours_scoring(
 
 def ours_training(world: World, runtime: Runtime, config: Config, jobs: list[Any], pause: Callable[[], None]) -> None:
     """Our distillation. Leaves the loop's job in ``jobs`` and pauses after every step."""
-    from alsace_dist import loop, train
+    from alsace_dist.stages import train
+    from alsace_dist.training import loop
 
     run = loop.run
 
@@ -118,7 +119,8 @@ def ours_training(world: World, runtime: Runtime, config: Config, jobs: list[Any
 
 def ready_batches(job: Any, runtime: Runtime, num_steps: int) -> list[list[Any]]:
     """This rank's micro-batches of the first steps, as our loop cuts them."""
-    from alsace_dist import loop, stream
+    from alsace_dist.data import stream
+    from alsace_dist.training import loop
 
     order = stream.CanonicalOrder(job.counts, job.section.global_batch_size, job.seed)
     own = stream.TrainStream(order, job.load, job.build, runtime.rank, runtime.world_size)
@@ -127,7 +129,8 @@ def ready_batches(job: Any, runtime: Runtime, num_steps: int) -> list[list[Any]]
 
 def encode(world: World, config: Config, shards: slice) -> tuple[Any, Any, list[list[Any]]]:
     """Answers, the collator for them, and the encoded rows of some shards of the config's dataset."""
-    from alsace_dist import collate, modeling
+    from alsace_dist.models import collate
+    from alsace_dist.models import mt5 as modeling
 
     tokenizer = modeling.load_tokenizer(world.model)
     begin = modeling.load_model_config(world.model).decoder_start_token_id
@@ -154,7 +157,7 @@ def load_whole(world: World, config: Config) -> tuple[Any, Any]:
     import torch
     from transformers import MT5ForConditionalGeneration
 
-    from alsace_dist.modeling import DTYPES
+    from alsace_dist.models.mt5 import DTYPES
 
     whole = MT5ForConditionalGeneration.from_pretrained(world.model, dtype=DTYPES[config.engine.dtype])
     assert whole.lm_head.weight.data_ptr() != whole.shared.weight.data_ptr()
@@ -252,7 +255,7 @@ def bare_training(
     world: World, runtime: Runtime, job: Any, num_steps: int, losses: list[float], pause: Callable[[], None]
 ) -> None:
     """A bare loop over the micro-batches of ours. Pauses after every step."""
-    from alsace_dist import engine
+    from alsace_dist.training import engine
 
     answers, _, _ = encode(world, world.config("timed"), slice(0))
     scorer, value = engine.load_scorer(world.model, answers, job.engine, 0.0, runtime)
@@ -277,7 +280,8 @@ def trainer_training(
     import transformers
     from torch.utils.data import DataLoader
 
-    from alsace_dist import engine, stream
+    from alsace_dist.data import stream
+    from alsace_dist.training import engine
 
     order = stream.CanonicalOrder(job.counts, job.section.global_batch_size, job.seed)
     own = stream.TrainStream(order, job.load, job.build, runtime.rank, runtime.world_size)

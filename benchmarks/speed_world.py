@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from alsace_dist import artifacts, score_files
 from alsace_dist.config import Config
-from alsace_dist.layout import Layout
-from alsace_dist.shards import Group, write_dataset
+from alsace_dist.files import manifest as artifacts
+from alsace_dist.files import scores as score_files
+from alsace_dist.files.layout import Layout
+from alsace_dist.files.shards import Group, write_dataset
 
 SOURCE = Path("runs/debian/source")
 NUM_RANKS = 2
@@ -103,7 +104,7 @@ def make_world(world: World) -> None:
 def read_groups(world: World, split: str) -> Iterator[Group]:
     """Parallel groups of real texts, of Debian's descriptions; tiny: of the demo corpus."""
     if world.size is SIZES["tiny"]:
-        from alsace_dist.demo_corpus import generate_groups
+        from alsace_dist.tasks.demo import generate_groups
 
         rows: Any = generate_groups(400, seed=0 if split == "unlabeled" else 1)
     else:
@@ -119,8 +120,8 @@ def write_model(world: World, texts: Iterator[str]) -> None:
     from safetensors.torch import save_file
     from transformers import MT5Config
 
-    from alsace_dist.modeling import LanguageModel, initialise, make_body
-    from alsace_dist.pretrain import train_tokenizer
+    from alsace_dist.models.mt5 import LanguageModel, initialise, make_body
+    from alsace_dist.stages.pretrain import train_tokenizer
 
     tokenizer = train_tokenizer(texts, world.size.num_pieces, [LABELS])
     config = MT5Config(**world.size.geometry, dropout_rate=0.0, architectures=["MT5ForConditionalGeneration"])

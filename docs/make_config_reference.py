@@ -9,8 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from alsace_dist import cluster, config
-from alsace_dist.cluster import SiteProfile
+from alsace_dist import config
+from alsace_dist.cluster import profile as cluster
+from alsace_dist.cluster.profile import SiteProfile
 from alsace_dist.config import METHODS, Config, Section
 
 HEAD = """# Configuration reference

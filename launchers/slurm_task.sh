@@ -1,1 +1,1 @@
-../alsace_dist/slurm_task.sh
+../alsace_dist/cluster/slurm_task.sh

@@ -1,5 +1,6 @@
 """Fixtures that several test files share."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,3 +15,10 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = tiny.write_config(directory / "prepare.yaml", tiny.make_config(directory))
     tiny.alsace("prepare", str(config))
     return directory
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _ranks() -> Iterator[None]:
+    """What ``tiny.run_ranks`` has started ends with the session."""
+    yield
+    tiny.end_ranks()

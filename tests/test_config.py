@@ -7,10 +7,10 @@ from typing import Any, get_args
 import pytest
 import yaml
 
-from alsace_dist.artifacts import write_text
 from alsace_dist.config import METHODS, Config, Section
 from alsace_dist.config_file import config_text, load_config, parse_value, variant
 from alsace_dist.errors import UserError
+from alsace_dist.files.manifest import write_text
 
 BASE: dict[str, Any] = {
     "run_dir": "runs/x",

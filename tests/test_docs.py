@@ -15,13 +15,13 @@ import numpy as np
 import pytest
 import yaml
 
-from alsace_dist import evaluate, select
-from alsace_dist.artifacts import write_manifest
 from alsace_dist.config import METHODS, Config, DistillConfig, EngineConfig
 from alsace_dist.config_file import load_config
 from alsace_dist.errors import EXIT_STOPPED, EXIT_USER_ERROR
-from alsace_dist.prepare import prepare
-from alsace_dist.score_files import Scores, write_scores
+from alsace_dist.files.manifest import write_manifest
+from alsace_dist.files.scores import Scores, write_scores
+from alsace_dist.stages import evaluate, select
+from alsace_dist.stages.prepare import prepare
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*(ROOT / "docs").glob("*.md"), ROOT / "README.md", ROOT / "slurm/README.md"])
@@ -158,7 +158,7 @@ def test_the_first_example_can_be_prepared_as_it_stands(tmp_path: Path, monkeypa
 
 
 def test_every_kind_of_bad_record_is_documented() -> None:
-    source = "".join((ROOT / "alsace_dist" / name).read_text() for name in ("sources.py", "prepare.py"))
+    source = "".join((ROOT / "alsace_dist" / name).read_text() for name in ("data/sources.py", "stages/prepare.py"))
     kinds = set(re.findall(r"bad\.add\(\s*[\w.\[\]]+,\s*\"([^\"]+)\"", source))
     assert len(kinds) > 10
     assert sorted(column("data.md", "Bad records")) == sorted(kinds)

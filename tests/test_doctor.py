@@ -21,7 +21,7 @@ from alsace_dist import doctor
 from alsace_dist.config import Config
 from alsace_dist.doctor import Finding, check_data, check_devices, check_directory, check_group, check_model
 from alsace_dist.errors import UserError
-from alsace_dist.prepare import prepare
+from alsace_dist.stages.prepare import prepare
 
 Findings = list[Finding]
 

@@ -13,34 +13,54 @@ from pathlib import Path
 import pytest
 
 import alsace_dist
-from alsace_dist.artifacts import write_json, write_manifest, write_text
 from alsace_dist.config_file import config_text, load_config
+from alsace_dist.files.manifest import write_json, write_manifest, write_text
 
 PACKAGE = Path(alsace_dist.__file__).parent
-FILES = {path.stem: path for path in PACKAGE.glob("*.py") if path.stem != "__init__"}
+FILES = {
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path
+    for path in PACKAGE.rglob("*.py")
+    if path.stem != "__init__"
+}
 
-LAYERS = [
-    {"errors", "artifacts", "config", "config_file", "cluster", "layout", "languages", "statistics", "wording"},
-    {"runtime", "launcher", "watchdog", "metrics", "plots"},
-    {
-        "checks",
-        "tasks",
-        "shards",
-        "sources",
-        "score_files",
-        "stream",
-        "collate",
-        "modeling",
-        "engine",
-        "checkpoint",
-        "loop",
-    }
-    | {"demo_corpus"},
-    {"prepare", "pretrain", "train", "score", "select", "evaluate", "report", "plan", "doctor", "cluster_doctor"},
-    {"pipeline", "job_scripts", "slurm", "submission", "cli", "__main__"},
+# A module may import what stands before its own layer, and its own package.
+LAYERS: list[set[str]] = [
+    {"errors"},
+    {"config"},
+    {"config_file"},
+    {"files"},
+    {"method"},
+    {"ranks"},
+    {"monitor"},
+    {"tasks", "reporting"},
+    {"data"},
+    {"models"},
+    {"training"},
+    {"stages"},
+    {"pipeline"},
+    {"runner", "plan", "doctor"},
+    {"cluster"},
+    {"cli"},
+    {"__main__"},
 ]
-STAGES = LAYERS[3]
-LAYER = {module: number for number, modules in enumerate(LAYERS) for module in modules}
+LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
+# Packages of siblings that know nothing of each other, but for what all of them share.
+SIBLINGS = {
+    "stages": {"base"},
+    "tasks": {"base"},
+    "models": {"family", "weights", "collate"},
+}
+# Packages that may not meet although one stands below the other.
+STRANGERS = {("models", "tasks")}
+ONLY = {
+    "deepspeed": {"training.engine", "training.settings"},
+    "transformers": {"models"},
+}
+
+
+def package(module: str) -> str:
+    """The package of a module, or the module itself where it stands alone: what has a layer."""
+    return module.split(".")[0]
 
 
 def imports(source: str) -> Iterator[str]:
@@ -55,48 +75,82 @@ def imports(source: str) -> Iterator[str]:
 
 def own_modules(source: str) -> set[str]:
     """Modules of this package that are imported."""
-    parts = [name.split(".") for name in imports(source)]
-    return {part[1] for part in parts if part[0] == "alsace_dist" and len(part) > 1 and part[1] in LAYER}
+    found = set()
+    for name in imports(source):
+        parts = name.split(".")[1:]
+        if name.split(".")[0] == "alsace_dist":
+            longest = next((end for end in range(len(parts), 0, -1) if ".".join(parts[:end]) in FILES), 0)
+            found |= {".".join(parts[:longest])} if longest else set()
+    return found
 
 
 def violations(graph: dict[str, set[str]]) -> list[str]:
-    """Imports of a higher layer, and of one stage by another."""
-    return [
-        f"{module} (L{LAYER[module]}) imports {other} (L{LAYER[other]})"
-        for module, others in sorted(graph.items())
-        for other in sorted(others)
-        if LAYER[other] > LAYER[module] or {module, other} <= STAGES
-    ]
+    """Imports of a higher layer or the same one, of a sibling, and of a stranger."""
+    rows = []
+    for module, others in sorted(graph.items()):
+        for other in sorted(others):
+            here, there = package(module), package(other)
+            if here == there:
+                shared = SIBLINGS.get(here, {other.partition(".")[2]})
+                is_wrong = not {module.partition(".")[2], other.partition(".")[2]} & shared
+            else:
+                is_wrong = LAYER[there] >= LAYER[here] or (here, there) in STRANGERS
+            if is_wrong:
+                rows.append(f"{module} imports {other}")
+    return rows
+
+
+def graph_of_package() -> dict[str, set[str]]:
+    return {module: own_modules(path.read_text()) for module, path in FILES.items()}
 
 
 def test_every_module_has_a_layer() -> None:
-    assert FILES.keys() == LAYER.keys()
+    assert {package(module) for module in FILES} == LAYER.keys()
     assert sum(map(len, LAYERS)) == len(LAYER)
 
 
-def test_modules_import_lower_layers_and_stages_never_each_other() -> None:
-    assert violations({module: own_modules(path.read_text()) for module, path in FILES.items()}) == []
+def test_modules_import_lower_layers_and_siblings_never_each_other() -> None:
+    assert violations(graph_of_package()) == []
 
 
 def test_no_import_goes_round_in_a_circle() -> None:
-    graph = {module: own_modules(path.read_text()) for module, path in FILES.items()}
-    assert len(graph["cli"]) > 5 and "engine" in graph["train"] and "config" in graph["evaluate"]
+    graph = graph_of_package()
+    assert len(graph["cli"]) > 3 and "training.loop" in graph["stages.distill"]
     TopologicalSorter(graph).prepare()  # raises CycleError, which shows the circle
 
 
-def test_only_the_engine_knows_deepspeed_and_no_import_is_relative() -> None:
-    names = {module: set(imports(path.read_text())) for module, path in FILES.items()}
-    assert {m for m, found in names.items() if any(name.split(".")[0] == "deepspeed" for name in found)} == {"engine"}
-    assert [m for m, found in names.items() if any(name.startswith(".") for name in found)] == []
+@pytest.mark.parametrize("library", ONLY)
+def test_one_place_alone_knows_a_library(library: str) -> None:
+    users = {
+        module
+        for module, path in FILES.items()
+        if any(name.split(".")[0] == library for name in imports(path.read_text()))
+    }
+    assert users and all(module in ONLY[library] or package(module) in ONLY[library] for module in users), users
+
+
+def test_no_import_is_relative() -> None:
+    assert [m for m, path in FILES.items() if any(name.startswith(".") for name in imports(path.read_text()))] == []
 
 
 def test_the_rules_see_what_they_forbid() -> None:
-    hidden = "def f():\n    from alsace_dist import train as t, errors\n    import alsace_dist.score\n"
-    assert own_modules(hidden) == {"train", "errors", "score"}
+    hidden = "def f():\n    from alsace_dist.stages import distill as t\n    import alsace_dist.stages.score\n"
+    assert own_modules(hidden) == {"stages.distill", "stages.score"}
     assert own_modules("from alsace_dist import __version__\nfrom alsace_dist.cli import main") == {"cli"}
-    assert violations({"select": {"train", "config"}, "tasks": {"score"}, "loop": {"engine"}, "cli": {"pipeline"}}) == [
-        "select (L3) imports train (L3)",
-        "tasks (L2) imports score (L3)",
+    forbidden = {
+        "stages.select": {"stages.score", "config", "stages.base"},
+        "tasks.base": {"data.sources"},
+        "training.loop": {"training.engine"},
+        "cli": {"pipeline"},
+        "models.mt5": {"tasks.base", "data.stream"},
+        "monitor.scalars": {"ranks.group"},
+        "ranks.group": {"monitor.health"},
+    }
+    assert violations(forbidden) == [
+        "models.mt5 imports tasks.base",
+        "ranks.group imports monitor.health",
+        "stages.select imports stages.score",
+        "tasks.base imports data.sources",
     ]
     assert list(imports("from . import x\nfrom .y import z")) == ["..x", ".y.z"]
 
@@ -110,7 +164,7 @@ HEAVY = {"torch", "transformers", "deepspeed", "datasets"}
 def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run directory as far as the report looks at it."""
     run = tmp_path_factory.mktemp("runs") / "made-up"
-    text = (PACKAGE / "demo.yaml").read_text(encoding="utf-8")
+    text = (PACKAGE / "tasks/demo.yaml").read_text(encoding="utf-8")
     source = run.parent / "demo.yaml"
     source.write_text(text, encoding="utf-8")
     write_text(run / "config.yaml", config_text(load_config(source, {"run_dir": str(run)})))
@@ -164,7 +218,7 @@ def test_commands_start_in_under_a_second_and_without_torch(finished_run: Path, 
 
 
 def test_stages_that_compute_little_load_without_torch() -> None:
-    modules = sorted({"select", "evaluate", "report", "plan", "pipeline", "cli"} & FILES.keys())
+    modules = ["stages.select", "stages.evaluate", "reporting.report", "plan", "pipeline", "cli", "cluster.submit"]
     code = f"import sys, {', '.join(f'alsace_dist.{module}' for module in modules)}; print(*sys.modules)"
     done, _ = start("-c", code)
     assert done.returncode == 0, done.stderr

@@ -15,6 +15,7 @@ import pytest
 
 from alsace_dist.config import Config, EngineConfig, TrainConfig
 from alsace_dist.config_file import load_config
+from alsace_dist.data.stream import CanonicalOrder, score_batches
 from alsace_dist.errors import UserError
 from alsace_dist.plan import (
     Memory,
@@ -27,8 +28,7 @@ from alsace_dist.plan import (
     scoring_memory,
     training_memory,
 )
-from alsace_dist.prepare import prepare
-from alsace_dist.stream import CanonicalOrder, score_batches
+from alsace_dist.stages.prepare import prepare
 
 
 def geometry(d_model: int, d_ff: int, num_layers: int, num_heads: int) -> dict[str, Any]:
@@ -116,8 +116,8 @@ def test_what_is_kept_is_what_the_scorer_has(num_tokens: int) -> None:
     import torch
     from transformers import MT5Config
 
-    from alsace_dist.modeling import CandidateScorer, make_body
-    from alsace_dist.tasks import Answers
+    from alsace_dist.models.mt5 import CandidateScorer, make_body
+    from alsace_dist.tasks.base import Answers
 
     def config() -> MT5Config:
         return MT5Config(vocab_size=50, d_model=16, d_kv=4, d_ff=24, num_layers=2, num_decoder_layers=1, num_heads=2)
@@ -199,7 +199,7 @@ def test_memory_is_what_deepspeed_holds_when_the_optimizer_steps() -> None:
 
 def _measure(cases: list[str]) -> None:
     """A rank of the test above: print planned and measured bytes of every case."""
-    from alsace_dist import runtime
+    from alsace_dist.ranks import group as runtime
 
     group = runtime.start(EngineConfig(timeout_seconds=120))
     for case in cases:
@@ -213,9 +213,10 @@ def _measure_case(case: str, group: Any) -> tuple[int, int]:
     import torch
     from transformers import MT5Config
 
-    from alsace_dist import engine, modeling
-    from alsace_dist.collate import AnswerCollator
-    from alsace_dist.tasks import Answers
+    from alsace_dist.models import mt5 as modeling
+    from alsace_dist.models.collate import AnswerCollator
+    from alsace_dist.tasks.base import Answers
+    from alsace_dist.training import engine
 
     stage, dtype, offload = case.split(",")
     raw = {"reduce_bucket_size": 2000, "stage3_param_persistence_threshold": 0}

@@ -1,13 +1,16 @@
 """A small world for tests of the real thing: parallel data with holes, an mT5 of a few thousand weights, a config."""
 
+import inspect
 import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,8 +19,8 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from alsace_dist.modeling import LanguageModel, initialise, make_body
-from alsace_dist.pretrain import train_tokenizer
+from alsace_dist.models.mt5 import LanguageModel, initialise, make_body
+from alsace_dist.stages.pretrain import train_tokenizer
 
 LANGUAGES = ("en", "de", "fr", "ru")
 WORDS = {
@@ -165,38 +168,81 @@ def wait_for(condition: Any, seconds: float = 90, every_seconds: float = 0.02) -
         time.sleep(every_seconds)
 
 
-def run_ranks(function: str, world_size: int, **arguments: Any) -> list[Any]:
-    """Call ``module:function(runtime, **arguments)`` of tests/ on every rank of a real gloo group; their results.
+class Ranks:
+    """A real gloo group of some ranks that stays for as many calls as tests make: to start one takes seconds."""
 
-    Arguments and results travel as JSON.
-    """
-    import socket
-    import tempfile
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    with tempfile.TemporaryDirectory() as folder:
-        files = [Path(folder) / f"{rank}.json" for rank in range(world_size)]
-        processes = [
+    def __init__(self, world_size: int) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        self.folder = tempfile.TemporaryDirectory(prefix="alsace-ranks-")
+        self.num_calls = 0
+        self.errors = [Path(self.folder.name, f"{rank}.log") for rank in range(world_size)]
+        self.processes = [
             subprocess.Popen(
-                [sys.executable, str(Path(__file__).with_name("rank_main.py")), function, json.dumps(arguments), file],
+                [sys.executable, str(Path(__file__).with_name("rank_main.py"))],
                 env=environment()
                 | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
                 | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
-                stderr=subprocess.PIPE,
+                stdin=subprocess.PIPE,
+                stderr=file.open("w"),
                 text=True,
             )
-            for rank, file in enumerate(files)
+            for rank, file in enumerate(self.errors)
         ]
-        try:
-            errors = [process.communicate(timeout=150)[1] for process in processes]
-        finally:
-            for process in processes:
-                process.kill()
-        for process, error in zip(processes, errors, strict=True):
-            assert process.returncode == 0, error[-4000:]
-        return [json.loads(file.read_text()) for file in files]
+
+    def call(self, function: Callable[..., Any], arguments: dict[str, Any], seconds: float = 150) -> list[Any]:
+        """The function's result on every rank. The first error of a rank fails the test."""
+        self.num_calls += 1
+        outputs = [Path(self.folder.name, f"{self.num_calls}-{rank}.json") for rank in range(len(self.processes))]
+        place = {"file": inspect.getfile(function), "function": function.__name__, "arguments": arguments}
+        for process, output in zip(self.processes, outputs, strict=True):
+            assert process.stdin is not None
+            process.stdin.write(json.dumps(place | {"output": str(output)}) + "\n")
+            process.stdin.flush()
+        end = time.monotonic() + seconds
+        while not all(output.exists() for output in outputs):
+            answers = [json.loads(output.read_text()) for output in outputs if output.exists()]
+            failed = next((answer["error"] for answer in answers if "error" in answer), None)
+            dead = next((rank for rank, process in enumerate(self.processes) if process.poll() is not None), None)
+            assert failed is None, failed
+            assert dead is None, self.errors[dead or 0].read_text()[-4000:]
+            assert time.monotonic() < end, "waited too long"
+            time.sleep(0.01)
+        answers = [json.loads(output.read_text()) for output in outputs]
+        for answer in answers:
+            assert "error" not in answer, answer["error"]
+        return [answer["result"] for answer in answers]
+
+    def kill(self) -> None:
+        """End all ranks at once."""
+        for process in self.processes:
+            process.kill()
+            process.wait()
+        self.folder.cleanup()
+
+
+_GROUPS: dict[int, Ranks] = {}
+
+
+def run_ranks(function: Callable[..., Any], world_size: int, **arguments: Any) -> list[Any]:
+    """Call ``function(group, **arguments)``, of a test file, on every rank of a real gloo group; their results.
+
+    Arguments and results travel as JSON. The ranks stay for later calls, unless one fails.
+    """
+    if world_size not in _GROUPS:
+        _GROUPS[world_size] = Ranks(world_size)
+    try:
+        return _GROUPS[world_size].call(function, arguments)
+    except BaseException:
+        _GROUPS.pop(world_size).kill()  # a rank that failed may have left others in a collective
+        raise
+
+
+def end_ranks() -> None:
+    """End the groups of ``run_ranks``."""
+    while _GROUPS:
+        _GROUPS.popitem()[1].kill()
 
 
 def state_of(directory: Path) -> dict[str, torch.Tensor]:

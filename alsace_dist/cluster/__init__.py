@@ -1,0 +1,1 @@
+"""Slurm: site profiles, job scripts, the queue."""

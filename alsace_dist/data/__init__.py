@@ -1,0 +1,1 @@
+"""From source data and shards to rows and batches."""

@@ -1,0 +1,1 @@
+"""The method's arithmetic, in numpy alone."""

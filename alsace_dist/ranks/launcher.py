@@ -1,0 +1,158 @@
+"""The launcher: this machine's part of a torchrun group, its signals, and the one error to show."""
+
+import json
+import logging
+import os
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from alsace_dist.config import EngineConfig
+from alsace_dist.errors import EXIT_STOPPED, STOPPED, Stopped, UserError
+from alsace_dist.ranks.group import (
+    ERROR_DIR,
+    NODE_RANK,
+    NUM_NODES,
+    RANKS_PER_NODE,
+    STOP_SIGNALS,
+    PeerFailed,
+    RankFailed,
+)
+
+RENDEZVOUS_SECONDS = 600  # nodes load the program from a shared disk, some slowly
+
+
+def num_local_processes(engine: EngineConfig) -> int:
+    """Ranks to start on this machine."""
+    if RANKS_PER_NODE in os.environ:
+        return int(os.environ[RANKS_PER_NODE])
+    if engine.num_processes != "auto":
+        return engine.num_processes
+    import torch
+
+    return torch.cuda.device_count() or min(4, len(os.sched_getaffinity(0)))
+
+
+def launch(arguments: Sequence[str], num_processes: int, debug: bool = False) -> None:
+    """Run ``python -m alsace_dist ARGUMENTS`` as this machine's part of a torchrun group and wait for it.
+
+    The group is this machine's alone, or in a job of several nodes all of theirs, each of which calls this. Stop
+    signals go on to the ranks, which agree on a point to stop at. Raises ``Stopped`` if they did; if a rank failed,
+    ``UserError`` with the message of the one that failed first, ``RankFailed``, or ``PeerFailed`` if it was on
+    another machine.
+    """
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    # Its warnings are about handlers that are installed here, its errors about ranks that speak for themselves.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    with tempfile.TemporaryDirectory(prefix="alsace-") as directory:
+        settings = LaunchConfig(
+            nproc_per_node=num_processes,
+            run_id=f"alsace-{os.environ.get('SLURM_JOB_ID', f'{os.getpid()}-{time.time_ns()}')}",
+            max_restarts=0,
+            monitor_interval=0.1,
+            **_rendezvous(),
+        )
+        outcome: list[BaseException] = []
+
+        def run() -> None:
+            try:
+                elastic_launch(settings, sys.executable)("-m", "alsace_dist", *arguments)
+            except BaseException as error:  # carried over to the main thread
+                outcome.append(error)
+
+        os.environ[ERROR_DIR] = directory
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # else torchrun prints a warning; ranks set their own number
+        try:
+            # The agent gives its ranks 30 seconds after a signal and then kills them. In a thread it installs no
+            # handlers, so that the signals come here and the ranks have the time that a checkpoint takes.
+            agent = threading.Thread(target=run, daemon=True)
+            agent.start()
+            is_asked_to_stop = _wait_and_forward_signals(agent, Path(directory))
+        finally:
+            del os.environ[ERROR_DIR]
+        if outcome:
+            raise _explain(outcome[0], Path(directory), debug)
+        if is_asked_to_stop:  # too late for this stage, but there may be others
+            raise Stopped(STOPPED)
+
+
+def _rendezvous() -> dict[str, Any]:
+    """How the machines of a group find each other: in a job at its first node; one alone takes any free port."""
+    num_nodes = int(os.environ.get(NUM_NODES, 1))
+    if num_nodes == 1:
+        return {"min_nodes": 1, "max_nodes": 1, "rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0"}
+    return {
+        "min_nodes": num_nodes,
+        "max_nodes": num_nodes,
+        "rdzv_backend": "static",
+        "rdzv_endpoint": f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}",
+        "rdzv_configs": {"rank": int(os.environ[NODE_RANK]), "timeout": RENDEZVOUS_SECONDS},
+    }
+
+
+def _wait_and_forward_signals(agent: threading.Thread, directory: Path) -> bool:
+    """Wait for the agent; whether a stop signal came. It goes on to every rank as soon as the rank can take it."""
+    received: list[int] = []
+    told: set[Path] = set()
+    is_said = False
+    previous = {number: signal.signal(number, lambda number, _: received.append(number)) for number in STOP_SIGNALS}
+    try:
+        while agent.is_alive():
+            agent.join(0.1)
+            if received and not is_said:
+                print("stopping at the next safe point; what is done so far is kept", file=sys.stderr, flush=True)
+                is_said = True
+            for file in set(directory.glob("rank*.pid")) - told if received else ():
+                try:
+                    os.kill(int(file.read_text()), received[0])
+                except ValueError:  # it is being written
+                    continue
+                except ProcessLookupError:
+                    pass
+                told.add(file)
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    return bool(received)
+
+
+def _explain(error: BaseException, directory: Path, debug: bool) -> Exception:
+    """The one error to show: the earliest that a rank reported for itself, else how a rank died."""
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    if not isinstance(error, ChildFailedError):
+        return error if isinstance(error, Exception) else RuntimeError(repr(error))
+    rows = sorted(
+        (row["is_secondary"], row["seconds"], file.stem, row)
+        for file in directory.glob("rank*.json")
+        if (row := json.loads(file.read_text()))
+    )
+    first = rows[0] if rows else None
+    # The first by its time may be one that saw the other die: the times are whole seconds.
+    codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
+    killed = next((rank for rank, code in codes.items() if code < 0 and code != -signal.SIGTERM), None)
+    if killed is not None and (first is None or first[0]):
+        name = signal.Signals(-codes[killed]).name
+        hint = " (often: out of memory)" if name == "SIGKILL" else ""
+        return RankFailed(
+            f"rank {killed} was killed by {name}{hint}; the same command goes on from the last checkpoint"
+        )
+    rank, failure = error.get_first_failure()
+    if failure.exitcode == EXIT_STOPPED:
+        return Stopped(first[3]["message"] if first else STOPPED)
+    if first is None:
+        return RankFailed(f"rank {rank} ended with exit code {failure.exitcode}; its output above says why")
+    row = first[3]
+    if row["is_secondary"] and NUM_NODES in os.environ:
+        return PeerFailed(row["message"])  # it died on another node, which says how
+    if debug or row["is_defect"]:
+        print(row["traceback"], file=sys.stderr)
+    if row["is_user_error"]:
+        return UserError(row["message"])
+    return RankFailed(f"{first[2]} failed: {row['message']}" if row["is_defect"] else row["message"])

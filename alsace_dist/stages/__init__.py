@@ -1,0 +1,1 @@
+"""The steps of a run: one module per stage, with the same names in each."""

@@ -1,0 +1,287 @@
+"""The job scripts: compared whole with golden copies, checked by shellcheck, and read by bash and sbatch with hostile
+values in every place.
+
+``PYTHONPATH=tests python tests/cluster/test_scripts.py`` writes the golden copies anew.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import yaml
+from cluster.local_slurm import BIG, LocalSlurm, why_not
+
+from alsace_dist.cluster.profile import STAGES, SiteProfile, load_profile
+from alsace_dist.cluster.scripts import Job, jobs_of, render
+from alsace_dist.config_file import load_config, validate
+from alsace_dist.errors import UserError
+from alsace_dist.pipeline import stages
+
+ROOT = Path(__file__).parents[2]
+GOLDEN = Path(__file__).parent / "golden"
+CLUSTERS = ROOT / "slurm/clusters"
+FULL: dict[str, Any] = {
+    **{"partition": "gpu", "account": "nlp", "qos": "high", "constraint": "a100&ib", "exclude": "node[7,9]"},
+    **{"reservation": "us", "mail_user": "me@example.org", "mail_type": "END,FAIL", "nodes": 3, "gpus_per_node": 4},
+    **{"gpu_type": "a100", "ranks_per_node": 2, "cpus_per_node": 64, "memory": "480G", "exclusive": True},
+    "time": {"default": "02:00:00", "score": 90, "distill": "1-12:00:00"},
+    "small": {"partition": "cpu", "cpus": 4, "memory": "16G"},
+    **{"modules": ["cuda/12.8", "gcc"], "conda": "/envs/alsace", "python": "python3.12"},
+    **{"environment": {"NCCL_SOCKET_IFNAME": "ib0", "NCCL_IB_TIMEOUT": 22}, "launcher": "srun", "signal": "USR1"},
+    **{
+        "lead_seconds": 600,
+        "max_requeues": 3,
+        "sbatch": ["--comment=two words", "--licenses=scratch:1", "--spread-job"],
+    },
+}
+
+HOSTILE = [
+    "two words",
+    "it's",
+    'say "so"',
+    "$(touch pwned)",
+    "`touch pwned`",
+    "back\\slash",
+    "a;touch pwned",
+    "#no",
+    "%j",
+]
+HOSTILE += ["&& touch pwned", "{{ 7 * 7 }}", "ключ", "-rf", "a\\", "'; touch pwned; '", "${HOME}"]
+
+
+def profiles() -> dict[str, SiteProfile]:
+    found = {path.stem: load_profile(path) for path in sorted(CLUSTERS.glob("*.yaml"))}
+    return found | {"full": validate(SiteProfile, FULL, "full: ")}
+
+
+def scripts(num_nodes: int = 64) -> dict[str, str]:
+    """Golden copy's name -> script: a distributed stage and a small one of the XXL run, for every profile."""
+    config = load_config(ROOT / "configs/xnli-mt5-xxl.yaml", {"run_dir": "/shared/runs/xxl"})
+    jobs = {job.name: job for job in jobs_of(config, stages(config))}
+    made = {}
+    for name, profile in profiles().items():
+        if not (profile.venv or profile.modules or profile.container):
+            profile = profile.model_copy(update={"python": "/shared/python"})
+        if profile.venv:
+            profile = profile.model_copy(update={"venv": "/home/me/alsace_dist/.venv"})
+        for job in (jobs["distill round 1"], jobs["select round 1"]):
+            made[f"{name}-{job.command}.sh"] = render(config, profile, job, num_nodes)
+    return made
+
+
+def test_golden_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir("/")
+    made = scripts()
+    assert made.keys() == {path.name for path in GOLDEN.glob("*.sh")}
+    for name, text in made.items():
+        assert text == (GOLDEN / name).read_text(), f"{name}: look at it, then run this file to write it anew"
+
+
+@pytest.fixture(scope="module")
+def big(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalSlurm]:
+    """A controller with the nodes of a large cluster in its configuration: it takes jobs and starts none."""
+    if reason := why_not():
+        pytest.fail(reason) if os.environ.get("CI") else pytest.skip(reason)
+    slurm = LocalSlurm(tmp_path_factory.mktemp("big"), BIG)
+    try:
+        slurm.start_munge()
+        slurm.start_controller()
+        tiny.wait_for(lambda: "gpu" in slurm.client("sinfo", check=False))
+        yield slurm
+    finally:
+        slurm.stop()
+
+
+def test_slurm_takes_the_scripts_of_64_nodes(big: LocalSlurm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    command = ["submit", str(ROOT / "configs/xnli-mt5-xxl.yaml"), "--nodes=64", "--dry-run", "--run_dir=run"]
+    tiny.alsace(*command, f"--cluster={CLUSTERS / 'generic.yaml'}")
+    scripts = sorted((tmp_path / "run/slurm").glob("*-*.sh"))
+    assert len(scripts) == 8
+    for script in scripts:
+        big.client("sbatch", "--test-only", str(script))
+    distill = str(tmp_path / "run/slurm/05-distill-round-1.sh")
+    for more in ("--nodes=65", "--gpus-per-node=9", "--cpus-per-task=97"):
+        done = subprocess.run(["sbatch", "--test-only", more, distill], env=big.environment, check=False)
+        assert done.returncode == 1, more
+
+
+def shown(slurm: LocalSlurm, script: str, directory: Path) -> dict[str, str]:
+    """What Slurm has understood of a script, as ``scontrol show job`` says it."""
+    path = directory / "script.sh"
+    path.write_text(script)
+    job = slurm.client("sbatch", "--parsable", "--hold", str(path)).strip()
+    text = slurm.client("scontrol", "show", "job", job)
+    long = r"^ *(?:JobId=\d+ )?(JobName|Comment|StdOut|WorkDir)=(.*?) ?$"  # one to a line, and may hold spaces
+    rest = re.sub(long, "", text, flags=re.MULTILINE)
+    return dict(word.split("=", 1) for word in rest.split() if "=" in word) | dict(re.findall(long, text, re.MULTILINE))
+
+
+def test_slurm_reads_every_field_of_a_profile(big: LocalSlurm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir("/")
+    reservation = ("ReservationName=us", "StartTime=now", "Duration=60", "Nodes=ALL", "Users=root")
+    big.client("scontrol", "create", "reservation", *reservation)
+    made = scripts(num_nodes=FULL["nodes"])
+    both = {"Account": "nlp", "Reservation": "us", "ExcNodeList": "node[7,9]", "Requeue": "1", "WorkDir": "/"}
+    both |= {"MailUser": "me@example.org", "MailType": "END,FAIL", "Comment": "two words", "Licenses": "scratch:1"}
+    both |= {"SpreadJob": "Yes"}
+    distill = {"Partition": "gpu", "TimeLimit": "1-12:00:00", "NumNodes": "3-3", "NumTasks": "6", "CPUs/Task": "32"}
+    distill |= {"MinMemoryNode": "480G", "Features": "a100&ib", "TresPerNode": "gres:gpu:a100:4", "OverSubscribe": "NO"}
+    distill |= {"JobName": "xxl: distill round 1", "StdOut": "/shared/runs/xxl/slurm/logs/05-distill-round-1.log"}
+    select = {"Partition": "cpu", "TimeLimit": "02:00:00", "NumNodes": "1-1", "NumTasks": "1", "CPUs/Task": "4"}
+    select |= {"MinMemoryNode": "16G", "Features": "(null)", "JobName": "xxl: select round 1"}
+    select |= {"StdOut": "/shared/runs/xxl/slurm/logs/04-select-round-1.log"}
+    for name, own in {"distill": distill, "select": select}.items():
+        seen = shown(big, made[f"full-{name}.sh"], tmp_path)
+        assert {key: seen.get(key) for key in both | own} == both | own
+    # Without accounting a controller keeps no qos: sbatch itself must have read it.
+    done = subprocess.run(
+        ["sbatch", "-v", "--test-only", str(tmp_path / "script.sh")],
+        env=big.environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert re.search(r"^sbatch: qos +: high$", done.stderr, re.MULTILINE)
+
+
+def test_slurm_reads_hostile_values_as_they_are(
+    big: LocalSlurm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for value in HOSTILE:
+        run = str(tmp_path / value.replace("/", "").replace("\\", ""))  # a log file cannot have a backslash
+        config = load_config(ROOT / "configs/demo.yaml", {"run_dir": run})
+        profile = validate(SiteProfile, {"account": value, "mail_user": value, "sbatch": [f"--comment={value}"]}, "")
+        job = Job(1, f"score {value}", "score", ("score",), "one", None)
+        seen = shown(big, render(config, profile, job, 1), tmp_path)
+        assert seen["Comment"] == value
+        assert seen["JobName"] == f"{Path(run).name}: score {value}"
+        if "%" not in value:  # scontrol shows %%j as if it were %j; slurmd writes into the right file
+            assert seen["StdOut"].startswith(f"{run}/slurm/logs/01-score-")
+    assert list(tmp_path.rglob("pwned")) == []
+
+
+def test_a_profile_knows_every_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = load_config(ROOT / "configs/demo.yaml", {"evaluate.calibrate": True})
+    assert {job.command for job in jobs_of(config, stages(config))} | {"doctor"} == set(STAGES)
+
+
+def needs(program: str) -> None:
+    if shutil.which(program) is None:
+        if os.environ.get("CI"):
+            pytest.fail(f"{program} is not installed")
+        pytest.skip(f"{program} is not installed")
+
+
+def test_shellcheck_finds_nothing() -> None:
+    needs("shellcheck")
+    files = [*GOLDEN.glob("*.sh"), *(ROOT / "launchers").glob("*.sh"), ROOT / ".ci/run"]
+    done = subprocess.run(["shellcheck", *map(str, files)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+
+
+def test_hostile_values_stay_in_their_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The script is run by bash with an srun and a scontrol that write down what they are called with."""
+    needs("shellcheck")
+    run = tmp_path / "a b'c\"d$(touch pwned);#%j" / "run"
+    run.parent.mkdir()
+    monkeypatch.chdir(run.parent)
+    text = yaml.safe_load((ROOT / "configs/demo.yaml").read_text()) | {"run_dir": str(run)}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(text))
+    config = load_config(tmp_path / "config.yaml")
+    environment = {f"HOSTILE_{number}": value for number, value in enumerate(HOSTILE)}
+    container = {"kind": "apptainer", "image": HOSTILE[4], "mounts": HOSTILE, "program": "env"}
+    profile = validate(SiteProfile, {"environment": environment, "container": container, "ranks_per_node": 2}, "")
+    job = Job(1, "score " + " ".join(HOSTILE), "score", ("score", *HOSTILE), "ranks", None)
+    script = tmp_path / "script.sh"
+    script.write_text(render(config, profile, job, 2))
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    record = f'#!/bin/bash\nprintf "%s\\0" "$@" >{tmp_path}/called\nenv -0 >{tmp_path}/environment\n'
+    (tools / "srun").write_text(record)
+    (tools / "srun").chmod(0o755)
+    slurm = {"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "x", "SLURM_JOB_NODELIST": "n", "SLURM_CPUS_PER_TASK": "2"}
+    done = subprocess.run(
+        # Without -l, which would set the PATH anew.
+        ["bash", str(script)],
+        env=os.environ | slurm | {"PATH": f"{tools}:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    called = (tmp_path / "called").read_text().split("\0")
+    assert called[-len(HOSTILE) - 1 : -1] == HOSTILE
+    assert [called[at + 1] for at, word in enumerate(called) if word == "--bind"] == HOSTILE
+    seen = dict(row.split("=", 1) for row in (tmp_path / "environment").read_text().split("\0") if "=" in row)
+    assert {name: seen[name] for name in environment} == environment
+    assert list(tmp_path.rglob("pwned")) == []
+    # 1090, 1091: an environment's activate script cannot be followed.
+    check = subprocess.run(["shellcheck", str(script)], capture_output=True, text=True, check=False)
+    assert check.returncode == 0, check.stdout
+
+
+@pytest.mark.parametrize("key", ["partition", "account", "modules", "venv", "environment", "sbatch", "container"])
+def test_a_line_break_is_refused(key: str) -> None:
+    value: Any = "a\nb"
+    if key in ("modules", "sbatch"):
+        value = [f"--comment={value}"]
+    if key == "environment":
+        value = {"NAME": value}
+    if key == "container":
+        value = {"kind": "apptainer", "image": value}
+    with pytest.raises(UserError, match=rf"site: {key}.*cannot be printed"):
+        validate(SiteProfile, {key: value}, "site: ")
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ({"partitoin": "x"}, "partitoin: unknown key; known here: account"),
+        ({"time": "soon"}, "time: 'soon' is no duration"),
+        ({"time": {"score": 50}}, "time: needs a `default`"),
+        ({"time": {"default": 50, "scoring": 50}}, "time: 'scoring' is no stage"),
+        ({"time": 5}, "time 5 is not a minute more than lead_seconds (300)"),
+        ({"small": {"sbatch": ["-N 4"]}}, "small.sbatch.0: '-N 4' is no option of sbatch"),
+        ({"gpu_type": "a100"}, "gpu_type needs gpus_per_node"),
+        ({"mail_type": "END"}, "mail_type needs mail_user"),
+        ({"venv": "/v", "conda": "c"}, "either venv or conda"),
+        ({"venv": "/v", "container": {"kind": "pyxis", "image": "x"}}, "a container has its own environment"),
+        ({"container": {"kind": "docker", "image": "x"}}, "container.kind: Input should be 'pyxis' or 'apptainer'"),
+        ({"container": {"kind": "pyxis", "image": "x", "program": "y"}}, "container: program is apptainer's"),
+        ({"sbatch": ["--nodes=4"]}, "sbatch.0: --nodes is set from this profile's own keys"),
+        ({"sbatch": ["rm -rf x"]}, "sbatch.0: 'rm -rf x' is no option of sbatch"),
+        ({"environment": {"A B": "x"}}, "environment: 'A B' is no name"),
+        ({"nodes": 0}, "nodes: Input should be greater than or equal to 1"),
+        ({"signal": "KILL"}, "signal: Input should be 'USR1' or 'USR2'"),
+        ({"max_requeues": True}, "max_requeues: must be a number, not true"),
+    ],
+)
+def test_a_mistake_in_a_profile_names_the_key(value: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError) as caught:
+        validate(SiteProfile, value, "site: ")
+    assert words in str(caught.value)
+
+
+def test_the_number_of_ranks_must_be_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load_config(ROOT / "configs/xnli-mt5-large.yaml")
+    (job,) = (job for job in jobs_of(config, stages(config)) if job.name == "finetune")
+    with pytest.raises(UserError, match=r"engine.num_processes: auto is not known here; set ranks_per_node"):
+        render(config, SiteProfile(), job, 1)
+    assert "ALSACE_RANKS_PER_NODE=4" in render(config, SiteProfile(gpus_per_node=4), job, 1)
+
+
+if __name__ == "__main__":
+    os.chdir("/")
+    shutil.rmtree(GOLDEN, ignore_errors=True)
+    GOLDEN.mkdir()
+    for name, text in scripts().items():
+        (GOLDEN / name).write_text(text)

@@ -1,0 +1,188 @@
+"""What is refused, and what is said, on a real Slurm: nothing is half submitted, and every failure has its reason."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+from cluster.local_slurm import LocalSlurm
+from test_chain import SITE, log, make_run, site, submit
+
+from alsace_dist.errors import EXIT_USER_ERROR
+
+SPLITS = {"labeled": 40, "unlabeled": 45, "test": 30}
+
+
+def refusal(config: Path, *flags: str, profile: Path = SITE) -> str:
+    """The one line with which a submission is refused."""
+    done = tiny.alsace("submit", str(config), f"--cluster={profile}", *flags, check=False)
+    assert done.returncode == EXIT_USER_ERROR, done.stderr
+    return done.stderr.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "flags", "words"),
+    [
+        ({"partition": "nope"}, [], "error: sbatch: sbatch: error: invalid partition specified: nope"),
+        ({}, ["--nodes=9"], "--nodes=9: partition main has 2 nodes; ask for fewer"),
+        ({"memory": "9000G"}, [], "Memory specification can not be satisfied"),
+        ({"reservation": "nope"}, [], "reservation is invalid"),
+        # The first job is accepted, the second is not.
+        (
+            {"small": {"cpus": 1, "partition": "nope"}},
+            ["--stages=finetune,score,select"],
+            "invalid partition specified: nope",
+        ),
+        ({}, ["--nodes=-1"], "--nodes=-1: must be 1 or more"),
+        ({}, ["--stages=score,selct"], "--stages: no 'selct'; there are prepare"),
+        ({}, ["--stages=finetune,distill"], "--stages: distill round 1 needs score, which is not complete; add score"),
+    ],
+)
+def test_what_slurm_refuses_leaves_nothing_in_the_queue(
+    slurm: LocalSlurm, world: Path, tmp_path: Path, changes: dict[str, Any], flags: list[str], words: str
+) -> None:
+    line = refusal(make_run(world, tmp_path), *flags, profile=site(tmp_path, **changes))
+    assert words in line
+    assert slurm.jobs() == {} or set(slurm.jobs().values()) == {"COMPLETING"}
+    jobs = tmp_path / "run/slurm/jobs.json"
+    assert not jobs.exists() or json.loads(jobs.read_text()) == {"jobs": []}
+
+
+def test_a_controller_that_is_down(slurm: LocalSlurm, world: Path, tmp_path: Path) -> None:
+    config = make_run(world, tmp_path)
+    submit(config, "--stages=finetune")
+    tiny.alsace("cancel", "run")
+    slurm.clear()
+    before = (tmp_path / "run/slurm/jobs.json").read_text()
+    slurm.stop_controller()
+    assert "is the Slurm controller up? Try again later" in refusal(config, "--stages=finetune")
+    assert (tmp_path / "run/slurm/jobs.json").read_text() == before
+    done = tiny.alsace("status", "run")
+    assert "Slurm is not asked: squeue: " in done.stderr
+    assert "unknown: Slurm is not asked" in done.stdout
+    assert "is the Slurm controller up?" in tiny.alsace("cancel", "run", check=False).stderr
+
+
+def test_without_slurm(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nonexistent")
+    config = make_run(world, tmp_path)
+    assert "scontrol: not found; run this where Slurm's programs are" in refusal(config, "--stages=finetune")
+    done = tiny.alsace("status", "run")
+    assert "finetune" in done.stdout and "to do" in done.stdout
+    assert "has no jobs in the queue" in tiny.alsace("cancel", "run").stdout
+
+
+def test_what_was_submitted_by_hand_is_known(slurm: LocalSlurm, world: Path, tmp_path: Path) -> None:
+    config = make_run(world, tmp_path)
+    tiny.alsace("submit", str(config), f"--cluster={SITE}", "--dry-run")
+    (script,) = tmp_path.glob("run/slurm/*-finetune.sh")
+    jobs = [
+        slurm.client("sbatch", "--parsable", "--hold", *array, str(script.relative_to(tmp_path))).strip()
+        for array in ([], ["--array=0-3%1"])
+    ]
+    assert f"has jobs in the queue: {jobs[0]} ({script.stem}), {jobs[1]} ({script.stem}); wait" in refusal(config)
+    before = Path("run/config.yaml").read_bytes()
+    flags = (f"--cluster={SITE}", "--dry-run", "--finetune.learning_rate=0.5")
+    changed = tiny.alsace("submit", str(config), *flags, check=False)
+    assert changed.returncode == 2 and "has jobs in the queue" in changed.stderr
+    assert Path("run/config.yaml").read_bytes() == before
+    (row,) = (line for line in tiny.alsace("status", "run").stdout.splitlines() if line.startswith("finetune"))
+    assert jobs[1] in row and "pending (JobHeldUser)" in row
+    assert tiny.alsace("cancel", "run").stdout.count("cancelled") == 2
+    tiny.wait_for(lambda: slurm.jobs() == {})
+    assert "has no jobs in the queue" in tiny.alsace("cancel", "run").stdout
+
+
+def test_a_stage_that_fails_ends_the_chain_and_the_mended_run_goes_on(
+    slurm: LocalSlurm, world: Path, tmp_path: Path
+) -> None:
+    data = tmp_path / "data.jsonl"
+    tiny.write_data(data, 115)
+    config = make_run(world, tmp_path, data={"directory": None, "inputs": [{"path": str(data)}], "splits": SPLITS})
+    tiny.alsace("prepare", str(config))
+    (shard, *_) = sorted((tmp_path / "run/data/unlabeled").glob("*.tar"))
+    good = shard.read_bytes()
+    shard.write_bytes(good[:2000] + b"x" + good[2001:])
+    jobs = submit(config)
+    assert "prepare" not in jobs  # it is complete
+    slurm.wait_for_jobs(200)
+    text = tiny.alsace("status", "run").stdout
+    rows = {line.split("  ")[0]: line for line in text.splitlines()}
+    assert "done" in rows["finetune"]
+    assert "failed: " in rows["score"] and shard.name in rows["score"], text
+    assert "cancelled: score has not succeeded" in rows["select round 1"], text
+    assert "not requeued" in log(tmp_path, "score")
+    assert "Last lines of run/slurm/logs/" in text and "-score.log" in text
+    assert shard.name in log(tmp_path, "score").strip().splitlines()[-1]  # the cause, last
+    shard.write_bytes(good)
+    assert "finetune" not in submit(config)
+    slurm.wait_for_jobs(200)
+    assert (tmp_path / "run/report.json").exists()
+
+
+def test_three_failures_at_the_same_point_are_enough(slurm: LocalSlurm, world: Path, tmp_path: Path) -> None:
+    """Rank 1 is killed whenever it starts: as if its node lacked memory."""
+    hooks = tmp_path / "hooks"
+    hooks.mkdir()
+    code = "import os, signal\nif os.environ.get('RANK') == '1':\n    os.kill(os.getpid(), signal.SIGKILL)\n"
+    (hooks / "sitecustomize.py").write_text(code)
+    environment = {"MASTER_ADDR": "127.0.0.1", "PYTHONPATH": str(hooks)}
+    config = make_run(world, tmp_path)
+    submit(config, "--stages=finetune", site=site(tmp_path, environment=environment))
+    slurm.wait_for_jobs(200)
+    lines = log(tmp_path, "finetune").strip().splitlines()
+    assert lines[-2].endswith(
+        "not requeued: failed 3 times in a row at the same point (before it began); find out why first"
+    )
+    assert "rank 1 was killed by SIGKILL" in lines[-1]
+    assert sum("restart" in line and line.startswith("== ") for line in lines) == 3
+    assert "failed: rank 1 was killed by SIGKILL" in tiny.alsace("status", "run").stdout
+
+
+def test_the_doctor_looks_at_every_node_and_pair(slurm: LocalSlurm, world: Path, tmp_path: Path) -> None:
+    config = make_run(world, tmp_path)
+    done = tiny.alsace("doctor", str(config), f"--cluster={SITE}")
+    lines = {line.split()[1]: line for line in done.stdout.splitlines()}
+    assert list(lines) == ["nodes", "versions", "GPUs", "clocks", "pairs"], done.stdout
+    assert all(line.startswith("ok ") for line in lines.values())
+    assert lines["nodes"].endswith("alpha, beta") and "2 of 2" in lines["nodes"]
+    assert "between alpha and beta" in lines["pairs"]
+
+
+def test_the_doctor_names_the_bad_node(slurm: LocalSlurm, world: Path, tmp_path: Path) -> None:
+    """On beta another version is installed, the clock goes wrong, and connections to others than the store fail."""
+    hooks = tmp_path / "hooks"
+    hooks.mkdir()
+    (hooks / "sitecustomize.py").write_text(
+        "import os\n"
+        "if os.environ.get('SLURMD_NODENAME') == 'beta':\n"
+        "    import importlib.metadata, time\n"
+        "    version, now = importlib.metadata.version, time.time\n"
+        "    importlib.metadata.version = lambda name: '0.0' if name == 'deepspeed' else version(name)\n"
+        "    time.time = lambda: now() + 100\n"
+        "    os.environ['GLOO_SOCKET_IFNAME'] = 'nonexistent'\n"
+    )
+    environment = {"MASTER_ADDR": "127.0.0.1", "PYTHONPATH": str(hooks)}
+    done = tiny.alsace(
+        "doctor", str(make_run(world, tmp_path)), f"--cluster={site(tmp_path, environment=environment)}", check=False
+    )
+    assert done.returncode == EXIT_USER_ERROR
+    bad = [line for line in done.stdout.splitlines() if line.startswith("FAILED")]
+    assert "beta: deepspeed 0.0, elsewhere" in bad[0], done.stdout
+    assert "clocks" in bad[1] and "beta: +100." in bad[1]
+    assert "pairs" in bad[2]
+    assert done.stderr.strip().splitlines()[-1].startswith("error: doctor: beta: deepspeed 0.0")
+
+
+def test_the_doctor_misses_a_node_that_does_not_start(slurm: LocalSlurm, world: Path, tmp_path: Path) -> None:
+    """The first one, which the others would meet at."""
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/bash\n[[ $SLURMD_NODENAME == alpha ]] && exit 127\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    config = make_run(world, tmp_path)
+    done = tiny.alsace("doctor", str(config), f"--cluster={site(tmp_path, python=str(python))}", check=False)
+    assert done.returncode == EXIT_USER_ERROR
+    assert "1 of 2 write into" in done.stdout and "not seen: alpha" in done.stdout, done.stdout
+    assert "doctor: 1 of 2 write into" in done.stderr.strip().splitlines()[-1]

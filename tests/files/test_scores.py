@@ -1,0 +1,57 @@
+"""Score files: what is written comes back; what is no score file is an error that says so."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from alsace_dist.errors import UserError
+from alsace_dist.files.scores import Scores, read_metadata, read_score_file, write_scores
+
+SCORES = Scores(
+    ["a", "a", "b"],
+    ["en", "de", "en"],
+    [np.array([-0.5, -1.0], np.float32), np.array([-2.0, -0.1], np.float32), np.array([-1.0, -1.0, -1.0], np.float32)],
+    [None, None, 2],
+)
+
+
+def test_what_is_written_comes_back(tmp_path: Path) -> None:
+    metadata = {"fingerprint": "x", "shard": "y"}
+    write_scores(tmp_path / "s.parquet", SCORES, metadata)
+    found = read_score_file(tmp_path / "s.parquet")
+    assert (found.keys, found.languages, found.labels) == (SCORES.keys, SCORES.languages, SCORES.labels)
+    for row, expected in zip(found.log_probs, SCORES.log_probs, strict=True):
+        assert row.dtype == np.float32 and row.tolist() == expected.tolist()
+    assert read_metadata(tmp_path / "s.parquet") == metadata
+
+
+def test_no_rows_come_back_as_no_rows(tmp_path: Path) -> None:
+    write_scores(tmp_path / "s.parquet", Scores([], [], [], []), {})
+    assert read_score_file(tmp_path / "s.parquet").groups() == {}
+
+
+@pytest.mark.parametrize(
+    ("columns", "words"),
+    [
+        ({"log_probs": [1.0]}, "not a score file"),
+        ({"log_probs": [["much"]]}, "not a score file"),
+        ({"log_probs": [None]}, "column log_probs has holes"),
+        ({"key": [None]}, "column key has holes"),
+        ({"language": None}, "not a score file"),
+    ],
+)
+def test_a_file_of_another_kind_is_an_error(tmp_path: Path, columns: dict[str, Any], words: str) -> None:
+    whole = {"key": ["a"], "language": ["en"], "log_probs": [[-1.0]], "label": [0]} | columns
+    path = tmp_path / "s.parquet"
+    pq.write_table(pa.table({name: values for name, values in whole.items() if values is not None}), path)
+    with pytest.raises(UserError) as error:
+        read_score_file(path)
+    assert str(error.value).startswith(f"{path}: {words}")
+    assert str(error.value).endswith("delete its directory and run `alsace score` again")
+    path.write_bytes(b"PAR1 and nothing else")
+    with pytest.raises(UserError, match="not a score file"):
+        read_score_file(path)

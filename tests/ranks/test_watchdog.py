@@ -1,0 +1,84 @@
+"""A rank that hangs: found, named, and the group ended within a bounded time."""
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import tiny
+import torch
+
+from alsace_dist.errors import EXIT_USER_ERROR
+from alsace_dist.ranks import watchdog
+from alsace_dist.ranks.group import Runtime
+
+
+@pytest.mark.parametrize("command", ["finetune", "score"])
+def test_a_rank_that_stands_still_is_named_and_all_end(world: Path, tmp_path: Path, command: str) -> None:
+    config = tiny.make_config(world, run_dir=str(tmp_path / "run"), data={"directory": str(world / "run/data")})
+    config["finetune"] |= {"num_steps": 3000, "checkpoint_every_steps": 50}
+    config["engine"] |= {"hang_seconds": 4, "zero_stage": 2}
+    if command == "score":
+        config["finetune"] = None
+        config["score"] = {"tokens_per_batch": 1}
+    path = tiny.write_config(tmp_path / "config.yaml", config)
+    sign = "finetune/checkpoints/*/manifest.json" if command == "finetune" else "scores/unlabeled/started.json"
+    with tiny.started(command, str(path)) as process:
+        tiny.wait_for(lambda: any((tmp_path / "run").glob(sign)), every_seconds=0.001)
+        stopped = tiny.ranks_of(process)[-1]
+        os.kill(stopped, signal.SIGSTOP)
+        begin = time.monotonic()
+        assert process.wait(timeout=90) not in (0, EXIT_USER_ERROR)
+        assert time.monotonic() - begin < 60
+        assert process.stderr is not None
+        lines = process.stderr.read().strip().splitlines()
+    assert "hang: no progress for 4 s" in lines[-1] and "no answer from rank 1" in lines[-1], lines
+    (stacks,) = (tmp_path / "run").glob("*/**/hang/rank00000.stacks")
+    assert "distributed_c10d.py" in stacks.read_text()
+
+
+def beat_while_another_waits(runtime: Runtime, directory: str) -> str:
+    """Rank 1 is done at once; rank 0 works for longer than both limits together."""
+    watchdog.GRACE_SECONDS = 1.0
+    dog = watchdog.Watchdog(runtime, Path(directory), seconds=1.5)
+    with dog:
+        end = time.monotonic() + 6
+        while runtime.is_main and time.monotonic() < end:
+            dog.beat("the next batch")
+            time.sleep(0.1)
+        with dog.waiting_for_others():
+            runtime.barrier()
+    return "well"
+
+
+def test_a_rank_that_is_done_may_wait_as_long_as_others_work(tmp_path: Path) -> None:
+    assert tiny.run_ranks(beat_while_another_waits, 2, directory=str(tmp_path)) == ["well", "well"]
+
+
+def place(beats: int, is_done: bool = False, is_waiting: bool = False) -> dict[str, Any]:
+    return {"beats": beats, "what": f"step {beats}", "is_done": is_done, "is_waiting": is_waiting}
+
+
+@pytest.mark.parametrize(
+    ("places", "words"),
+    [
+        ([place(7), place(6), place(7)], "behind: rank 1, at step 6"),
+        ([place(7, is_waiting=True), place(7), place(7, is_waiting=True)], "behind: rank 1, at step 7"),
+        # In scoring a rank that is done has fewer beats than one that hangs on.
+        ([place(3, is_done=True), place(20), place(4, is_done=True)], "behind: rank 1, at step 20"),
+        ([place(7, is_waiting=True)] * 3, "all ranks are at the same point"),
+        ([place(7), None, None], "no answer from ranks 1, 2"),
+    ],
+)
+def test_who_is_behind(places: list[dict[str, Any] | None], words: str) -> None:
+    store = torch.distributed.HashStore()
+    for rank, one in enumerate(places):
+        if one is not None:
+            store.set(f"x/place{rank}", json.dumps(one))
+    dog = object.__new__(watchdog.Watchdog)
+    dog.runtime, dog.what = SimpleNamespace(world_size=len(places)), "step 8"  # type: ignore[assignment]
+    assert dog._compare(0.5, store, "x") == f"no progress for 0.5 s before step 8; {words}"

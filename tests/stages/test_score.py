@@ -1,0 +1,189 @@
+"""Scoring on real ranks: exactly once, the same bytes for any number of ranks, after kills too; errors that stop."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import tiny
+
+from alsace_dist.errors import EXIT_STOPPED
+from alsace_dist.files.scores import read_scores
+from alsace_dist.files.shards import open_dataset, read_shard, write_dataset
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def make_run(world: Path, directory: Path, **sections: Any) -> Path:
+    """A run that scores the world's model as it is, on a copy of the prepared data."""
+    directory.mkdir(parents=True)
+    shutil.copytree(world / "run" / "data", directory / "data")
+    sections = {"data": {"inputs": [], "splits": {}, "directory": str(directory / "data")}, "finetune": None} | sections
+    return tiny.write_config(directory / "c.yaml", tiny.make_config(world, run_dir=str(directory / "run"), **sections))
+
+
+def score_bytes(directory: Path) -> dict[str, bytes]:
+    scores = directory / "run/scores"
+    return {str(path.relative_to(scores)): path.read_bytes() for path in sorted(scores.glob("*/*.parquet"))}
+
+
+@pytest.fixture(scope="module")
+def one_rank(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("scoring") / "one"
+    tiny.alsace("score", str(make_run(world, directory, engine={"num_processes": 1})))
+    return directory
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_any_number_of_ranks_gives_the_same_bytes(world: Path, tmp_path: Path, one_rank: Path, num_ranks: int) -> None:
+    """45 groups do not divide evenly into shards of 16; of 4 ranks at least one gets none of the 3 shards."""
+    tiny.alsace("score", str(make_run(world, tmp_path / "x", engine={"num_processes": num_ranks})))
+    assert score_bytes(tmp_path / "x") == score_bytes(one_rank)
+    assert len(score_bytes(one_rank)) == 3 + 2
+
+
+LAUNCHERS = {
+    "local.sh": {"NUM_PROCESSES": "2"},
+    "deepspeed.sh": {"HOSTFILE": "hosts", "DEEPSPEED_OPTIONS": "--no_ssh_check --master_addr 127.0.0.1"},
+}
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_every_launcher_gives_the_same_bytes(world: Path, tmp_path: Path, one_rank: Path, launcher: str) -> None:
+    config = make_run(world, tmp_path / "x", engine={"num_processes": 3})  # which a launcher's own number overrules
+    (tmp_path / "hosts").write_text("localhost slots=2\n")
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    subprocess.run(
+        [REPOSITORY / "launchers" / launcher, "score", str(config)],
+        cwd=tmp_path,
+        env=tiny.environment() | LAUNCHERS[launcher] | {"PATH": path},
+        timeout=300,
+        check=True,
+    )
+    assert score_bytes(tmp_path / "x") == score_bytes(one_rank)
+
+
+def test_every_example_is_there_once_and_normalised(world: Path, one_rank: Path) -> None:
+    scores = read_scores(one_rank / "run/scores/unlabeled")
+    listed = open_dataset(world / "run/data/unlabeled").shards
+    assert len(listed) == 3
+    assert len(scores.keys) == sum(sum(shard.num_examples.values()) for shard in listed)
+    assert 45 * 3 < len(scores.keys) < 45 * 4
+    assert len(set(zip(scores.keys, scores.languages, strict=True))) == len(scores.keys)
+    assert np.allclose(np.exp(np.stack(scores.log_probs)).sum(axis=1), 1, atol=1e-5)
+    assert set(scores.labels) == {None}
+    assert set(read_scores(one_rank / "run/scores/test").labels) == {0, 1, 2}
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_zero_3_agrees_with_zero_0_and_gives_the_same_bytes_on_any_number_of_ranks(
+    world: Path, tmp_path: Path, dtype: str
+) -> None:
+    """Three ranks under ZeRO-3: one of them has fewer forwards to run than the others."""
+    for stage, ranks in ((0, 2), (3, 1), (3, 3)):
+        engine = {"num_processes": ranks, "zero_stage": stage, "dtype": dtype}
+        tiny.alsace("score", str(make_run(world, tmp_path / f"{stage}-{ranks}", engine=engine)))
+    assert score_bytes(tmp_path / "3-1") == score_bytes(tmp_path / "3-3")
+    plain, sharded = (read_scores(tmp_path / name / "run/scores/unlabeled") for name in ("0-2", "3-3"))
+    assert plain.keys == sharded.keys
+    assert plain.languages == sharded.languages
+    assert np.allclose(plain.log_probs, sharded.log_probs, atol=1e-6 if dtype == "fp32" else 0.03)
+    assert np.std(plain.log_probs) > 0.01  # not a comparison of constants
+
+
+@pytest.mark.parametrize("zero_stage", [2, 3])
+def test_a_rank_killed_while_scoring_costs_nothing_but_time(
+    world: Path, tmp_path: Path, one_rank: Path, zero_stage: int
+) -> None:
+    config = make_run(world, tmp_path / "x", score={"tokens_per_batch": 200}, engine={"zero_stage": zero_stage})
+    output = tmp_path / "x/run/scores/unlabeled"
+    with tiny.started("score", str(config)) as process:
+        tiny.wait_for(lambda: any(output.glob("*.parquet")) or process.poll() is not None)
+        start = time.monotonic()
+        tiny.kill_one(tiny.ranks_of(process))
+        process.wait(timeout=60)
+        assert time.monotonic() - start < 60
+    tiny.alsace("score", str(config))
+    if zero_stage == 2:
+        assert score_bytes(tmp_path / "x") == score_bytes(one_rank)
+    else:
+        expected = read_scores(one_rank / "run/scores/unlabeled")
+        assert np.allclose(read_scores(output).log_probs, expected.log_probs, atol=1e-6)
+
+
+def test_one_rank_that_is_asked_to_stop_stops_all_and_nothing_is_lost(world: Path, tmp_path: Path) -> None:
+    source = open_dataset(world / "run/data/unlabeled")
+    groups = [group for shard in source.shards for group in read_shard(source, shard)]
+    many = [replace(group, key=f"{group.key}-{copy}") for copy in range(10) for group in groups]
+
+    def make(name: str) -> Path:
+        config = make_run(world, tmp_path / name, score={"tokens_per_batch": 20})
+        shutil.rmtree(tmp_path / name / "data/unlabeled")
+        write_dataset(tmp_path / name / "data/unlabeled", many, source.labels, groups_per_shard=3, fingerprint={})
+        return config
+
+    config, scores = make("x"), tmp_path / "x/run/scores/unlabeled"
+    with tiny.started("score", str(config)) as process:
+        tiny.wait_for(lambda: any(scores.glob("*.parquet")), every_seconds=0.001)
+        ranks = [pid for pid in tiny.ranks_of(process) if b"alsace_dist" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        os.kill(ranks[-1], signal.SIGUSR2)
+        assert process.wait(timeout=60) == EXIT_STOPPED
+    assert 0 < len(list(scores.glob("*.parquet"))) < 150
+    assert not (scores / "manifest.json").exists()
+    tiny.alsace("score", str(config))
+    tiny.alsace("score", str(make("y")))
+    assert score_bytes(tmp_path / "x") == score_bytes(tmp_path / "y")
+
+
+def test_finished_shards_are_not_scored_again(world: Path, tmp_path: Path, one_rank: Path) -> None:
+    config = make_run(world, tmp_path / "x", engine={"num_processes": 1})
+    tiny.alsace("score", str(config))
+    directory = tmp_path / "x/run/scores/unlabeled"
+    (directory / "manifest.json").rename(directory / "started.json")
+    (directory / "000001.parquet").unlink()
+    times = {path.name: path.stat().st_mtime_ns for path in directory.glob("*.parquet")}
+    tiny.alsace("score", str(config))
+    again = {path.name: path.stat().st_mtime_ns for path in directory.glob("*.parquet")}
+    assert times.items() <= again.items()
+    assert score_bytes(tmp_path / "x") == score_bytes(one_rank)
+
+
+def test_another_dataset_under_the_same_scores_is_refused(world: Path, tmp_path: Path) -> None:
+    config = make_run(world, tmp_path / "x", engine={"num_processes": 1})
+    tiny.alsace("score", str(config))
+    before = score_bytes(tmp_path / "x")
+    shutil.rmtree(tmp_path / "x/data/unlabeled")
+    shutil.copytree(tmp_path / "x/data/test", tmp_path / "x/data/unlabeled")
+    failed = tiny.alsace("score", str(config), check=False)
+    assert failed.returncode == 2
+    assert (
+        failed.stderr.strip().splitlines()[-1].startswith(f"error: {tmp_path}/x/run/scores/unlabeled: made with other")
+    )
+    assert score_bytes(tmp_path / "x") == before
+
+
+@pytest.mark.parametrize("zero_stage", [0, 3])
+def test_a_broken_shard_stops_all_ranks_with_one_error(world: Path, tmp_path: Path, zero_stage: int) -> None:
+    config = make_run(world, tmp_path / "x", engine={"zero_stage": zero_stage})
+    shard = tmp_path / "x/data/unlabeled/000002.tar"
+    shard.write_bytes(shard.read_bytes()[:-1024])
+    failed = tiny.alsace("score", str(config), check=False, timeout=60)
+    assert failed.returncode == 2
+    last = failed.stderr.strip().splitlines()[-1]
+    assert last.startswith(f"error: {shard}: truncated or changed"), failed.stderr
+    assert "Traceback" not in failed.stderr
+    assert not (tmp_path / "x/run/scores/unlabeled/manifest.json").exists()
+
+
+def test_rows_are_written_in_shard_order(one_rank: Path) -> None:
+    table = pq.read_table(one_rank / "run/scores/unlabeled/000000.parquet")
+    keys = table.column("key").to_pylist()
+    assert [key for index, key in enumerate(keys) if index == 0 or keys[index - 1] != key] == list(dict.fromkeys(keys))

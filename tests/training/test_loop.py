@@ -1,0 +1,246 @@
+"""Training on real ranks: kills, stops and other world sizes leave no trace in the losses; broken checkpoints are said.
+
+The loss of every step is logged, so a trace is compared step by step.
+"""
+
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+
+from alsace_dist.errors import EXIT_STOPPED
+from alsace_dist.monitor.scalars import read_metrics
+
+
+def make_run(world: Path, directory: Path, **sections: Any) -> Path:
+    directory.mkdir(parents=True)
+    sections = {"data": {"inputs": [], "splits": {}, "directory": str(world / "run/data")}} | sections
+    return tiny.write_config(directory / "c.yaml", tiny.make_config(world, run_dir=str(directory / "run"), **sections))
+
+
+def losses(directory: Path) -> list[tuple[int, float]]:
+    rows = read_metrics(directory / "run/finetune/metrics.jsonl")
+    return [(row["step"], row["loss"]) for row in rows]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve steps on two ranks under ZeRO-2, a checkpoint every four."""
+    directory = tmp_path_factory.mktemp("training") / "undisturbed"
+    tiny.alsace("finetune", str(make_run(world, directory)))
+    return directory
+
+
+def test_training_learns_and_leaves_a_complete_directory(undisturbed: Path) -> None:
+    trace = losses(undisturbed)
+    assert [step for step, _ in trace] == list(range(1, 13))
+    assert trace[-1][1] < trace[0][1]
+    assert (undisturbed / "run/finetune/manifest.json").exists()
+    assert not (undisturbed / "run/finetune/checkpoints").exists()
+
+
+@pytest.mark.parametrize("moment", ["after a checkpoint", "during a checkpoint"])
+def test_a_rank_killed_while_training_leaves_no_trace(
+    world: Path, tmp_path: Path, undisturbed: Path, moment: str
+) -> None:
+    config = make_run(world, tmp_path / "x")
+    finetune = tmp_path / "x/run/finetune"
+    pattern = "step-*/manifest.json" if moment == "after a checkpoint" else "step-*/.*.tmp"
+    # A checkpoint of this model is written within milliseconds: one after each step, and quick eyes, to meet one.
+    with tiny.started("finetune", str(config), "--finetune.checkpoint_every_steps=1") as process:
+        tiny.wait_for((finetune / "started.json").exists)
+        ranks = tiny.ranks_of(process)
+        tiny.wait_for(lambda: any(finetune.glob(f"checkpoints/{pattern}")), every_seconds=0.001)
+        assert tiny.kill_one(ranks)
+        process.wait(timeout=60)
+        assert process.returncode != 0
+        assert process.stderr is not None
+        assert "was killed by SIGKILL" in process.stderr.read().strip().splitlines()[-1]
+    tiny.alsace("finetune", str(config))
+    assert losses(tmp_path / "x") == losses(undisturbed)
+    expected = tiny.state_of(undisturbed / "run/finetune/model")
+    assert all(
+        torch.equal(value, expected[key]) for key, value in tiny.state_of(tmp_path / "x/run/finetune/model").items()
+    )
+
+
+@pytest.mark.parametrize(("zero_stage", "dtype"), [(0, "fp32"), (1, "fp32"), (1, "bf16"), (2, "fp32"), (3, "fp32")])
+def test_ranks_with_unequal_numbers_of_micro_batches_train_the_same(
+    world: Path, tmp_path: Path, undisturbed: Path, zero_stage: int, dtype: str
+) -> None:
+    """Of the 10 examples of a step 4, 3 and 3 go to three ranks: two micro-batches of at most 3, and one, and one."""
+    settings = {"num_processes": 3, "zero_stage": zero_stage, "dtype": dtype}
+    tiny.alsace("finetune", str(make_run(world, tmp_path / "x", engine=settings, finetune={"micro_batch_size": 3})))
+    got, wanted = losses(tmp_path / "x"), losses(undisturbed)
+    tolerance = 2e-4 if dtype == "fp32" else 0.02
+    assert [loss for _, loss in got] == pytest.approx([loss for _, loss in wanted], rel=tolerance)
+
+
+def test_a_stop_before_the_ranks_are_ready_is_not_forgotten(world: Path, tmp_path: Path) -> None:
+    """Importing torch takes seconds; what comes in meanwhile reaches a rank as soon as it can take it."""
+    config = make_run(world, tmp_path / "x", finetune={"num_steps": 400, "checkpoint_every_steps": 1000})
+    with tiny.started("finetune", str(config)) as process:
+        tiny.wait_for(lambda: len(tiny.ranks_of(process)) >= 2)
+        process.send_signal(signal.SIGUSR2)
+        assert process.wait(timeout=60) == EXIT_STOPPED
+    assert not (tmp_path / "x/run/finetune/manifest.json").exists()
+
+
+def test_a_stop_too_late_for_a_stage_keeps_the_next_from_starting(world: Path, tmp_path: Path) -> None:
+    config = make_run(world, tmp_path / "x")
+    with tiny.started("run", str(config)) as process:
+        tiny.wait_for((tmp_path / "x/run/finetune/model").exists, every_seconds=0.001)  # it is writing its result
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=60) == EXIT_STOPPED
+    assert (tmp_path / "x/run/finetune/manifest.json").exists()
+    assert not (tmp_path / "x/run/scores").exists()
+
+
+def test_a_checkpoint_that_does_not_verify_takes_no_good_ones_place(world: Path, tmp_path: Path) -> None:
+    """The newest of two is broken, and only one is kept: that must be the one written after going on from the good."""
+    config = make_run(world, tmp_path / "x", finetune={"num_steps": 400, "checkpoint_every_steps": 2})
+    with tiny.started("finetune", str(config), "--finetune.keep_checkpoints=2") as process:
+        tiny.wait_for(lambda: len(list((tmp_path / "x/run/finetune/checkpoints").glob("*/manifest.json"))) >= 2)
+        process.send_signal(signal.SIGUSR2)
+        process.wait(timeout=60)
+    older, newest = sorted(path.parent for path in (tmp_path / "x/run/finetune/checkpoints").glob("*/manifest.json"))
+    next(newest.glob("rank00001-*.safetensors")).unlink()
+    with tiny.started("finetune", str(config)) as process:
+        tiny.wait_for(lambda: not newest.exists() and not older.exists())
+        process.send_signal(signal.SIGUSR2)
+        assert process.wait(timeout=60) == EXIT_STOPPED
+    (kept,) = (path.parent for path in (tmp_path / "x/run/finetune/checkpoints").glob("*/manifest.json"))
+    assert kept.name > older.name
+    with tiny.started("finetune", str(config)) as process:  # and it is one to go on from
+        tiny.wait_for(lambda: not kept.exists())
+
+
+def test_a_loss_that_is_no_number_ends_training(world: Path, tmp_path: Path) -> None:
+    config = make_run(world, tmp_path / "x", finetune={"learning_rate": 1e30, "max_gradient_norm": 0.0})
+    failed = tiny.alsace("finetune", str(config), check=False)
+    assert failed.returncode == 2, failed.stderr
+    assert "lower finetune.learning_rate" in failed.stderr.strip().splitlines()[-1]
+
+
+def stop_after_first_step(config: Path, run: Path) -> None:
+    metrics = run / "finetune/metrics.jsonl"
+    with tiny.started("finetune", str(config)) as process:
+        tiny.wait_for(lambda: metrics.exists() and metrics.stat().st_size > 0)
+        process.send_signal(signal.SIGUSR2)
+        assert process.wait(timeout=60) == EXIT_STOPPED
+        assert process.stderr is not None
+        assert "stopped after step" in process.stderr.read().strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize(("first", "second"), [((2, 2), (1, 2)), ((3, 2), (0, 1)), ((0, 1), (3, 3))])
+def test_a_stopped_run_goes_on_with_other_ranks_and_another_zero_stage(
+    world: Path, tmp_path: Path, undisturbed: Path, first: tuple[int, int], second: tuple[int, int]
+) -> None:
+    config = make_run(world, tmp_path / "x", finetune={"num_steps": 40, "checkpoint_every_steps": 1000})
+    expected = make_run(world, tmp_path / "y", finetune={"num_steps": 40, "checkpoint_every_steps": 1000})
+
+    def engine(stage: int, ranks: int) -> list[str]:
+        return [f"--engine.zero_stage={stage}", f"--engine.num_processes={ranks}"]
+
+    value = tiny.yaml.safe_load(config.read_text())
+    value["engine"] |= {"zero_stage": first[0], "num_processes": first[1]}
+    tiny.write_config(config, value)
+    stop_after_first_step(config, tmp_path / "x/run")
+    (checkpoint,) = (tmp_path / "x/run/finetune/checkpoints").iterdir()
+    tiny.alsace("finetune", str(config), *engine(*second))
+    tiny.alsace("finetune", str(expected), *engine(*first))
+    got, wanted = losses(tmp_path / "x"), losses(tmp_path / "y")
+    assert [step for step, _ in got] == [step for step, _ in wanted] == list(range(1, 41))
+    assert 1 <= int(checkpoint.name.removeprefix("step-")) < 40
+    assert [loss for _, loss in got] == pytest.approx([loss for _, loss in wanted], rel=2e-4)
+
+
+def test_a_checkpoint_that_lacks_a_file_is_an_error(world: Path, tmp_path: Path) -> None:
+    config = make_run(world, tmp_path / "x", finetune={"num_steps": 400, "checkpoint_every_steps": 1000})
+    stop_after_first_step(config, tmp_path / "x/run")
+    (checkpoint,) = (tmp_path / "x/run/finetune/checkpoints").iterdir()
+    part = next(checkpoint.glob("rank00001-*.safetensors"))
+    content = part.read_bytes()
+    for damage in (None, content[:-5] + b"abcde"):
+        part.unlink() if damage is None else part.write_bytes(damage)
+        failed = tiny.alsace("finetune", str(config), check=False)
+        assert failed.returncode == 2
+        last = failed.stderr.strip().splitlines()[-1]
+        assert last.startswith(f"error: {part}: ")
+        assert "restore the file, or delete" in last
+        assert "Traceback" not in failed.stderr
+
+
+def test_a_full_disk_ends_training_and_keeps_what_was_there(world: Path, tmp_path: Path, undisturbed: Path) -> None:
+    """Room for one checkpoint and not for two. With more room the same command finishes, with the same losses."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(disk)], check=True)
+    try:
+        config = make_run(world, tmp_path / "x")
+        failed = tiny.alsace("finetune", str(config), f"--run_dir={disk / 'run'}", check=False)
+        assert failed.returncode == 2, failed.stderr
+        last = failed.stderr.strip().splitlines()[-1]
+        assert last.startswith("error: ")
+        assert "No space left on device" in last and "; free space" in last, failed.stderr
+        assert "Traceback" not in failed.stderr
+        assert not (disk / "run/finetune/manifest.json").exists()
+        kept = [path.parent.name for path in (disk / "run/finetune").glob("checkpoints/*/manifest.json")]
+        assert kept == ["step-00000004"]
+        subprocess.run(["mount", "-o", "remount,size=10m", str(disk)], check=True)
+        tiny.alsace("finetune", str(config), f"--run_dir={disk / 'run'}")
+        assert losses(disk) == losses(undisturbed)
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_no_memory_is_one_line_that_says_what_takes_less(world: Path, tmp_path: Path) -> None:
+    """A model of terabytes, with a limit of 100 GB for machines that promise more than they have."""
+    splits = {"pretrain": 15, "labeled": 30, "unlabeled": 40, "test": 30}
+    value = tiny.make_config(
+        world,
+        run_dir=str(tmp_path / "run"),
+        model={"nano": {"vocab_size": 140, "d_ff": 10**9}},
+        data={"splits": splits},
+    )
+    del value["model"]["path"]
+    config = tiny.write_config(tmp_path / "c.yaml", value)
+    tiny.alsace("prepare", str(config))
+    command = f"ulimit -v {10**8}; exec {sys.executable} -m alsace_dist pretrain-nano {config}"
+    failed = subprocess.run(
+        ["bash", "-c", command], env=tiny.environment(), capture_output=True, text=True, timeout=120, check=False
+    )
+    assert failed.returncode == 1
+    last = failed.stderr.strip().splitlines()[-1]
+    assert re.match(r"error: rank \d: out of memory \(tried to allocate \d+ bytes\); lower micro_batch_size", last), (
+        last
+    )
+    assert "Traceback" not in failed.stderr
+
+
+def test_an_unwritable_directory_is_an_error(world: Path, tmp_path: Path) -> None:
+    config = make_run(world, tmp_path / "x")
+    (tmp_path / "file").write_text("in the way")
+    failed = tiny.alsace("finetune", str(config), f"--run_dir={tmp_path / 'file' / 'run'}", check=False)
+    assert failed.returncode == 2
+    last = failed.stderr.strip().splitlines()[-1]
+    assert last.startswith(f"error: {tmp_path / 'file'}")
+    assert "Traceback" not in failed.stderr
+    assert (tmp_path / "file").read_text() == "in the way"
+
+
+def test_a_changed_setting_is_refused_and_named(world: Path, tmp_path: Path, undisturbed: Path) -> None:
+    shutil.copytree(undisturbed, tmp_path / "x")
+    config = tiny.yaml.safe_load((tmp_path / "x/c.yaml").read_text()) | {"run_dir": str(tmp_path / "x/run")}
+    path = tiny.write_config(tmp_path / "x/c.yaml", config)
+    assert "complete, skipped" in tiny.alsace("finetune", str(path)).stderr
+    failed = tiny.alsace("finetune", str(path), "--finetune.learning_rate=0.5", check=False)
+    assert failed.returncode == 2
+    assert "section.learning_rate: 0.001 -> 0.5" in failed.stderr.strip().splitlines()[-1]
