@@ -1,6 +1,5 @@
 """The command ``alsace``: one thin function per command, read by fire. ``alsace COMMAND --help`` shows its flags."""
 
-import errno
 import functools
 import inspect
 import os
@@ -8,16 +7,14 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from alsace_dist.errors import STOPPED, Stopped, UserError
+from alsace_dist.errors import Stopped, UserError
 
 if TYPE_CHECKING:
     from alsace_dist.config import Config
-    from alsace_dist.pipeline import Stage
 
 
 def demo(*, run_dir: str = "runs/demo", debug: bool = False, **overrides: Any) -> None:
@@ -50,7 +47,7 @@ def run(config: str, *, dry_run: bool = False, debug: bool = False, **overrides:
         debug: show tracebacks.
         overrides: settings by dotted name, such as --distill.learning_rate=3e-5.
     """
-    from alsace_dist import pipeline
+    from alsace_dist import pipeline, runner
 
     loaded = _load(config, overrides)
     found = pipeline.stages(loaded)
@@ -60,8 +57,8 @@ def run(config: str, *, dry_run: bool = False, debug: bool = False, **overrides:
         return
     pipeline.write_config(loaded, Path(config), found)
     for stage in found:
-        _run_stage(stage, loaded, debug)
-    _report(loaded)
+        runner.run_stage(stage, debug)
+    runner.report(loaded)
 
 
 def prepare(config: str, *, on_bad: str = "", debug: bool = False, **overrides: Any) -> None:
@@ -156,7 +153,9 @@ def report(run: str, *, debug: bool = False) -> None:
         run: the run's directory.
         debug: show tracebacks.
     """
-    _report(_of_run(run))
+    from alsace_dist import runner
+
+    runner.report(_of_run(run))
 
 
 def calibrate(config: str, *, variant: str = "", debug: bool = False, **overrides: Any) -> None:
@@ -196,24 +195,24 @@ def doctor(config: str = "", *, cluster: str = "", nodes: int = 0, debug: bool =
         debug: show tracebacks.
         overrides: settings by dotted name.
     """
-    from alsace_dist.ranks import group as runtime
+    from alsace_dist.ranks import failures, job
 
     if cluster:
         if not config:
             raise UserError("--cluster needs the config of a run, in whose directory the nodes meet")
-        from alsace_dist.cluster import submit as submission
+        from alsace_dist.cluster.submit import check_cluster
 
-        submission.check_cluster(_load(config, overrides), Path(config), cluster, nodes)
-    elif runtime.in_group() and runtime.ATTEMPT_DIR in os.environ:
-        from alsace_dist.cluster import nodes as cluster_doctor
+        check_cluster(_load(config, overrides), Path(config), cluster, nodes)
+    elif failures.in_group() and (directory := job.attempt_directory()):
+        from alsace_dist.cluster.nodes import check_node
 
-        cluster_doctor.check_node(Path(os.environ[runtime.ATTEMPT_DIR]))
+        check_node(directory)
     else:
-        from alsace_dist import doctor as checks
+        from alsace_dist.doctor import run_checks
 
         if overrides and not config:
             raise UserError(f"--{next(iter(overrides))}: no flag of doctor; settings need the config that they change")
-        checks.run_checks(_load(config, overrides) if config else None)
+        run_checks(_load(config, overrides) if config else None)
 
 
 def submit(
@@ -237,9 +236,9 @@ def submit(
         debug: show tracebacks.
         overrides: settings of the config by dotted name.
     """
-    from alsace_dist.cluster import submit as submission
+    from alsace_dist.cluster.submit import submit as submit_run
 
-    submission.submit(_load(config, overrides), Path(config), cluster, nodes, stages, dry_run)
+    submit_run(_load(config, overrides), Path(config), cluster, nodes, stages, dry_run)
 
 
 def status(run: str, *, lines: int = 5, debug: bool = False) -> None:
@@ -250,9 +249,9 @@ def status(run: str, *, lines: int = 5, debug: bool = False) -> None:
         lines: how many last lines to show of the log of what runs or has failed.
         debug: show tracebacks.
     """
-    from alsace_dist.cluster import submit as submission
+    from alsace_dist.cluster.status import print_status
 
-    submission.print_status(_of_run(run), lines)
+    print_status(_of_run(run), lines)
 
 
 def cancel(run: str, *, debug: bool = False) -> None:
@@ -262,9 +261,9 @@ def cancel(run: str, *, debug: bool = False) -> None:
         run: the run's directory.
         debug: show tracebacks.
     """
-    from alsace_dist.cluster import submit as submission
+    from alsace_dist.cluster.submit import cancel as cancel_run
 
-    submission.cancel(Path(run))
+    cancel_run(Path(run))
 
 
 COMMANDS: dict[str, Callable[..., None]] = {
@@ -297,10 +296,12 @@ def main() -> None:
     debug = any(argument in ("--debug", "--debug=True", "--debug=true") for argument in sys.argv)
     _stop_on_signals()
     command = sys.argv[1:]
-    if len(command) > 1 and {"--help", "-h"} & set(command[1:]):  # else a flag of commands that take any
+    if len(command) > 1 and {"--help", "-h"} & set(command[1:]):
+        # Commands accept any --flag as an override, so fire would swallow --help; put it behind fire's `--`.
         command = [command[0], "--", "--help"]
     error: BaseException | None = None
-    # Fire complains of arguments that it has no use for after the command has run: so it only chooses.
+    # fire complains of arguments that it has no use for only after it has called the command: so let it choose the
+    # command, and call that afterwards.
     chosen: list[Callable[[], None]] = []
     try:
         fire.Fire({name: _chooser(function, chosen) for name, function in COMMANDS.items()}, command, "alsace")
@@ -312,7 +313,7 @@ def main() -> None:
 
 
 def _stop_on_signals() -> None:
-    """What stops a rank between two steps (runtime.py) stops everything else at once, as Ctrl-C does."""
+    """The signals that stop a rank between two steps (ranks/group.py) stop any other process at once, like Ctrl-C."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
@@ -322,7 +323,7 @@ def _stop_on_signals() -> None:
 
 
 def _chooser(function: Callable[..., None], chosen: list[Callable[[], None]]) -> Callable[..., None]:
-    """The command as fire sees it: it notes the call, with its flags as typed."""
+    """The command as fire sees it: a function that notes the call, with its flags as typed."""
 
     @functools.wraps(function)
     def choose(*arguments: str, **flags: str) -> None:
@@ -342,56 +343,38 @@ def _chooser(function: Callable[..., None], chosen: list[Callable[[], None]]) ->
 
 
 def _leave(error: BaseException | None, debug: bool) -> None:
-    from alsace_dist.ranks import group as runtime
+    """End the process: exit code 0, or what is to be said of the error and its exit code."""
+    from alsace_dist.ranks import failures
 
     code = 0
     if error is not None:
-        readable = _as_readable(error)
-        if readable is not error:
-            readable.__cause__ = error  # for --debug
-        error = readable
-        code = runtime.exit_code(error)
-        if runtime.in_group():
-            runtime.record_failure(error)
-        if debug or not runtime.is_plain(error):
-            traceback.print_exception(error)
+        shown = failures.readable(error)
+        if shown is not error:
+            shown.__cause__ = error  # for --debug
+        code = failures.exit_code(shown)
+        if failures.in_group():
+            failures.record_failure(shown)
+        if debug or not failures.is_plain(shown):
+            traceback.print_exception(shown)
         # The launcher prints the error that came first, once, as the last line.
-        if runtime.ERROR_DIR not in os.environ:
-            prefix = "" if isinstance(error, Stopped) else "error: "
-            print(f"{prefix}{error}", file=sys.stderr)
-            runtime.record_cause(error)
+        if failures.ERROR_DIR not in os.environ:
+            prefix = "" if isinstance(shown, Stopped) else "error: "
+            print(f"{prefix}{shown}", file=sys.stderr)
+            failures.record_cause(shown)
     sys.stdout.flush()
     sys.stderr.flush()
-    if runtime.in_group():
+    if failures.in_group():
         # Threads of the communication libraries abort the interpreter on its way out, now and then.
         os._exit(code)
     sys.exit(code)
 
 
-# Others, such as a network disk that does not answer or no memory for a process, may pass by themselves.
-_FOR_PEOPLE = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EISDIR}
-_FOR_PEOPLE |= {errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTEMPTY, errno.EFBIG}
-
-
-def _as_readable(error: BaseException) -> BaseException:
-    """What the system refuses (full disk, no permission, no memory) is one line; the rest is a defect of ours."""
-    from alsace_dist.ranks import group as runtime
-
-    if isinstance(error, KeyboardInterrupt):
-        return Stopped(STOPPED)
-    if runtime.is_out_of_memory(error):
-        return runtime.RankFailed(runtime.out_of_memory(error))
-    if isinstance(error, OSError) and error.errno in _FOR_PEOPLE and error.strerror:
-        where = f"{error.filename}: " if error.filename else ""
-        return UserError(f"{where}{error.strerror}; free space or correct the path, then run the same command again")
-    return error
-
-
 def _load(path: str, overrides: Mapping[str, Any]) -> "Config":
-    from alsace_dist.config_file import load_config, parse_value
+    from alsace_dist.config_file import parse_value
+    from alsace_dist.pipeline import load_run
 
     values = {key: value if key == "run_dir" else parse_value(value) for key, value in overrides.items()}
-    return load_config(path, values)
+    return load_run(path, values)
 
 
 def _of_run(run: str) -> "Config":
@@ -411,8 +394,8 @@ def _single(
 
     ``round_``: None for a stage that there is once, whatever its round.
     """
-    from alsace_dist import pipeline
-    from alsace_dist.ranks import group as runtime
+    from alsace_dist import pipeline, runner
+    from alsace_dist.ranks import failures
 
     config = _load(path, overrides)
     if variant and variant not in config.variants:
@@ -426,51 +409,13 @@ def _single(
     if not matching:
         which = f"{command!r} with round {round_}" if round_ is not None else repr(command)
         raise UserError(f"{path}: has no stage {which}; `alsace run --dry-run` lists them")
-    if runtime.in_group():
+    if failures.in_group():
         for stage in matching:
-            _run_as_rank(stage)
+            runner.run_as_rank(stage)
         return
     pipeline.write_config(config, Path(path), found)
     for stage in matching:
-        _run_stage(stage, config, debug)
-
-
-def _run_as_rank(stage: "Stage") -> None:
-    from alsace_dist.ranks import group as runtime
-
-    if not stage.is_distributed:
-        raise UserError(f"{stage.name} runs in one process; start it without torchrun")
-    group = runtime.start(stage.config.engine)
-    with ExitStack() as stack:
-        found: list[bool] = []
-
-        def look() -> None:
-            stack.enter_context(runtime.alone(stage.lock, stage.name))
-            found.append(stage.is_complete())  # whoever held the lock may have finished it
-
-        group.main_first(look)
-        (is_complete,) = group.any_rank(any(found))
-        if not is_complete:
-            stage.execute(group)
-    runtime.finish()
-
-
-def _run_stage(stage: "Stage", config: "Config", debug: bool) -> None:
-    from alsace_dist.files.layout import Layout
-    from alsace_dist.ranks import group as runtime
-    from alsace_dist.ranks import launcher
-
-    if stage.is_complete():
-        print(f"{stage.name}: complete, skipped", file=sys.stderr)
-        return
-    if not stage.is_distributed:
-        print(f"{stage.name}", file=sys.stderr)
-        with runtime.alone(stage.lock, stage.name):
-            if not stage.is_complete():  # whoever held the lock may have finished it
-                stage.execute(None)
-        return
-    arguments = [stage.command, str(Layout(Path(config.run_dir)).config), *stage.flags]
-    launcher.launch(arguments + (["--debug"] if debug else []), launcher.num_local_processes(config.engine), debug)
+        runner.run_stage(stage, debug)
 
 
 def _is_true(name: str, text: str) -> bool:
@@ -485,36 +430,3 @@ def _whole_number(name: str, text: str) -> int:
         return int(text)
     except ValueError:
         raise UserError(f"--{name}={text}: give a whole number") from None
-
-
-def _report(config: "Config") -> None:
-    from rich.console import Console
-
-    from alsace_dist import pipeline
-    from alsace_dist.files import layout
-    from alsace_dist.files import manifest as artifacts
-    from alsace_dist.reporting import report as reporting
-
-    evaluations = {}
-    for name in ("", *config.variants):
-        directory = layout.Layout(Path(config.run_dir), name).evaluation
-        if (directory / artifacts.MANIFEST).exists():
-            artifacts.verify_files(directory, artifacts.load_manifest(directory, "evaluation"))
-            evaluations[name or "main"] = artifacts.read_json(directory / "metrics.json")
-    if not evaluations:
-        raise UserError(f"{config.run_dir}: holds no evaluation yet; `alsace run` makes one")
-    own = layout.Layout(Path(config.run_dir))
-    maker = pipeline.made_by(config, own, config.rounds)
-    details = {
-        "report": own.run / "report.html",
-        "numbers": own.run / "report.json",
-        "model": maker[0] / "model" if maker else config.model.path,
-        "config": own.config,
-        "TensorBoard": f"tensorboard --logdir {own.run / 'tensorboard'}",
-    }
-    reporting.write_report(own.run, evaluations, details, alpha=config.evaluate.alpha)
-    main_name = next(iter(evaluations))
-    console = Console()
-    reporting.print_summary(evaluations[main_name], console, alpha=config.evaluate.alpha)
-    for name, value in details.items():
-        console.print(f"{name:<12} {value}", markup=False, highlight=False, soft_wrap=True)

@@ -115,10 +115,11 @@ class ColumnsConfig(Section):
 
 
 class InputConfig(Section):
-    """One source of parallel groups."""
+    """Where some parallel groups come from."""
 
-    kind: Literal["jsonl", "table", "huggingface", "demo"] = "jsonl"
-    """jsonl (plain or .gz), table (Parquet or CSV in long form), huggingface (through `datasets`), demo (generated)."""
+    kind: str = "jsonl"
+    """jsonl (plain or .gz), table (Parquet or CSV in long form), huggingface (through `datasets`), or the name of a
+    published dataset: demo (generated)."""
     path: Annotated[str, AfterValidator(os.path.expanduser)] = ""
     """File, or glob pattern of files; for huggingface a hub name or a local path."""
     split: Split | None = None
@@ -134,26 +135,6 @@ class InputConfig(Section):
     num_groups: Count = 1000
     """demo: how many groups to generate."""
 
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.kind != "demo" and not self.path:
-            raise ValueError(f"path is needed for kind {self.kind}")
-        for name, kinds in INPUT_KINDS_WITH.items():
-            if self.kind not in kinds and getattr(self, name) != type(self).model_fields[name].default:
-                raise ValueError(f"{name} is only used with kind {' or '.join(kinds)}; remove it")
-        return self
-
-
-# Settings of an input that only some kinds of input have.
-INPUT_KINDS_WITH = {
-    "path": ("jsonl", "table", "huggingface"),
-    "columns": ("table", "huggingface"),
-    "subsets": ("huggingface",),
-    "hub_split": ("huggingface",),
-    "revision": ("huggingface",),
-    "num_groups": ("demo",),
-}
-
 
 class DataConfig(Section):
     """Where parallel groups come from and how they are divided."""
@@ -161,7 +142,7 @@ class DataConfig(Section):
     directory: Location | None = None
     """An existing prepared dataset (directory or fsspec URL); then nothing is prepared."""
     inputs: list[InputConfig] = []
-    """Sources of parallel groups."""
+    """Where parallel groups come from."""
     splits: dict[Split, Annotated[float, Field(gt=0, le=1e12)]] = {}
     """Share (below 1) or number (from 1) of the groups of undivided inputs that each split gets, by hash of the id."""
     withhold_labels: list[Split] = ["pretrain", "unlabeled"]
@@ -186,12 +167,12 @@ class DataConfig(Section):
             for name in ("splits", "withhold_labels", "languages", "exposure", "groups_per_shard", "on_bad"):
                 if getattr(self, name) != type(self).model_fields[name].default:
                     raise ValueError(f"{name} says how inputs are prepared, and there are none; remove it")
-        wanted = {source.split for source in self.inputs} | self.splits.keys()
+        wanted = {one.split for one in self.inputs} | self.splits.keys()
         if self.exposure and "pretrain" not in wanted:
             raise ValueError("exposure thins out the pretrain split, and nothing goes there; remove it")
         if self.languages is not None and self.source_language not in self.languages:
             raise ValueError(f"languages must hold the source_language {self.source_language!r}")
-        if any(source.split is None for source in self.inputs) and not self.splits:
+        if any(one.split is None for one in self.inputs) and not self.splits:
             raise ValueError("splits is needed for inputs without a split of their own")
         shares = [value for value in self.splits.values() if value < 1]
         if sum(shares) > 1 + 1e-9:

@@ -228,26 +228,24 @@ def check_data(config: Config) -> Iterator[Finding]:
     if (Layout(Path(config.run_dir)).data / MANIFEST).exists():
         yield Finding("ok", "data", f"prepared already, in {Layout(Path(config.run_dir)).data}")
         return
-    for source in config.data.inputs:
-        if source.kind == "demo":
-            yield Finding("ok", "data", f"demo: {source.num_groups:,} groups are generated")
-        elif source.kind == "huggingface" and not Path(source.path).exists():
-            yield _check_hub("data", source.path, source.revision, "dataset")
-        else:
-            yield _check_files(source)
+    yield from map(_check_input, config.data.inputs)
 
 
-def _check_files(source: InputConfig) -> Finding:
-    from alsace_dist.data.sources import source_files
+def _check_input(one: InputConfig) -> Finding:
+    from alsace_dist.data.inputs import kind_of
 
     try:
-        files = source_files(source)
-    except UserError as error:  # the other inputs are to be looked at as well
+        files = kind_of(one).files(one)
+    except UserError as error:  # the inputs after it are to be looked at as well
         return Finding("FAILED", "data", _one_line(error))
+    if not files and one.path:
+        return _check_hub("data", one.path, one.revision, "dataset")
+    if not files:
+        return Finding("ok", "data", f"{one.kind}: {one.num_groups:,} groups are generated")
     if unreadable := [path for path in files if not os.access(path, os.R_OK)]:
         return Finding("FAILED", "data", f"{unreadable[0]}: not readable for you; change its permissions")
     size = sum(path.stat().st_size for path in files)
-    return Finding("ok", "data", f"{source.path}: {len(files)} file{'s' * (len(files) > 1)}, {size / 1e6:,.1f} MB")
+    return Finding("ok", "data", f"{one.path}: {len(files)} file{'s' * (len(files) > 1)}, {size / 1e6:,.1f} MB")
 
 
 def _check_datasets(config: Config) -> Iterator[Finding]:
@@ -284,21 +282,16 @@ def check_model(config: Config) -> Iterator[Finding]:
 
 
 def _check_model_directory(config: Config, directory: Path) -> Iterator[Finding]:
-    import torch
+    from alsace_dist.data.rows import answers_of
+    from alsace_dist.models.family import family_of
 
-    from alsace_dist.models import mt5 as modeling
-    from alsace_dist.tasks.base import encode_answers
-
-    model_config = modeling.load_model_config(directory)
-    yield Finding("ok", "model", f"{directory}: mT5, vocabulary {model_config.vocab_size:,}")
-    tokenizer = modeling.load_tokenizer(directory)
-    languages = config.data.languages or sorted(config.task.answers())
-    answers = encode_answers(config.task, tokenizer, languages, 0)
-    kind = "single tokens" if answers.single_token else "several tokens each, which the whole output head is needed for"
+    family = family_of(directory)
+    yield Finding("ok", "model", f"{directory}: {family.describe(family.load_config(directory))}")
+    answers = answers_of(config.task, config.data.languages or sorted(config.task.answers()))
+    model = family(directory, answers)
+    kind = "single tokens" if model.head_rows is not None else "several tokens each, which take the whole output head"
     yield Finding("ok", "answers", f"{answers.num_candidates} per example, {kind}")
-    with torch.device("meta"):
-        scorer = modeling.CandidateScorer(modeling.make_body(model_config, 0.0), answers)
-    modeling.check_weights(scorer, modeling.Weights(directory))
+    model.check_weights()
     yield Finding("ok", "weights", "names and shapes are those of config.json")
 
 
@@ -311,7 +304,7 @@ def _check_hub(name: str, path: str, revision: str | None, kind: Literal["model"
     except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.HFValidationError) as error:
         remedy = f"correct the name or the revision, log in if it is not public, or give a local path ({_kind(error)})"
         return Finding("FAILED", name, f"{path}: neither a local path nor a {kind} on the hub; {remedy}")
-    except Exception as error:  # no network, a proxy, offline mode: dozens of kinds
+    except Exception as error:  # no network, a proxy, offline mode: the client raises dozens of kinds
         text = f"{path}: the hub cannot be asked ({_kind(error)}); it works if the {kind} is in the cache already"
         return Finding("warning", name, text)
     return Finding("ok", name, f"{path}: on the hub; downloaded when the run starts")

@@ -1,4 +1,4 @@
-"""The two ways in which a command ends early for a reason that a person should read."""
+"""How a command ends early, and with which exit code."""
 
 EXIT_USER_ERROR = 2
 EXIT_STOPPED = 75  # EX_TEMPFAIL: stopped on request after a checkpoint; the same command goes on from there
@@ -9,5 +9,17 @@ class UserError(Exception):
     """A person's mistake or a broken input: shown as one line that names the file, the field and the remedy."""
 
 
+class NotReady(UserError):
+    """An input is not there yet: the stage that writes it has not finished."""
+
+
 class Stopped(Exception):
-    """Stopped by SIGTERM, SIGUSR2 or SIGINT (a group's ranks at an agreed point); what was done so far is on disk."""
+    """Stopped by SIGTERM, SIGUSR2 or SIGINT (all ranks at an agreed point); what was done so far is on disk."""
+
+
+class RankFailed(Exception):
+    """A rank was killed, or met a defect of the program whose traceback is printed already."""
+
+
+class PeerFailed(Exception):
+    """Another rank failed; the error of that rank says why."""

@@ -3,51 +3,31 @@
 No weights are read: a model of the right geometry is built on PyTorch's meta device, where tensors have no memory.
 """
 
-import itertools
 import math
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from alsace_dist import pipeline
 from alsace_dist.config import Config, EngineConfig, Split, TrainConfig
-from alsace_dist.config_file import variant
+from alsace_dist.data.rows import answers_of
 from alsace_dist.data.stream import CanonicalOrder
 from alsace_dist.errors import UserError
 from alsace_dist.files.layout import Layout, data_url
 from alsace_dist.files.shards import Dataset, open_dataset
-from alsace_dist.tasks.base import encode_answers
+from alsace_dist.stages import distill, finetune, pretrain, score
+from alsace_dist.stages.base import Stage, TrainingStageModule
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from alsace_dist.models.family import Family, Parameters
+
 WEIGHT_BYTES = {"bf16": 2, "fp32": 4}
 REDUCE_BUCKET_SIZE = 500_000_000  # DeepSpeed's default, in elements
 ZERO_STAGES = (0, 1, 2, 3)
-
-
-@dataclass(frozen=True)
-class Parameters:
-    """Parameter counts. ``body`` includes ``embedding``; ``kept_head``: the head's rows that are held in memory."""
-
-    body: int
-    embedding: int
-    whole_head: int
-    kept_head: int
-
-    @property
-    def total(self) -> int:
-        """The model as people count it, and as it is exported: with its whole output head."""
-        return self.body + self.whole_head
-
-    @property
-    def kept(self) -> int:
-        """What a rank (or, under ZeRO-3, all of them together) holds for scoring and training."""
-        return self.body + self.kept_head
-
-    def trained(self, section: TrainConfig) -> int:
-        """Parameters that a kind of training changes."""
-        return self.kept - (self.embedding if section.freeze_vocabulary else 0)
 
 
 @dataclass(frozen=True)
@@ -88,30 +68,9 @@ def print_plan(config: Config, num_processes: int | None = None) -> None:
 # --- parameters ----------------------------------------------------------------------------------------------------
 
 
-def count_parameters(model_config: Any, num_answer_tokens: int | None) -> Parameters:
-    """Count an mT5's parameters on the meta device.
-
-    ``num_answer_tokens``: K, the rows of the output head that are kept; None: the whole head, which answers of several
-    tokens need.
-    """
-    import torch
-
-    from alsace_dist.models import mt5 as modeling
-
-    with torch.device("meta"):
-        body = modeling.make_body(model_config, 0.0)
-    width, vocabulary = model_config.d_model, model_config.vocab_size
-    return Parameters(
-        body=sum(parameter.numel() for parameter in body.parameters()),
-        embedding=body.shared.weight.numel(),
-        whole_head=vocabulary * width,
-        kept_head=(vocabulary if num_answer_tokens is None else num_answer_tokens) * width,
-    )
-
-
-def _print_parameters(config: Config, console: "Console") -> Parameters:
-    model_config, num_answer_tokens, notes = _model(config)
-    parameters = count_parameters(model_config, num_answer_tokens)
+def _print_parameters(config: Config, console: "Console") -> "Parameters":
+    family, model_config, num_head_rows, notes = _model(config)
+    parameters = family.count_parameters(model_config, num_head_rows)
     rows = [
         ("encoder and decoder", parameters.body - parameters.embedding),
         ("input embedding", parameters.embedding),
@@ -122,49 +81,46 @@ def _print_parameters(config: Config, console: "Console") -> Parameters:
     ]
     share = (parameters.embedding + parameters.whole_head) / parameters.total
     cells = [[name, f"{count:,}", _amount(count)] for name, count in rows]
-    title = f"Parameters: mT5, width {model_config.d_model}, {model_config.num_layers} encoder and "
-    title += f"{model_config.num_decoder_layers} decoder layers, vocabulary {model_config.vocab_size:,}"
-    _table(console, title, ["", "parameters", ""], cells)
+    _table(console, f"Parameters: {family.describe(model_config)}", ["", "parameters", ""], cells)
     notes = [f"The two vocabulary matrices are {share:.0%} of the model.", *notes]
     _notes(console, notes)
     return parameters
 
 
-def _model(config: Config) -> tuple[Any, int | None, list[str]]:
-    """The model's transformers config, the number of head rows that are kept (None: all), and what to say of it."""
-    from alsace_dist.models import mt5 as modeling
+def _model(config: Config) -> tuple["type[Family]", Any, int | None, list[str]]:
+    """The family, the model's config, the number of head rows that are kept (None: all), and what to say of it."""
+    from alsace_dist.models import nano, weights
+    from alsace_dist.models.family import family_of
+    from alsace_dist.models.mt5 import MT5
 
     distinct = {answer for answers in config.task.answers().values() for answer in answers}
     if config.model.nano:
-        model = Layout(Path(config.run_dir)).pretrain / "model"
-        if (model / "config.json").exists():
-            return modeling.load_model_config(model), len(distinct), []
-        from transformers import MT5Config
-
+        directory = Layout(Path(config.run_dir)).pretrain / "model"
+        if (directory / "config.json").exists():
+            return MT5, MT5.load_config(directory), len(distinct), []
         note = "The nano model's vocabulary is as configured; sentinels and answers are added to its tokenizer."
-        return MT5Config(**config.model.nano.model_dump()), len(distinct), [note]
+        return MT5, nano.model_config(config.model.nano), len(distinct), [note]
     assert config.model.path is not None
-    directory = modeling.resolve_model(config.model.path, config.model.revision, modeling.CONFIG_FILES)
-    model_config = modeling.load_model_config(directory)
+    directory = weights.resolve_model(config.model.path, config.model.revision, weights.CONFIG_FILES)
+    family = family_of(directory)
+    model_config = family.load_config(directory)
     if not any(path.suffix == ".model" or path.name == "tokenizer.json" for path in directory.iterdir()):
         note = "There is no tokenizer beside config.json: every answer is taken for one token."
-        return model_config, len(distinct), [note]
-    languages = config.data.languages or sorted(config.task.answers())
-    answers = encode_answers(config.task, modeling.load_tokenizer(directory), languages, 0)
-    if answers.single_token:
-        return model_config, len(answers.vocabulary), []
-    return model_config, None, ["Some answers have several tokens, so the whole output head is kept."]
+        return family, model_config, len(distinct), [note]
+    rows = family(directory, answers_of(config.task, config.data.languages or sorted(config.task.answers()))).head_rows
+    notes = [] if rows is not None else ["Some answers have several tokens, so the whole output head is kept."]
+    return family, model_config, None if rows is None else len(rows), notes
 
 
 # --- memory --------------------------------------------------------------------------------------------------------
 
 
-def training_memory(parameters: Parameters, section: TrainConfig, engine: EngineConfig, num_ranks: int) -> Memory:
+def training_memory(parameters: "Parameters", section: TrainConfig, engine: EngineConfig, num_ranks: int) -> Memory:
     """Bytes per rank of the model states of a training, at the moment when the optimizer steps.
 
     After Rajbhandari et al. 2020 (ZeRO, section 3.1: weights, gradients and Adam's states of a mixed-precision
-    training; section 5: what each stage divides by the number of ranks), adapted to what ``engine.py`` makes DeepSpeed
-    hold. With P trained parameters, N ranks, and w = 2 (bf16) or 4 (fp32) bytes per weight:
+    training; section 5: what each stage divides by the number of ranks), adapted to what training/settings.py makes
+    DeepSpeed hold. With P trained parameters, N ranks, and w = 2 (bf16) or 4 (fp32) bytes per weight:
 
     - weights: w P' (all P' parameters in memory, frozen ones too); ZeRO-3: w P' / N;
     - optimizer: a float32 copy of the weights, 4 P, and Adam's two moments, 8 P; from ZeRO-1 on divided by N. ZeRO-0 in
@@ -183,7 +139,7 @@ def training_memory(parameters: Parameters, section: TrainConfig, engine: Engine
     """
     stage, weight = engine.zero_stage, WEIGHT_BYTES[engine.dtype]
     is_bf16 = engine.dtype == "bf16"
-    trained = parameters.trained(section)
+    trained = parameters.trained(section.freeze_vocabulary)
     own = trained if stage == 0 else math.ceil(trained / num_ranks)
     copy = 0 if stage == 0 and not is_bf16 else 4 * own
     optimizer = copy + (8 * own if section.optimizer == "adamw" else 0)
@@ -214,27 +170,27 @@ def _bucket_bytes(engine: EngineConfig, trained: int) -> int:
     return int(size) * (2 if stage == 2 and engine.dtype == "bf16" else 4)
 
 
-def scoring_memory(parameters: Parameters, engine: EngineConfig, num_ranks: int) -> int:
+def scoring_memory(parameters: "Parameters", engine: EngineConfig, num_ranks: int) -> int:
     """Bytes per rank of the weights while scoring; only ZeRO-3 divides them."""
     divisor = num_ranks if engine.zero_stage == 3 else 1
     return WEIGHT_BYTES[engine.dtype] * math.ceil(parameters.kept / divisor)
 
 
-def checkpoint_bytes(parameters: Parameters, section: TrainConfig) -> int:
+def checkpoint_bytes(parameters: "Parameters", section: TrainConfig) -> int:
     """Size of a training checkpoint: per trained parameter the float32 weight and Adam's two moments."""
-    return parameters.trained(section) * (12 if section.optimizer == "adamw" else 4)
+    return parameters.trained(section.freeze_vocabulary) * (12 if section.optimizer == "adamw" else 4)
 
 
-def model_bytes(parameters: Parameters) -> int:
+def model_bytes(parameters: "Parameters") -> int:
     """Size of an exported model: all parameters in float32, the whole output head included."""
     return 4 * parameters.total
 
 
-def _print_memory(config: Config, parameters: Parameters, num_ranks: int, console: "Console") -> None:
+def _print_memory(config: Config, parameters: "Parameters", num_ranks: int, console: "Console") -> None:
     for names, section, engine in _trainings(config):
         shown = parameters
         if names == ["pretrain"]:  # span corruption needs the whole head
-            shown = Parameters(parameters.body, parameters.embedding, parameters.whole_head, parameters.whole_head)
+            shown = replace(parameters, kept_head=parameters.whole_head)
         stages = ZERO_STAGES if section.optimizer == "adamw" and names != ["pretrain"] else (0,)
         rows = [_memory_row(shown, section, engine, stage, num_ranks) for stage in stages]
         title = f"GB per rank, {num_ranks} {'rank' if num_ranks == 1 else 'ranks'}, {engine.dtype}: "
@@ -253,23 +209,24 @@ def _print_memory(config: Config, parameters: Parameters, num_ranks: int, consol
 
 
 def _trainings(config: Config) -> Iterator[tuple[list[str], TrainConfig, EngineConfig]]:
-    """Kinds of training that differ in what they hold: names, a section and the engine."""
-    if config.model.nano:  # always trained with ZeRO-0
-        yield (
-            ["pretrain"],
-            config.pretrain,
-            config.engine.model_copy(update={"zero_stage": 0, "offload_optimizer": False}),
-        )
-    found: dict[tuple[str, bool], tuple[list[str], TrainConfig, EngineConfig]] = {}
-    for name, section in (("finetune", config.finetune), ("distill", config.distill if config.rounds else None)):
-        if section is not None:
-            kind = (section.optimizer, section.freeze_vocabulary)
-            found.setdefault(kind, ([], section, config.engine))[0].append(name)
+    """Kinds of training of the run itself that differ in what they hold: names, a section and the engine."""
+    found: dict[tuple[str, bool, int], tuple[list[str], TrainConfig, EngineConfig]] = {}
+    for stage, module in _training_stages(config):
+        if not stage.variant and stage.round <= 1:
+            section, engine = module.section_of(config), module.engine_of(config)
+            kind = (section.optimizer, section.freeze_vocabulary, engine.zero_stage)
+            found.setdefault(kind, ([], section, engine))[0].append(module.KIND)
     yield from found.values()
 
 
+def _training_stages(config: Config) -> list[tuple[Stage, TrainingStageModule]]:
+    """The stages of the run and its variants that train a model."""
+    modules: dict[str, TrainingStageModule] = {one.KIND: one for one in (pretrain, finetune, distill)}
+    return [(stage, modules[stage.module.KIND]) for stage in pipeline.stages(config) if stage.module.KIND in modules]
+
+
 def _memory_row(
-    parameters: Parameters, section: TrainConfig, engine: EngineConfig, stage: int, num_ranks: int
+    parameters: "Parameters", section: TrainConfig, engine: EngineConfig, stage: int, num_ranks: int
 ) -> list[str]:
     mark = "*" if stage == engine.zero_stage else " "
     here = engine.model_copy(update={"zero_stage": stage, "offload_optimizer": engine.offload_optimizer and stage > 0})
@@ -282,18 +239,14 @@ def _memory_row(
 # --- disk and work -------------------------------------------------------------------------------------------------
 
 
-def _variants(config: Config) -> list[tuple[str, Config]]:
-    """The run itself, under the name "", and its variants."""
-    return [("", config), *((name, variant(config, name)) for name in config.variants)]
-
-
-def _print_disk(config: Config, parameters: Parameters, console: "Console") -> None:
-    num_models = bool(config.model.nano) + bool(config.finetune) + sum(one.rounds for _, one in _variants(config))
-    rows = [["exported model", _gigabytes(model_bytes(parameters)), f"{num_models} in the end"]]
-    for name, section in (("finetune", config.finetune), ("distill", config.distill)):
-        if section is not None:
+def _print_disk(config: Config, parameters: "Parameters", console: "Console") -> None:
+    trainings = _training_stages(config)
+    rows = [["exported model", _gigabytes(model_bytes(parameters)), f"{len(trainings)} in the end"]]
+    for module in (finetune, distill):
+        if any(stage.module is module for stage, _ in trainings):
+            section = module.section_of(config)
             note = f"up to {section.keep_checkpoints + 1} at a time, none in the end"
-            rows.append([f"checkpoint of {name}", _gigabytes(checkpoint_bytes(parameters, section)), note])
+            rows.append([f"checkpoint of {module.KIND}", _gigabytes(checkpoint_bytes(parameters, section)), note])
     _table(console, "Disk, GB each", ["", "GB", ""], rows)
     console.print()
 
@@ -319,51 +272,37 @@ def _dataset(config: Config, split: Split) -> Dataset | None:
 
 
 def num_steps(section: TrainConfig, num_examples: int) -> int:
-    """Optimizer steps of a training, as ``loop.run`` counts them."""
+    """Optimizer steps of a training, as the training loop counts them."""
     order = CanonicalOrder([num_examples], section.global_batch_size, 0)
     return section.num_steps or order.num_steps(section.num_epochs or 0)
 
 
 def _training_rows(config: Config) -> Iterator[list[str]]:
-    if config.model.nano and (data := _dataset(config, "pretrain")):
-        yield _training_row("pretrain", data, config.pretrain, _num_examples(data), 1)
-    if config.finetune and (data := _dataset(config, "labeled")):
-        count = sum(shard.num_examples.get(config.data.source_language, 0) for shard in data.shards)
-        yield _training_row("finetune", data, config.finetune, min(count, config.finetune.num_examples or count), 1)
-    unlabeled = _dataset(config, "unlabeled")
-    for name, one in _variants(config):
-        if unlabeled and one.rounds:
-            title = f"distill ({name})" if name else "distill"
-            yield _training_row(title, unlabeled, one.distill, _num_distilled(unlabeled, one), one.rounds)
-
-
-def _num_distilled(data: Dataset, config: Config) -> int:
-    """Examples of the first ``select.num_groups`` groups, rounded up to whole shards."""
-    before = itertools.accumulate((shard.num_groups for shard in data.shards), initial=0)
-    wanted = config.select.num_groups or math.inf
-    shards = [shard for shard, start in zip(data.shards, before, strict=False) if start < wanted]
-    return sum(sum(shard.num_examples.values()) for shard in shards)
-
-
-def _training_row(name: str, data: Dataset, section: TrainConfig, num_examples: int, times: int) -> list[str]:
-    steps = f"{num_steps(section, num_examples):,}" if num_examples else "-"
-    return [name, f"{data.num_groups:,}", f"{num_examples:,}", steps, "", str(times)]
+    """Trainings; the rounds of a variant are alike."""
+    trainings = _training_stages(config)
+    for stage, module in trainings:
+        data = _dataset(config, module.SPLIT) if stage.round <= 1 else None
+        if data is not None:
+            times = sum(one.module is stage.module and one.variant == stage.variant for one, _ in trainings)
+            num_examples = sum(module.most_examples(data, stage.config))
+            section = module.section_of(stage.config)
+            steps = f"{num_steps(section, num_examples):,}" if num_examples else "-"
+            name = f"{module.KIND} ({stage.variant})" if stage.variant else module.KIND
+            yield [name, f"{data.num_groups:,}", f"{num_examples:,}", steps, "", str(times)]
 
 
 def _scoring_rows(config: Config) -> Iterator[list[str]]:
-    """Scoring passes; round 0 is shared by all variants."""
-    all_variants = [one for _, one in _variants(config)]
-    times = {
-        "unlabeled": 1 + sum(one.rounds - 1 + one.evaluate.calibrate for one in all_variants if one.rounds),
-        "test": 1 + sum(one.rounds for one in all_variants),
-    }
+    """Scoring passes."""
+    passes = Counter(
+        output.directory.name for stage in pipeline.stages(config) if stage.module is score for output in stage.outputs
+    )
     splits: tuple[Split, ...] = ("unlabeled", "test")
     for split in splits:
         if data := _dataset(config, split):
             rows_per_batch = max(1, config.score.tokens_per_batch // config.task.max_tokens)
             batches = sum(math.ceil(sum(shard.num_examples.values()) / rows_per_batch) for shard in data.shards)
             counts = [f"{data.num_groups:,}", f"{_num_examples(data):,}", "", f"{batches:,}"]
-            yield [f"score {split}", *counts, str(times[split])]
+            yield [f"score {split}", *counts, str(passes[split])]
 
 
 def _num_examples(data: Dataset) -> int:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from alsace_dist.errors import UserError
 from alsace_dist.files.manifest import read_json, write_json
+from alsace_dist.ranks.job import GPUS_PER_NODE
 
 if TYPE_CHECKING:
     import torch
@@ -29,7 +30,6 @@ CLOCK_SECONDS = 10.0
 PAIR_BYTES = 32 * 2**20
 MAX_CLOCK_SECONDS = 2.0  # more, and make, rsync and the order of log lines are fooled
 MAX_USED_BYTES = 2 * 10**9  # of a GPU that is free; the driver alone takes some hundred MB
-GPUS_PER_NODE = "ALSACE_GPUS_PER_NODE"  # what the job has asked for
 PACKAGES = ("alsace_dist", "torch", "deepspeed", "transformers", "tokenizers", "safetensors")
 Finding = tuple[bool, str, str]  # ok, what was checked, what was found
 

@@ -10,20 +10,10 @@ from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from alsace_dist.config import Count, Section
 from alsace_dist.config_file import read_yaml, validate
+from alsace_dist.pipeline import COMMANDS
 
-# The commands that a job can be for, beside `small` (jobs of one task) and `default`.
-STAGES = (
-    "prepare",
-    "pretrain-nano",
-    "finetune",
-    "score",
-    "select",
-    "distill",
-    "calibrate",
-    "evaluate",
-    "report",
-    "doctor",
-)
+# The commands that a job can be for.
+JOB_COMMANDS = (*COMMANDS, "report", "doctor")
 _SBATCH_LINE = re.compile(r"--[a-z][a-z-]*(=.*)?")
 _DURATION = re.compile(r"\d+(-\d+(:\d+){0,2})?|\d+(:\d+){1,2}")  # sbatch(1), --time
 
@@ -187,8 +177,8 @@ class SiteProfile(Section):
     @classmethod
     def _check_stages(cls, value: str | dict[str, str]) -> str | dict[str, str]:
         if isinstance(value, dict):
-            if unknown := sorted(value.keys() - {*STAGES, "default"}):
-                raise ValueError(f"{unknown[0]!r} is no stage; there are default, {', '.join(STAGES)}")
+            if unknown := sorted(value.keys() - {*JOB_COMMANDS, "default"}):
+                raise ValueError(f"{unknown[0]!r} is no stage; there are default, {', '.join(JOB_COMMANDS)}")
             if "default" not in value:
                 raise ValueError("needs a `default`")
         return value

@@ -12,7 +12,7 @@ from alsace_dist.config import Config
 from alsace_dist.errors import UserError
 from alsace_dist.files.layout import Layout
 from alsace_dist.files.manifest import write_text
-from alsace_dist.pipeline import Stage
+from alsace_dist.stages.base import Stage
 
 PACKAGE = Path(__file__).parent
 TEMPLATE = PACKAGE / "stage.sh.j2"
@@ -45,9 +45,7 @@ def jobs_of(config: Config, found: Sequence[Stage]) -> list[Job]:
     jobs = []
     for number, stage in enumerate(found, 1):
         arguments = (stage.command, str(layout.config), *stage.flags)
-        jobs.append(
-            Job(number, stage.name, stage.command, arguments, "ranks" if stage.is_distributed else "one", stage)
-        )
+        jobs.append(Job(number, stage.name, stage.command, arguments, "ranks" if stage.on_ranks else "one", stage))
     arguments = ("report", str(layout.run))
     return [*jobs, Job(len(found) + 1, "report", "report", arguments, "one", None)]
 
@@ -103,7 +101,8 @@ def render(config: Config, profile: SiteProfile, job: Job, num_nodes: int) -> st
         ranks_per_node=num_ranks,
         # The doctor's findings are not mended by trying again.
         max_requeues=0 if job.tasks == "nodes" else profile.max_requeues,
-        kill_on_bad_exit=int(job.tasks != "nodes"),  # where one node's failure is what the others shall tell
+        # In a doctor job the other nodes must survive a bad one, to report it.
+        kill_on_bad_exit=int(job.tasks != "nodes"),
         srun_options=_words(_srun_options(profile)),
         container=_words(_container(profile)),
         task_script=directory / TASK_SCRIPT.name,

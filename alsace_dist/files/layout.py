@@ -26,6 +26,11 @@ class Layout:
         return self.run / CONFIG_FILE
 
     @property
+    def locks(self) -> Path:
+        """One file per stage, which the process that works on it holds locked."""
+        return self.run / ".locks"
+
+    @property
     def slurm(self) -> Path:
         """Job scripts, their logs, and what the jobs leave."""
         return self.run / "slurm"
@@ -47,7 +52,7 @@ class Layout:
 
     @property
     def own(self) -> Path:
-        """What this variant does not share with the others."""
+        """What this variant does not share with the run."""
         return self.run / "variants" / self.variant if self.variant else self.run
 
     def scores(self, round_: int, split: str) -> Path:
@@ -69,9 +74,9 @@ class Layout:
 
     @property
     def evaluation(self) -> Path:
-        """Metrics of before against after."""
+        """Accuracies before and after."""
         return self.own / "evaluation"
 
     def tensorboard(self, directory: Path) -> Path:
-        """TensorBoard log of a stage's directory."""
+        """TensorBoard log of what is written into a stage's directory."""
         return self.run / "tensorboard" / directory.relative_to(self.run)

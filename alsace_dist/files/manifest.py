@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from alsace_dist import __version__
-from alsace_dist.errors import UserError
+from alsace_dist.errors import NotReady, UserError
 
 MANIFEST = "manifest.json"
 STARTED = "started.json"
@@ -64,13 +64,13 @@ RERUN = "delete its directory and run the stage again"
 
 
 def read_json(path: Path, remedy: str = RERUN) -> Any:
-    """Read JSON. Raises ``UserError`` if the file is missing, or with this ``remedy`` if it is broken."""
+    """Read JSON. Raises ``NotReady`` if the file is missing, ``UserError`` with this ``remedy`` if it is broken."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file; run the stage that writes it first") from None
+        raise NotReady(f"{path}: no such file; run the stage that writes it first") from None
     except PermissionError:
-        raise  # not broken: the operating system's own words say what to do
+        raise  # the file is not broken, and the operating system's message names path and reason
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise UserError(f"{path}: not readable as JSON ({error}); {remedy}") from None
 
@@ -143,11 +143,11 @@ def file_entry(path: Path) -> dict[str, Any]:
 def load_manifest(directory: Path, kind: str) -> Manifest:
     """Read a directory's manifest.
 
-    Raises ``UserError`` if it is missing (the stage has not finished), broken, or of another kind.
+    Raises ``NotReady`` if it is missing (the stage has not finished), ``UserError`` if it is broken or of another kind.
     """
     path = directory / MANIFEST
     if not path.exists():
-        raise UserError(f"{directory}: not complete ({MANIFEST} is missing); run the stage that writes it first")
+        raise NotReady(f"{directory}: not complete ({MANIFEST} is missing); run the stage that writes it first")
     value = read_json(path)
     if not isinstance(value, dict) or value.get("format_version") != FORMAT_VERSION:
         raise UserError(f"{path}: not of manifest format {FORMAT_VERSION}; delete {directory} and run its stage again")
@@ -189,7 +189,7 @@ class OtherSettings(UserError):
     """A directory holds, finished or begun, the output of another configuration."""
 
 
-MISSING = object()  # not None, which is a value of its own
+MISSING = object()  # None will not do: it is a value that JSON has
 
 
 def differences(old: Any, new: Any, name: str = "") -> list[str]:
@@ -231,7 +231,8 @@ def is_complete(directory: Path, kind: str, fingerprint: dict[str, Any]) -> bool
                 "choose another run_dir, undo the change, or delete that directory"
             )
         if name == MANIFEST:
-            verify_files(directory, load_manifest(directory, kind), hashes=False)  # sizes only: it must stay quick
+            # Sizes alone: this runs before every stage, and hashing a model takes about a second per GB.
+            verify_files(directory, load_manifest(directory, kind), hashes=False)
             return True
         return False
     return False

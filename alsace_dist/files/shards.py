@@ -17,7 +17,7 @@ from urllib.parse import quote, unquote
 
 import fsspec
 
-from alsace_dist.errors import UserError
+from alsace_dist.errors import NotReady, UserError
 from alsace_dist.files.manifest import FORMAT_VERSION, MANIFEST, Manifest, atomic_path, digest_bytes, write_manifest
 
 KIND = "dataset"
@@ -26,8 +26,8 @@ ALLOWED_SCHEMES = ("file", "s3", "gs", "gcs", "abfs", "az", "hdfs", "https", "me
 
 
 @dataclass(frozen=True)
-class Group:
-    """A parallel group: one example in several languages.
+class ParallelGroup:
+    """One example in several languages.
 
     ``label``: index into the task's labels, or None. ``texts``: language -> field -> text.
     """
@@ -70,7 +70,7 @@ class Dataset:
 
 def write_dataset(
     directory: Path,
-    groups: Iterable[Group],
+    groups: Iterable[ParallelGroup],
     labels: tuple[str, ...],
     groups_per_shard: int,
     fingerprint: dict[str, Any],
@@ -78,7 +78,8 @@ def write_dataset(
 ) -> Dataset:
     """Write groups, in their order, as shards of ``groups_per_shard`` and a manifest.
 
-    The bytes depend on nothing but the arguments. ``labels``: the task's label names, which ``Group.label`` indexes.
+    The bytes depend on nothing but the arguments. ``labels``: the task's label names, which
+    ``ParallelGroup.label`` indexes.
     """
     shards: list[dict[str, Any]] = []
     paths: list[Path] = []
@@ -96,7 +97,7 @@ def write_dataset(
     return _dataset(str(directory), manifest)
 
 
-def _write_tar(path: Path, groups: Iterable[Group]) -> None:
+def _write_tar(path: Path, groups: Iterable[ParallelGroup]) -> None:
     import webdataset  # imports torch, so only where it is used
 
     with (
@@ -120,14 +121,15 @@ def _encode_key(key: str) -> str:
 def open_dataset(url: str | Path) -> Dataset:
     """Open a dataset by directory or fsspec URL.
 
-    Raises ``UserError`` if the manifest is missing, broken or of another kind, or the URL's scheme is not allowed.
+    Raises ``NotReady`` if there is no manifest, ``UserError`` if it is broken or of another kind, or if the URL's
+    scheme is not allowed.
     """
     location = str(url).rstrip("/")
     path = f"{location}/{MANIFEST}"
     try:
         value = json.loads(_read_bytes(path))
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file; run `alsace prepare`, or name a prepared dataset") from None
+        raise NotReady(f"{path}: no such file; run `alsace prepare`, or name a prepared dataset") from None
     except ValueError as error:
         raise UserError(f"{path}: broken ({error}); delete {location} and run `alsace prepare` again") from None
     if not isinstance(value, dict) or value.get("kind") != KIND or value.get("format_version") != FORMAT_VERSION:
@@ -164,7 +166,7 @@ def _read_bytes(url: str) -> bytes:
     return data
 
 
-def read_shard(dataset: Dataset, shard: ShardInfo) -> list[Group]:
+def read_shard(dataset: Dataset, shard: ShardInfo) -> list[ParallelGroup]:
     """Read one shard whole and check it against the manifest: sha256, members, schema, counts per language.
 
     Raises ``UserError`` naming the shard and, where it can, the member.
@@ -195,7 +197,7 @@ def read_shard(dataset: Dataset, shard: ShardInfo) -> list[Group]:
     return groups
 
 
-def _parse_tar(url: str, data: bytes) -> Iterator[Group]:
+def _parse_tar(url: str, data: bytes) -> Iterator[ParallelGroup]:
     from webdataset.tariterators import tar_file_iterator
 
     for member in tar_file_iterator(io.BytesIO(data), skip_meta=None):
@@ -208,11 +210,11 @@ def _parse_tar(url: str, data: bytes) -> Iterator[Group]:
             raise UserError(f"{url}: member {name!r} is not a parallel group ({error!r}); prepare it again") from None
 
 
-def _parse_group(key: str, record: dict[str, Any]) -> Group:
+def _parse_group(key: str, record: dict[str, Any]) -> ParallelGroup:
     label, texts = record["label"], record["texts"]
     if not (label is None or type(label) is int):
         raise ValueError(f"label {label!r} is neither a number nor null")
     for language, fields in texts.items():
         if not fields or not all(isinstance(text, str) for text in fields.values()):
             raise ValueError(f"language {language!r} lacks fields of text")
-    return Group(key, label, texts)
+    return ParallelGroup(key, label, texts)

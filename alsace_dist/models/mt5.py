@@ -1,36 +1,128 @@
-"""mT5 as a scorer of candidate answers, and as a language model for pretraining; reading and checking weights.
+"""mT5: an encoder reads the prompt once, the decoder scores the candidates.
 
 The output head is kept apart from the body on purpose. transformers ties mT5's head to its input embedding although
 the two differ in every released checkpoint, and under ZeRO-3 it then overwrites the head without a word. Here the body
-(``MT5Model``) has no head at all; the rows that the answers need are a small parameter of their own, filled from the
+(``MT5Model``) has no head at all; the rows that the candidates need are a small parameter of their own, filled from the
 checkpoint's ``lm_head.weight`` and spliced back into the whole head on export.
 """
 
-import zipfile
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from alsace_dist.data.rows import Answers, Candidates, EncodedRow
 from alsace_dist.errors import UserError
-from alsace_dist.files.manifest import digest_bytes, digest_json, read_json
-from alsace_dist.tasks.base import Answers
+from alsace_dist.models.batches import IGNORED, Inputs, pad
+from alsace_dist.models.family import WHOLE, Family, Parameters
+from alsace_dist.models.weights import SOUND, Weights, read_config
 
 HEAD = "lm_head.weight"
 EMBEDDING = "shared.weight"
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-class AnswerHead(nn.Module):
-    """The rows of the output head that belong to the answers' tokens. ``weight``: [num_tokens, d_model]."""
+# --- the form of the candidates ------------------------------------------------------------------------------------
 
-    def __init__(self, num_tokens: int, d_model: int) -> None:
+
+@dataclass(frozen=True)
+class CandidateForm:
+    """How candidates are scored.
+
+    ``single_token``: every candidate is one token long, scored at one position of the decoder; then the rows of
+    ``vocabulary`` (sorted ids of all candidates) are all that is needed of the output head. Otherwise candidates are
+    sequences that end with the end-of-sequence token, so that none wins for being the beginning of another, and the
+    head is kept whole. ``decoder_prefix``: what the decoder starts with, the start token first. ``longest``: tokens to
+    which shorter sequences are filled up, so that shapes, and with them last bits, do not vary from batch to batch.
+    """
+
+    single_token: bool
+    vocabulary: tuple[int, ...]
+    decoder_prefix: tuple[int, ...]
+    pad_id: int
+    longest: int = 1
+
+    @classmethod
+    def of(
+        cls, candidates: Iterable[Candidates], decoder_prefix: tuple[int, ...], single_token: bool, pad_id: int
+    ) -> "CandidateForm":
+        """The form of fixed candidates, which are all there will be."""
+        rows = [row for one in candidates for row in one.tokens]
+        vocabulary = sorted({token for row in rows for token in row}) if single_token else ()
+        longest = max((len(row) for row in rows), default=1)
+        return cls(single_token, tuple(vocabulary), decoder_prefix, pad_id, longest)
+
+    @property
+    def head_rows(self) -> list[int] | None:
+        """Rows of the output head that are kept; None: all."""
+        return list(self.vocabulary) if self.single_token else None
+
+
+class Collator:
+    """Batches of encoded rows; what belongs to equal candidates is made once."""
+
+    def __init__(self, form: CandidateForm) -> None:
+        self._form = form
+        self._row_of = {token: row for row, token in enumerate(form.vocabulary)}
+        self._made: dict[Candidates, tuple[Tensor, Tensor]] = {}
+
+    def __call__(self, rows: Sequence[EncodedRow]) -> Inputs:
+        """Prompts padded to the longest; decoder inputs and predicted tokens as ``CandidateScorer`` takes them."""
+        ids = pad([row.input_ids for row in rows], self._form.pad_id)
+        lengths = torch.tensor([len(row.input_ids) for row in rows])
+        mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
+        decoder_inputs, answer_ids = zip(*(self._candidates(row.candidates) for row in rows), strict=True)
+        return Inputs(ids, mask, _stack(decoder_inputs, self._form.pad_id), _stack(answer_ids, IGNORED))
+
+    def _candidates(self, candidates: Candidates) -> tuple[Tensor, Tensor]:
+        if candidates not in self._made:
+            prefix = torch.tensor(self._form.decoder_prefix)
+            if self._form.single_token:
+                rows = torch.tensor([self._row_of[row[0]] for row in candidates.tokens])
+                self._made[candidates] = (prefix, rows)
+            else:
+                self._made[candidates] = self._sequences(candidates)
+        return self._made[candidates]
+
+    def _sequences(self, candidates: Candidates) -> tuple[Tensor, Tensor]:
+        """Decoder inputs and predicted tokens [K, prefix + longest - 1]: position i predicts what comes after it."""
+        prefix = list(self._form.decoder_prefix)
+        longest = max(self._form.longest, *(len(row) for row in candidates.tokens))
+        inputs = torch.full((len(candidates), len(prefix) + longest - 1), self._form.pad_id)
+        targets = torch.full_like(inputs, IGNORED)
+        for index, row in enumerate(candidates.tokens):
+            inputs[index, : len(prefix) + len(row) - 1] = torch.tensor(prefix + list(row[:-1]))
+            targets[index, len(prefix) - 1 : len(prefix) - 1 + len(row)] = torch.tensor(row)
+        return inputs, targets
+
+
+def _stack(tensors: Sequence[Tensor], value: int) -> Tensor:
+    """Tensors of one rank as one, each filled up at its ends with ``value`` to the largest size."""
+    if len({tensor.shape for tensor in tensors}) == 1:
+        return torch.stack(list(tensors))
+    shape = np.max([tensor.shape for tensor in tensors], axis=0).tolist()
+    whole = torch.full((len(tensors), *shape), value, dtype=tensors[0].dtype)
+    for row, tensor in zip(whole, tensors, strict=True):
+        row[tuple(slice(size) for size in tensor.shape)] = tensor
+    return whole
+
+
+# --- the module ----------------------------------------------------------------------------------------------------
+
+
+class CandidateHead(nn.Module):
+    """Rows of the output head. ``weight``: [num_rows, d_model]."""
+
+    def __init__(self, num_rows: int, d_model: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(num_tokens, d_model))
+        self.weight = nn.Parameter(torch.empty(num_rows, d_model))
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """hidden [batch, d_model] -> float32 logits [batch, num_tokens]; bf16 logits would quantise the loss."""
+        """hidden [batch, d_model] -> float32 logits [batch, num_rows]; bf16 logits would quantise the loss."""
         return nn.functional.linear(hidden.float(), self.weight.float())
 
 
@@ -40,32 +132,34 @@ class CandidateScorer(nn.Module):
     One module with one ``forward``, because DeepSpeed hooks the root: calling a part of it would bypass the hooks.
     """
 
-    head: AnswerHead
+    head: CandidateHead
 
-    def __init__(self, body: Any, answers: Answers) -> None:
+    def __init__(self, body: Any, form: CandidateForm) -> None:
         super().__init__()
         self.body: Any = body
-        self.single_token = answers.single_token
-        size, width = body.config.vocab_size, body.config.d_model
-        self.head = AnswerHead(len(answers.vocabulary) if self.single_token else size, width)
+        self.single_token = form.single_token
+        num_rows = len(form.vocabulary) if form.single_token else body.config.vocab_size
+        self.head = CandidateHead(num_rows, body.config.d_model)
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, decoder_input_ids: Tensor, answer_ids: Tensor
     ) -> Tensor:
         """Score candidates.
 
-        input_ids, attention_mask: [batch, length]. With single-token answers decoder_input_ids is [batch, prefix] and
-        answer_ids [batch, K] indexes the head's rows. Otherwise decoder_input_ids is [batch, K, target] and answer_ids
-        [batch, K, target] holds the token that each position predicts, -100 where it counts for nothing.
-        Returns float32 log-probabilities [batch, K], normalised over the K candidates.
+        input_ids, attention_mask: [batch, length]. With single-token candidates decoder_input_ids is [batch, prefix]
+        and answer_ids [batch, K] indexes the head's rows. Otherwise decoder_input_ids is [batch, K, target] and
+        answer_ids [batch, K, target] holds the token that each position predicts. -100 counts for nothing: a position
+        without a token, a candidate that a row lacks.
+        Returns float32 log-probabilities [batch, K], normalised over a row's candidates, -inf for those that it lacks.
         """
         if self.single_token:
             output = self.body(
                 input_ids=input_ids, attention_mask=attention_mask, decoder_input_ids=decoder_input_ids, use_cache=False
             )
             # The softmax over K logits is the full softmax renormalised over the candidates: exact without full logits.
-            logits = self.head(output.last_hidden_state[:, -1]).gather(1, answer_ids)
-            return torch.log_softmax(logits, dim=-1)
+            lacks = answer_ids == IGNORED
+            logits = self.head(output.last_hidden_state[:, -1]).gather(1, answer_ids.clamp(min=0))
+            return torch.log_softmax(logits.masked_fill(lacks, -torch.inf), dim=-1)
         return self._score_sequences(input_ids, attention_mask, decoder_input_ids, answer_ids)
 
     def _score_sequences(
@@ -79,36 +173,15 @@ class CandidateScorer(nn.Module):
             encoder_attention_mask=mask.repeat_interleave(num_candidates, dim=0),
             use_cache=False,
         ).last_hidden_state
-        counted = answer_ids.flatten(0, 1) != -100
+        counted = answer_ids.flatten(0, 1) != IGNORED
         tokens = answer_ids.flatten(0, 1)[counted]
         token_log_probs = -nn.functional.cross_entropy(self.head(hidden[counted]), tokens, reduction="none")
         # Not index_add, whose order, and so last bits, vary on GPUs.
         by_position = torch.zeros(counted.shape, device=hidden.device)
         by_position[counted] = token_log_probs
-        return torch.log_softmax(by_position.sum(dim=1).view(batch, num_candidates), dim=-1)
-
-
-class LanguageModel(nn.Module):
-    """Body with a whole, untied head, for pretraining a nano model."""
-
-    def __init__(self, body: Any) -> None:
-        super().__init__()
-        self.body: Any = body
-        self.head = AnswerHead(body.config.vocab_size, body.config.d_model)
-
-    def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, decoder_input_ids: Tensor, answer_ids: Tensor
-    ) -> Tensor:
-        """Mean cross-entropy of each row's target tokens (answer_ids [batch, target], -100 = not counted): [batch]."""
-        hidden = self.body(
-            input_ids=input_ids, attention_mask=attention_mask, decoder_input_ids=decoder_input_ids, use_cache=False
-        ).last_hidden_state
-        # Over the whole vocabulary a float32 product would take too long; the loss is float32 all the same.
-        logits = nn.functional.linear(hidden.flatten(0, 1), self.head.weight).float()
-        losses = nn.functional.cross_entropy(logits, answer_ids.flatten(), ignore_index=-100, reduction="none").view(
-            answer_ids.shape
-        )
-        return losses.sum(dim=1) / (answer_ids != -100).sum(dim=1).clamp(min=1)
+        lacks = ~counted.any(dim=1).view(batch, num_candidates)
+        sums = by_position.sum(dim=1).view(batch, num_candidates)
+        return torch.log_softmax(sums.masked_fill(lacks, -torch.inf), dim=-1)
 
 
 def make_body(config: Any, dropout: float) -> Any:
@@ -122,108 +195,27 @@ def make_body(config: Any, dropout: float) -> Any:
     return body
 
 
-def initialise(module: LanguageModel, seed: int) -> None:
-    """Initial values of a new model, the same for every rank and world size.
-
-    T5's scheme as in transformers, except for the head: its stock initialisation (standard deviation 1) makes the
-    first loss near 150; d_model ** -0.5 makes it ln(vocabulary).
-    """
-    torch.manual_seed(seed)
-    # Not init_weights(): that leaves alone what the constructor has initialised, from whatever state torch was in.
-    module.body.apply(module.body._init_weights)
-    nn.init.normal_(module.head.weight, std=module.body.config.d_model**-0.5)
+def make_scorer(config: Any, form: CandidateForm, dropout: float, gradient_checkpointing: bool) -> CandidateScorer:
+    """The module that scores candidates of this form."""
+    body = make_body(config, dropout)
+    if gradient_checkpointing:
+        body.gradient_checkpointing_enable({"use_reentrant": False})
+    return CandidateScorer(body, form)
 
 
-class Weights:
-    """The tensors of a ``transformers`` directory, read one at a time: safetensors, whole or sharded, or torch files.
-
-    Torch files are opened with ``weights_only=True``: nothing in them is executed.
-    """
-
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-        self._torch: dict[str, dict[str, Tensor]] = {}
-        self._files = self._index()
-
-    def _index(self) -> dict[str, str]:
-        for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
-            index = self.directory / f"{stem}.{suffix}.index.json"
-            single = self.directory / f"{stem}.{suffix}"
-            if index.exists():
-                value = read_json(index, "get a sound checkpoint")
-                files = value.get("weight_map") if isinstance(value, dict) else None
-                if not isinstance(files, dict) or not all(isinstance(name, str) for name in files.values()):
-                    raise UserError(f"{index}: holds no weight_map of file names; get a sound checkpoint")
-                if bad := next((name for name in files.values() if Path(name).name != name), None):
-                    raise UserError(f"{index}: names the file {bad!r} outside its directory; get a sound checkpoint")
-                return files
-            if single.exists():
-                return dict.fromkeys(self._keys(single), single.name)
-        raise UserError(
-            f"{self.directory}: holds no model.safetensors and no pytorch_model.bin; "
-            "model.path must name a transformers directory"
-        )
-
-    def _keys(self, file: Path) -> list[str]:
-        if file.suffix == ".bin":
-            return list(self._load_torch(file.name))
-        with _open_safetensors(file) as opened:
-            return list(opened.keys())
-
-    def _load_torch(self, name: str) -> dict[str, Tensor]:
-        if name not in self._torch:
-            path = self.directory / name
-            try:
-                # Files in the format from before torch 1.6 are no zip archives and cannot be mapped.
-                mapped = zipfile.is_zipfile(path)
-                self._torch = {name: torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)}
-            except Exception as error:  # torch raises many kinds; all of them mean that the file is not usable
-                reason = " ".join(str(error).split())[:200]
-                raise UserError(f"{path}: cannot be read as weights ({reason}); get the file again") from None
-        return self._torch[name]
-
-    def _missing(self, key: str) -> UserError:
-        return UserError(f"{self.directory / self._files[key]}: lacks {key}, which the index lists; get the file again")
-
-    def __contains__(self, key: str) -> bool:
-        return key in self._files
-
-    def keys(self) -> set[str]:
-        """Names of all tensors."""
-        return set(self._files)
-
-    def tensor(self, key: str) -> Tensor:
-        """One tensor, on the CPU. Raises ``UserError`` if the file is broken."""
-        name = self._files[key]
-        if name.endswith(".bin"):
-            found = self._load_torch(name)
-            if not isinstance(found, dict) or not isinstance(found.get(key), Tensor):
-                raise self._missing(key)
-            return found[key]
-        with _open_safetensors(self.directory / name) as opened:
-            if key not in opened.keys():  # noqa: SIM118 (not a mapping)
-                raise self._missing(key)
-            tensor: Tensor = opened.get_tensor(key)
-        return tensor
-
-    def shape(self, key: str) -> tuple[int, ...]:
-        """Shape of one tensor without reading it (safetensors)."""
-        name = self._files[key]
-        if name.endswith(".bin"):
-            return tuple(self.tensor(key).shape)
-        with _open_safetensors(self.directory / name) as opened:
-            if key not in opened.keys():  # noqa: SIM118 (not a mapping)
-                raise self._missing(key)
-            return tuple(opened.get_slice(key).get_shape())
+# --- files ---------------------------------------------------------------------------------------------------------
 
 
-def _open_safetensors(path: Path) -> Any:
-    from safetensors import SafetensorError, safe_open
+def load_config(directory: Path) -> Any:
+    """The ``MT5Config`` of a directory. Raises ``UserError`` if config.json is broken."""
+    from transformers import MT5Config
 
+    value = read_config(directory)
     try:
-        return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: cannot be read as safetensors ({error}); get the file again") from None
+        return MT5Config.from_dict(value)
+    except Exception as error:  # transformers' own validation, of several kinds
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{directory / 'config.json'}: {reason}; {SOUND}") from None
 
 
 def head_key(weights: Weights) -> str:
@@ -252,77 +244,100 @@ def check_weights(module: CandidateScorer, weights: Weights) -> None:
     if problems:
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
         rows = "; ".join(problems[:5])
-        raise UserError(f"{weights.directory}: does not fit its config.json: {rows}{more}; get a sound checkpoint")
+        raise UserError(f"{weights.directory}: does not fit its config.json: {rows}{more}; {SOUND}")
 
 
-def load_tokenizer(directory: Path) -> Any:
-    """The model's tokenizer, always through AutoTokenizer. Raises ``UserError`` if there is none."""
-    from transformers import AutoTokenizer
-
-    remedy = "put the model's tokenizer files there"
-    # Without any, transformers makes an empty tokenizer of the model's type and says nothing.
-    if not any((directory / name).exists() for name in ("tokenizer.json", "spiece.model", "sentencepiece.model")):
-        raise UserError(f"{directory}: has no usable tokenizer (no tokenizer.json, no spiece.model); {remedy}")
-    try:
-        return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
-    except Exception as error:  # transformers and tokenizers raise many kinds for a broken file
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise UserError(f"{directory}: has no usable tokenizer ({reason}); {remedy}") from None
+# --- the family ----------------------------------------------------------------------------------------------------
 
 
-def load_model_config(directory: Path) -> Any:
-    """The model's transformers config. Raises ``UserError`` for anything but an mT5."""
-    from transformers import MT5Config
+class MT5(Family):
+    """mT5 from small to XXL, and checkpoints of the same architecture."""
 
-    path = directory / "config.json"
-    value = read_json(path, "get a sound checkpoint")
-    kind = value.get("model_type") if isinstance(value, dict) else None
-    if kind != "mt5":
-        raise UserError(f"{path}: model_type is {kind!r}; only 'mt5' is supported")
-    try:
-        return MT5Config.from_dict(value)
-    except Exception as error:  # transformers' own validation, of several kinds
-        raise UserError(f"{path}: {' '.join(str(error).split())[:200]}; get a sound checkpoint") from None
+    vocabulary = frozenset({"body.shared.weight"})
+    delicate = ("head.weight",)
 
+    def __init__(self, directory: Path, answers: Answers) -> None:
+        super().__init__(directory, answers)
+        # Decide it over all languages of the task: finetuning encodes the source language only, but must train the same
+        # form of score that the later scoring pass uses.
+        self.is_single_token = all(len(self.token_ids(text)) == 1 for text in answers.every)
+        fixed = [self.candidates(texts, language) for language, texts in answers.fixed.items()]
+        prefix = self.token_ids(answers.decoder_prefix) if answers.decoder_prefix else ()
+        if self.tokenizer.unk_token_id in prefix:
+            raise UserError(f"task.decoder_prefix: {answers.decoder_prefix!r} holds unknown tokens; choose another")
+        prefix = (self.config.decoder_start_token_id, *prefix)
+        self.form = CandidateForm.of(fixed, prefix, self.is_single_token, self.tokenizer.pad_token_id)
+        self._collator = Collator(self.form)
 
-CONFIG_FILES = ["*.json", "*.model"]
-MODEL_FILES = [*CONFIG_FILES, "*.safetensors", "pytorch_model*.bin"]
+    load_config = staticmethod(load_config)
 
+    @property
+    def head_rows(self) -> list[int] | None:
+        return self.form.head_rows
 
-def resolve_model(path: str, revision: str | None = None, patterns: list[str] = MODEL_FILES) -> Path:
-    """Local directory of a model, downloading the files that ``patterns`` name from the hub if it is not a directory.
+    @cached_property
+    def weights(self) -> Weights:
+        """The checkpoint's tensors."""
+        return Weights(self.directory)
 
-    Raises ``UserError`` if it is neither here nor to be had.
-    """
-    if Path(path).is_dir():
-        if revision:
-            raise UserError(f"model.revision: {path} is a directory, which has no revisions; remove it")
-        return Path(path)
-    from huggingface_hub import snapshot_download
+    def encode_candidates(self, texts: tuple[str, ...]) -> Candidates:
+        end = () if self.is_single_token else (self.tokenizer.eos_token_id,)
+        return Candidates(tuple(self.token_ids(text) + end for text in texts))
 
-    try:
-        return Path(snapshot_download(path, revision=revision, allow_patterns=patterns))
-    except Exception as error:  # the hub client raises dozens of kinds; to a person they are all this one
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"model.path: {path!r} is neither a directory nor to be had from the hub ({reason}); "
-            "check the name, or download it beforehand and give its directory"
-        ) from None
+    def collate(self, rows: Sequence[EncodedRow]) -> Inputs:
+        return self._collator(rows)
 
+    def build(self, dropout: float, gradient_checkpointing: bool) -> CandidateScorer:
+        return make_scorer(self.load_config(self.directory), self.form, dropout, gradient_checkpointing)
 
-def model_identity(directory: Path) -> dict[str, Any]:
-    """What tells a model's files from another's without reading gigabytes.
+    def check_weights(self) -> None:
+        with torch.device("meta"):
+            check_weights(self.build(0.0, False), self.weights)
 
-    Size and first and last mebibyte of each weight file, and the configs whole.
-    """
-    identity: dict[str, Any] = {}
-    for file in sorted(directory.iterdir()):
-        if file.suffix in (".json", ".model"):
-            identity[file.name] = digest_bytes(file.read_bytes())
-        elif file.suffix in (".safetensors", ".bin"):
-            with file.open("rb") as opened:
-                head = opened.read(1 << 20)
-                opened.seek(max(0, file.stat().st_size - (1 << 20)))
-                tail = opened.read()
-            identity[file.name] = [file.stat().st_size, digest_bytes(head + tail)]
-    return {"model": digest_json(identity)}
+    def initial_value(self, name: str, part: slice = WHOLE) -> Tensor:
+        if name == "head.weight":
+            key = head_key(self.weights)
+            if self.head_rows is None:
+                return self.weights.tensor(key)[part].float()
+            return self.weights.rows(key, self.head_rows[part]).float()
+        return self.weights.tensor(name.removeprefix("body."))[part].float()
+
+    def exported(self, name: str, value: Tensor) -> dict[str, Tensor]:
+        if name != "head.weight":
+            return {name.removeprefix("body."): value}
+        if self.head_rows is None:
+            return {HEAD: value}
+        whole = self.weights.tensor(head_key(self.weights)).float().clone()
+        whole[self.head_rows] = value
+        return {HEAD: whole}
+
+    def remaining(self, written: Collection[str]) -> Iterator[tuple[str, Tensor]]:
+        for key in sorted(self.weights.keys() - set(written)):
+            if not key.endswith("embed_tokens.weight"):  # a copy of the embedding that some checkpoints hold
+                yield key, self.weights.tensor(key).float()
+
+    @staticmethod
+    def describe(config: Any) -> str:
+        layers = f"{config.num_layers} encoder and {config.num_decoder_layers} decoder layers"
+        return f"mT5, width {config.d_model}, {layers}, vocabulary {config.vocab_size:,}"
+
+    @staticmethod
+    def count_parameters(config: Any, num_head_rows: int | None) -> Parameters:
+        form = CandidateForm(num_head_rows is not None, tuple(range(num_head_rows or 0)), (0,), 0)
+        with torch.device("meta"):
+            scorer = make_scorer(config, form, 0.0, gradient_checkpointing=False)
+        embedding = scorer.body.shared.weight.numel()
+        body = sum(parameter.numel() for parameter in scorer.body.parameters())
+        return Parameters(body, embedding, embedding, scorer.head.weight.numel())
+
+    @staticmethod
+    def forward_flops(config: Any, lengths: Sequence[int], num_decoder_tokens: int) -> float:
+        width, inner = config.d_model, config.num_heads * config.d_kv
+        feed_forward = 3 * width * config.d_ff  # gated: two matrices in, one out
+        num_layers, num_decoder_layers = config.num_layers, config.num_decoder_layers
+        per_encoder_token = num_layers * (4 * width * inner + feed_forward) + num_decoder_layers * 2 * width * inner
+        per_decoder_token = num_decoder_layers * (6 * width * inner + feed_forward)
+        sizes = np.asarray(lengths, dtype=np.float64)
+        num_outputs = num_decoder_tokens * len(sizes)
+        pairs = num_layers * (sizes**2).sum() + num_decoder_layers * num_decoder_tokens * (num_outputs + sizes.sum())
+        return float(2 * (per_encoder_token * sizes.sum() + per_decoder_token * num_outputs + 2 * inner * pairs))

@@ -13,16 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from alsace_dist.config import EngineConfig
-from alsace_dist.errors import EXIT_STOPPED, STOPPED, Stopped, UserError
-from alsace_dist.ranks.group import (
-    ERROR_DIR,
-    NODE_RANK,
-    NUM_NODES,
-    RANKS_PER_NODE,
-    STOP_SIGNALS,
-    PeerFailed,
-    RankFailed,
-)
+from alsace_dist.errors import EXIT_STOPPED, STOPPED, PeerFailed, RankFailed, Stopped, UserError
+from alsace_dist.ranks.failures import ERROR_DIR
+from alsace_dist.ranks.group import STOP_SIGNALS
+from alsace_dist.ranks.job import NODE_RANK, NUM_NODES, RANKS_PER_NODE
 
 RENDEZVOUS_SECONDS = 600  # nodes load the program from a shared disk, some slowly
 
@@ -48,7 +42,7 @@ def launch(arguments: Sequence[str], num_processes: int, debug: bool = False) ->
     """
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    # Its warnings are about handlers that are installed here, its errors about ranks that speak for themselves.
+    # torchrun warns of signal handlers, which this module installs, and reports failed ranks, which speak themselves.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     with tempfile.TemporaryDirectory(prefix="alsace-") as directory:
         settings = LaunchConfig(
@@ -78,7 +72,7 @@ def launch(arguments: Sequence[str], num_processes: int, debug: bool = False) ->
             del os.environ[ERROR_DIR]
         if outcome:
             raise _explain(outcome[0], Path(directory), debug)
-        if is_asked_to_stop:  # too late for this stage, but there may be others
+        if is_asked_to_stop:  # the stage was done already, but later stages must not begin
             raise Stopped(STOPPED)
 
 
@@ -134,7 +128,8 @@ def _explain(error: BaseException, directory: Path, debug: bool) -> Exception:
         if (row := json.loads(file.read_text()))
     )
     first = rows[0] if rows else None
-    # The first by its time may be one that saw the other die: the times are whole seconds.
+    # torchrun's times have a resolution of 1 s, so its "first" failure may be a rank that only noticed the death of
+    # another; prefer one killed by a signal.
     codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
     killed = next((rank for rank, code in codes.items() if code < 0 and code != -signal.SIGTERM), None)
     if killed is not None and (first is None or first[0]):
@@ -150,7 +145,7 @@ def _explain(error: BaseException, directory: Path, debug: bool) -> Exception:
         return RankFailed(f"rank {rank} ended with exit code {failure.exitcode}; its output above says why")
     row = first[3]
     if row["is_secondary"] and NUM_NODES in os.environ:
-        return PeerFailed(row["message"])  # it died on another node, which says how
+        return PeerFailed(row["message"])  # the rank died on another node, whose launcher says how
     if debug or row["is_defect"]:
         print(row["traceback"], file=sys.stderr)
     if row["is_user_error"]:

@@ -6,19 +6,21 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TextIO
 
+from alsace_dist.errors import RankFailed
 from alsace_dist.files.manifest import write_text
-from alsace_dist.ranks import group as ranks
-from alsace_dist.ranks.group import RankFailed, Runtime
+from alsace_dist.ranks import failures, job
+from alsace_dist.ranks.group import Ranks
 
 JOIN_SECONDS = 10.0  # for a message to the store to come back
 WAIT_SECONDS = 15.0  # for the other ranks to say where they are
-GRACE_SECONDS = 60.0  # after which the interpreter's own timer ends a rank whose interpreter does not run at all
+# A C timer kills a rank whose main thread holds the GIL, so that the watching thread never runs; this much later.
+GRACE_SECONDS = 60.0
 
 
 class Watchdog:
@@ -28,18 +30,19 @@ class Watchdog:
     ``directory``, compares, and ends with the names of the ranks that are behind.
     """
 
-    def __init__(self, runtime: Runtime, directory: Path, seconds: float | None) -> None:
+    def __init__(self, ranks: Ranks, directory: Path, seconds: float | None) -> None:
         """``directory``: of the stage; in a job everything goes to what the job leaves of this start. Collective."""
-        self.runtime, self.seconds = runtime, seconds
-        self.directory = Path(os.environ.get(ranks.ATTEMPT_DIR, directory)) / "hang"
+        self.ranks, self.seconds = ranks, seconds
+        self.directory = (job.attempt_directory() or directory) / "hang"
         self.num_beats, self.last_beat, self.what = 0, time.monotonic(), "the start"
         self._ended, self._is_done = threading.Event(), False
         self._stacks: TextIO | None = None
         self._main_thread = threading.get_ident()
-        runtime.main_first(self._clear)
+        self._name = ranks.own_name(f"watchdog/{self.directory}")
+        ranks.main_first(self._clear)
 
     def _clear(self) -> None:
-        """What an earlier hang has left would be taken for this one's."""
+        """Remove what an earlier hang has left: it would be taken for this hang's."""
         for path in self.directory.glob("rank*"):
             path.unlink()
 
@@ -55,7 +58,7 @@ class Watchdog:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._ended.set()
         if self._stacks is not None:
-            self._thread.join(JOIN_SECONDS)  # else it might start the clock once more
+            self._thread.join(JOIN_SECONDS)  # a running thread might start the clock once more
             faulthandler.cancel_dump_traceback_later()
             self._stacks.close()
             self._file("stacks").unlink(missing_ok=True)  # empty: nothing hung
@@ -89,19 +92,19 @@ class Watchdog:
     def _watch_through_store(self, seconds: float, stacks: TextIO) -> None:
         from torch.distributed.distributed_c10d import _get_default_store
 
-        store, total, next_look = _get_default_store(), 0, 0.0
-        name = f"watchdog/{self.directory}"
-        beats = [f"{name}/beats{rank}" for rank in range(self.runtime.world_size)]
+        store, total, next_look, name = _get_default_store(), 0, 0.0, self._name
+        beats = [f"{name}/beats{rank}" for rank in range(self.ranks.world_size)]
         for key in beats:
             store.add(key, 0)
         while not self._ended.wait(min(1.0, seconds / 4)):
-            store.set(beats[self.runtime.rank], str(self.num_beats))
+            store.set(beats[self.ranks.rank], str(self.num_beats))
             if self._is_done and time.monotonic() > next_look:  # seldom: every rank that is done asks for all
                 next_look = time.monotonic() + seconds / 10
                 before, total = total, sum(int(value) for value in store.multi_get(beats))
                 if total != before:
                     self._start_clock()
-            # Where one rank finds a hang, all say where they are: it would end them before they find it themselves.
+            # The first rank to detect a hang kills the group, so every rank must report its position as soon as one
+            # has.
             if time.monotonic() - self.last_beat > seconds or store.check([f"{name}/hang"]):
                 store.set(f"{name}/hang", "")
                 self._end(seconds, stacks, store, name)
@@ -109,18 +112,18 @@ class Watchdog:
     def _end(self, seconds: float, stacks: TextIO, store: Any, name: str) -> None:
         faulthandler.dump_traceback(file=stacks)
         place = {"beats": self.num_beats, "what": self.what, "is_waiting": self._is_waiting(), "is_done": self._is_done}
-        store.set(f"{name}/place{self.runtime.rank}", json.dumps(place))
+        store.set(f"{name}/place{self.ranks.rank}", json.dumps(place))
         write_text(self._file("place"), json.dumps(place))
         self._dump_collectives()
         error = RankFailed(f"hang: {self._compare(seconds, store, name)}; stacks of all threads: {self.directory}")
-        ranks.record_failure(error)
-        if ranks.ERROR_DIR not in os.environ:
-            ranks.record_cause(error)
+        failures.record_failure(error)
+        if failures.ERROR_DIR not in os.environ:
+            failures.record_cause(error)
         print(f"error: {error}", file=sys.stderr, flush=True)
-        os._exit(ranks.exit_code(error))  # the main thread does not come back to do so
+        os._exit(failures.exit_code(error))  # the main thread does not come back to do so
 
     def _file(self, kind: str) -> Path:
-        return self.directory / f"rank{self.runtime.rank:05d}.{kind}"
+        return self.directory / f"rank{self.ranks.rank:05d}.{kind}"
 
     def _is_waiting(self) -> bool:
         """Whether the main thread waits for other ranks, not they for it."""
@@ -142,26 +145,33 @@ class Watchdog:
                 return
 
     def _compare(self, seconds: float, store: Any, name: str) -> str:
-        """Which ranks are behind: those that do not answer, else, of those that are not done, those with the fewest
-        beats, else those that do not wait for others."""
-        everyone = range(self.runtime.world_size)
+        """Wait for every rank to say where it is, and compare."""
         places: dict[int, dict[str, Any]] = {}
         deadline = time.monotonic() + min(WAIT_SECONDS, seconds)
-        while len(places) < len(everyone) and time.monotonic() < deadline:
+        while len(places) < self.ranks.world_size and time.monotonic() < deadline:
             time.sleep(0.2)
-            for rank in set(everyone) - places.keys():
+            for rank in set(range(self.ranks.world_size)) - places.keys():
                 if store.check([f"{name}/place{rank}"]):
                     places[rank] = json.loads(store.get(f"{name}/place{rank}"))
-        head = f"no progress for {seconds:g} s before {self.what}"
-        if silent := sorted(set(everyone) - places.keys()):
-            return f"{head}; no answer from {_names(silent)}"
-        busy = {rank: place for rank, place in sorted(places.items()) if not place["is_done"]}
-        behind = [rank for rank, place in busy.items() if place["beats"] == min(one["beats"] for one in busy.values())]
-        if len(behind) == len(busy):
-            behind = [rank for rank, place in busy.items() if not place["is_waiting"]]
-        if behind and len(behind) < len(everyone):
-            return f"{head}; behind: {_names(behind)}, at {busy[behind[0]]['what']}"
-        return f"{head}; all ranks are at the same point"
+        return f"no progress for {seconds:g} s before {self.what}; {who_is_behind(places, self.ranks.world_size)}"
+
+
+def who_is_behind(places: Mapping[int, Mapping[str, Any]], world_size: int) -> str:
+    """Which ranks hold the group up, in words.
+
+    ``places``: of the ranks that have answered, ``beats``, ``what``, ``is_waiting`` (for other ranks) and ``is_done``.
+    Behind are the ranks that do not answer; else, of those that are not done, the ranks with the fewest beats; if all
+    of them have equally many, the ranks that do not wait for other ranks.
+    """
+    if silent := sorted(set(range(world_size)) - places.keys()):
+        return f"no answer from {_names(silent)}"
+    busy = {rank: place for rank, place in sorted(places.items()) if not place["is_done"]}
+    behind = [rank for rank, place in busy.items() if place["beats"] == min(one["beats"] for one in busy.values())]
+    if len(behind) == len(busy):
+        behind = [rank for rank, place in busy.items() if not place["is_waiting"]]
+    if behind and len(behind) < world_size:
+        return f"behind: {_names(behind)}, at {busy[behind[0]]['what']}"
+    return "all ranks are at the same point"
 
 
 def _names(numbers: list[int]) -> str:

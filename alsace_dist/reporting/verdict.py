@@ -1,15 +1,16 @@
-"""Metrics in words: percent and points, significantly better or worse, and the verdict on a run.
+"""Evaluations in words: percent and points, significantly better or worse, and the verdict on a run.
 
 Changes are in *points* (percentage points). *Significantly* means the exact McNemar test, Holm-corrected over
 languages. A smaller gap is never praised alone, since it also closes when the source language falls: the verdict asks
 for the average up, the gap smaller and no language significantly worse.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
-Metrics = Mapping[str, Any]  # the content of an evaluation's metrics.json
+from alsace_dist.files.evaluation import AverageChange, Evaluation, GapChange, LanguageChange
+
 Outcome = Literal["better", "worse", "same"]
 
 OUTCOMES: dict[Outcome, str] = {
@@ -21,7 +22,7 @@ UNDEFINED = "–"
 
 
 @dataclass(frozen=True)
-class Check:
+class Condition:
     """One of the three conditions of success, as a clause of the verdict."""
 
     holds: bool
@@ -53,59 +54,61 @@ def interval(ci95: Sequence[float] | None) -> str:
     return UNDEFINED if ci95 is None else f"{points(ci95[0])} to {points(ci95[1])}"
 
 
-def outcome(row: Metrics, alpha: float) -> Outcome:
+def outcome(row: LanguageChange, alpha: float) -> Outcome:
     """Whether a language changed significantly (Holm-adjusted p below alpha), and which way."""
-    if row["p_value"] >= alpha:
+    if row.p_value >= alpha:
         return "same"
-    return "better" if row["after"] > row["before"] else "worse"
+    return "better" if row.after > row.before else "worse"
 
 
-def languages_by(metrics: Metrics, wanted: Outcome, alpha: float) -> list[str]:
+def languages_by(evaluation: Evaluation, wanted: Outcome, alpha: float) -> list[str]:
     """Languages with that outcome, by name."""
-    return [name for name, row in sorted(metrics["languages"].items()) if outcome(row, alpha) == wanted]
+    return [name for name, row in sorted(evaluation.languages.items()) if outcome(row, alpha) == wanted]
 
 
-def checks(metrics: Metrics, alpha: float = 0.05) -> list[Check]:
+def conditions(evaluation: Evaluation, alpha: float = 0.05) -> list[Condition]:
     """The three conditions: average up, gap smaller (both with 95 % intervals that exclude 0), nobody worse."""
-    worse = languages_by(metrics, "worse", alpha)
-    nobody_worse = Check(True, "no language is significantly worse")
+    worse = languages_by(evaluation, "worse", alpha)
+    nobody_worse = Condition(True, "no language is significantly worse")
     if worse:
         changes = [
-            f"{printable(name)} {points(metrics['languages'][name]['after'] - metrics['languages'][name]['before'])}"
+            f"{printable(name)} {points(evaluation.languages[name].after - evaluation.languages[name].before)}"
             for name in worse
         ]
         subject = "1 language is" if len(worse) == 1 else f"{len(worse)} languages are"
-        nobody_worse = Check(False, f"{subject} significantly worse ({', '.join(changes)} points)")
-    return [_check_average(metrics["average"]), _check_gap(metrics["gap"]), nobody_worse]
+        nobody_worse = Condition(False, f"{subject} significantly worse ({', '.join(changes)} points)")
+    return [_average_went_up(evaluation.average), _gap_shrank(evaluation.gap), nobody_worse]
 
 
-def _check_average(average: Metrics) -> Check:
-    change = average["after"] - average["before"]
+def _average_went_up(average: AverageChange) -> Condition:
+    change = average.after - average.before
     size = percent(abs(change))
-    low, high = average["ci95"]
+    low, high = average.ci95
     if low > 0:
-        return Check(True, f"the average went up by {size} points")
+        return Condition(True, f"the average went up by {size} points")
     if high < 0:
-        return Check(False, f"the average went down by {size} points")
-    return Check(
+        return Condition(False, f"the average went down by {size} points")
+    return Condition(
         False, f"the average did not clearly change ({points(change)} points, interval {interval([low, high])})"
     )
 
 
-def _check_gap(gap: Metrics) -> Check:
-    if gap["before"] is None or gap["after"] is None or gap["ci95"] is None:
-        return Check(False, "the gap is not defined (it needs the source language and another one)")
-    ends = f"from {percent(gap['before'])} to {percent(gap['after'])} points"
-    low, high = gap["ci95"]
+def _gap_shrank(gap: GapChange) -> Condition:
+    if gap.before is None or gap.after is None or gap.ci95 is None:
+        return Condition(False, "the gap is not defined (it needs the source language and another one)")
+    ends = f"from {percent(gap.before)} to {percent(gap.after)} points"
+    low, high = gap.ci95
     if low <= 0 <= high:
-        return Check(False, f"the gap did not clearly change ({ends}, interval of the change {interval([low, high])})")
-    shrank = abs(gap["after"]) < abs(gap["before"])
-    return Check(shrank, f"the gap {'shrank' if shrank else 'grew'} {ends}")
+        return Condition(
+            False, f"the gap did not clearly change ({ends}, interval of the change {interval([low, high])})"
+        )
+    shrank = abs(gap.after) < abs(gap.before)
+    return Condition(shrank, f"the gap {'shrank' if shrank else 'grew'} {ends}")
 
 
-def headline(found: Sequence[Check]) -> str:
+def headline(found: Sequence[Condition]) -> str:
     """How many of the three conditions hold, in words."""
-    number = sum(check.holds for check in found)
+    number = sum(one.holds for one in found)
     if number == len(found):
         return "All three conditions hold"
     return {0: "None of the three conditions holds", 1: "Only one of the three conditions holds"}.get(
@@ -113,16 +116,16 @@ def headline(found: Sequence[Check]) -> str:
     )
 
 
-def warning(found: Sequence[Check]) -> str:
+def warning(found: Sequence[Condition]) -> str:
     """What to say of a smaller gap without the other two conditions."""
-    return "A smaller gap alone proves nothing." if found[1].holds and not all(check.holds for check in found) else ""
+    return "A smaller gap alone proves nothing." if found[1].holds and not all(one.holds for one in found) else ""
 
 
-def verdict(metrics: Metrics, alpha: float = 0.05) -> str:
+def verdict(evaluation: Evaluation, alpha: float = 0.05) -> str:
     """One sentence that names all three conditions, those that hold first."""
-    found = checks(metrics, alpha)
-    holding = [check.clause for check in found if check.holds]
-    failing = [check.clause for check in found if not check.holds]
+    found = conditions(evaluation, alpha)
+    holding = [one.clause for one in found if one.holds]
+    failing = [one.clause for one in found if not one.holds]
     clauses = ", but ".join(_enumerate(clauses) for clauses in (holding, failing) if clauses)
     return f"{headline(found)}: {clauses}. {warning(found)}".rstrip()
 

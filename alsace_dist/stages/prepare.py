@@ -16,78 +16,76 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import rich.progress
-from rich.console import Console
-
 from alsace_dist.config import Config, Split
 from alsace_dist.data.config_check import check_languages
-from alsace_dist.data.sources import (
-    BAD_RECORDS,
-    BadRecords,
-    Place,
-    Row,
-    generate_demo,
-    is_unicode,
-    read_groups,
-    source_files,
-    whole,
-)
+from alsace_dist.data.inputs import check_inputs, contents, read_groups
+from alsace_dist.data.records import BAD_RECORDS, BadRecords, Place, RecordRow, is_unicode, whole
 from alsace_dist.errors import UserError
-from alsace_dist.files.manifest import MANIFEST, begin, digest_bytes, digest_file, digest_json, write_manifest
-from alsace_dist.files.shards import Dataset, Group, write_dataset
+from alsace_dist.files.manifest import MANIFEST, begin, digest_bytes, digest_json, write_manifest
+from alsace_dist.files.shards import Dataset, ParallelGroup, write_dataset
+from alsace_dist.ranks.group import Ranks
+from alsace_dist.stages.base import Output, Stage, only
 
 KIND = "data"
+ON_RANKS = False
 # Splits take undivided groups in this order, so that asking for more training data leaves the test groups as they are.
 SPLITS: tuple[Split, ...] = ("test", "labeled", "unlabeled", "pretrain")
 NEED_LABELS: tuple[Split, ...] = ("test", "labeled")
 
 
+def inputs(stage: Stage) -> list[Output]:
+    """None: prepare reads what people bring."""
+    return []
+
+
+def outputs(stage: Stage) -> list[Output]:
+    """The directory of all splits."""
+    return [Output(stage.layout.data, KIND)]
+
+
+def fingerprint(stage: Stage, output: Output) -> dict[str, Any]:
+    """As ``fingerprint_of``."""
+    return fingerprint_of(stage.config)
+
+
+def run(stage: Stage, ranks: Ranks | None) -> None:
+    """Write all splits."""
+    prepare(stage.config, only(stage.outputs).directory)
+
+
 class Entry(NamedTuple):
     """A good group, the split that its input goes to (None: undivided), and where it stands."""
 
-    group: Group
+    group: ParallelGroup
     split: Split | None
     place: Place
 
 
-def fingerprint(config: Config) -> dict[str, Any]:
+def fingerprint_of(config: Config) -> dict[str, Any]:
     """What the prepared data depends on: settings and the content of the inputs, as JSON.
 
     ``data.on_bad`` is not part of it: data that is complete with bad records left out is data that a person has
     accepted, and the stages after it need not be told again. Raises ``UserError`` if an input file is missing.
     """
-    sources: dict[str, Any] = {}
-    for source in config.data.inputs:
-        if source.kind == "demo":
-            records = list(generate_demo(source, config.seed))
-            sources[f"demo of {source.num_groups}"] = {"sha256": digest_json(records)}
-        elif source.kind == "huggingface" and not Path(source.path).exists():
-            sources[f"hub {source.path} {source.revision}"] = {"name": source.path, "revision": source.revision}
-        else:
-            for path in source_files(source):
-                sources[str(path)] = {"bytes": path.stat().st_size, "sha256": digest_file(path)}
     return {
         "data": config.data.model_dump(mode="json", exclude={"on_bad"}),
         "task": {"fields": config.task.fields, "labels": config.task.labels},
         "seed": config.seed,
-        "sources": sources,
+        "sources": contents(config),
     }
 
 
-def prepare(config: Config, directory: Path, on_bad: str | None = None) -> dict[str, Dataset]:
+def prepare(config: Config, directory: Path) -> dict[str, Dataset]:
     """Read, validate and divide all inputs; write ``directory/<split>/`` datasets and the manifest of kind "data".
 
-    ``on_bad``: "stop" or "skip"; None: as ``data.on_bad`` says. Problems go to stderr and, all of them, to
-    ``bad-records.txt`` beside ``directory``. Nothing in ``directory`` is touched before all inputs are found good.
-    Whether the output is there already is the caller's question (``artifacts.is_complete``).
+    Problems go to stderr and, all of them, to ``bad-records.txt`` beside ``directory``; what then happens is up to
+    ``data.on_bad``. Nothing in ``directory`` is touched before all inputs are found good. Whether the output is there
+    already is the caller's question (``manifest.is_complete``).
 
     Raises ``UserError`` for bad records (unless skipped), unreadable inputs, and splits that cannot be filled.
     """
-    on_bad = on_bad or config.data.on_bad
-    if on_bad not in ("stop", "skip"):
-        raise UserError(f"on_bad: {on_bad!r} is not known; use stop or skip")
     _check_settings(config)
-    identity = fingerprint(config)
+    identity = fingerprint_of(config)
     bad = BadRecords()
     entries, num_no_language = _read_inputs(config, bad)
     divided = _divide(entries, config)
@@ -100,7 +98,7 @@ def prepare(config: Config, directory: Path, on_bad: str | None = None) -> dict[
         "num_left_out": len(entries) - sum(len(part) for part in divided.values()),
     }
     try:
-        bad.settle(directory.parent / BAD_RECORDS, on_bad == "skip")
+        bad.settle(directory.parent / BAD_RECORDS, config.data.on_bad == "skip")
         _check_parts(parts, entries, config)
         return _write(parts, config, directory, identity, details)
     except OSError as error:
@@ -110,8 +108,9 @@ def prepare(config: Config, directory: Path, on_bad: str | None = None) -> dict[
 
 def _check_settings(config: Config) -> None:
     """Refuse settings that would be ignored or cannot be met, before any data is read."""
+    check_inputs(config)
     data = config.data
-    if data.splits and all(source.split for source in data.inputs):
+    if data.splits and all(one.split for one in data.inputs):
         raise UserError("data.splits: every input has a split of its own, so nothing is left to divide; remove it")
     for split, amount in data.splits.items():
         if amount >= 1 and amount != int(amount):
@@ -119,13 +118,13 @@ def _check_settings(config: Config) -> None:
     for split in NEED_LABELS:
         if split in data.withhold_labels and split in _wanted_splits(config):
             raise UserError(f"data.withhold_labels: {split} needs its labels; remove it there")
-    for number, source in enumerate(data.inputs):
-        if unknown := sorted(source.columns.fields.keys() - set(config.task.fields)):
+    for number, one in enumerate(data.inputs):
+        if unknown := sorted(one.columns.fields.keys() - set(config.task.fields)):
             raise UserError(f"data.inputs.{number}.columns.fields.{unknown[0]}: not one of task.fields; remove it")
 
 
 def _wanted_splits(config: Config) -> list[Split]:
-    own = {source.split for source in config.data.inputs}
+    own = {one.split for one in config.data.inputs}
     return [split for split in SPLITS if split in own or split in config.data.splits]
 
 
@@ -137,8 +136,8 @@ def _read_inputs(config: Config, bad: BadRecords) -> tuple[list[Entry], int]:
     entries: list[Entry] = []
     num_no_language = 0
     places: dict[str, Place] = {}
-    for source in config.data.inputs:
-        for rows in read_groups(source, config, bad):
+    for one in config.data.inputs:
+        for rows in read_groups(one, config, bad):
             group = _check_group(rows, config, bad)
             key, place = rows[0].key, rows[0].place
             if key is not None and key in places:
@@ -146,19 +145,21 @@ def _read_inputs(config: Config, bad: BadRecords) -> tuple[list[Entry], int]:
                 continue
             if key is not None:
                 places[key] = place
-            if key in bad.broken_keys:  # checked for all that is wrong with it, and left out: a language may be missing
+            if (
+                key in bad.broken_keys
+            ):  # a row of the group was unreadable, so that a language may be missing: leave it out
                 continue
             if group is not None and not group.texts:
                 num_no_language += 1
             elif group is not None:
-                entries.append(Entry(group, source.split, place))
+                entries.append(Entry(group, one.split, place))
     return entries, num_no_language
 
 
 # --- checking ------------------------------------------------------------------------------------------------------
 
 
-def _check_group(rows: list[Row], config: Config, bad: BadRecords) -> Group | None:
+def _check_group(rows: list[RecordRow], config: Config, bad: BadRecords) -> ParallelGroup | None:
     """The group that the rows make, possibly of no wanted language; None if something is wrong and was reported."""
     num_before = len(bad.problems)
     key, place = rows[0].key, rows[0].place
@@ -182,10 +183,10 @@ def _check_group(rows: list[Row], config: Config, bad: BadRecords) -> Group | No
         elif config.data.languages is None or row.language in config.data.languages:
             places[row.language] = row.place
             texts[row.language] = _check_fields(row, config.task.fields, bad)
-    return Group(key, label, texts) if key is not None and len(bad.problems) == num_before else None
+    return ParallelGroup(key, label, texts) if key is not None and len(bad.problems) == num_before else None
 
 
-def _check_label(rows: list[Row], labels: list[str], bad: BadRecords) -> int | None:
+def _check_label(rows: list[RecordRow], labels: list[str], bad: BadRecords) -> int | None:
     """Index of the group's label; None without label. A language without one (null) does not contradict the others."""
     found: dict[str, Place] = {}
     for row in rows:
@@ -213,7 +214,7 @@ def _label_name(label: Any, labels: list[str]) -> str:
     return next((name for name in spellings if name in labels), spellings[0])
 
 
-def _check_fields(row: Row, names: list[str], bad: BadRecords) -> dict[str, str]:
+def _check_fields(row: RecordRow, names: list[str], bad: BadRecords) -> dict[str, str]:
     """The task's fields in one language; what is wrong with them goes to ``bad``."""
     fields = {names[0]: row.fields} if isinstance(row.fields, str) and len(names) == 1 else row.fields
     if not isinstance(fields, dict):
@@ -302,7 +303,7 @@ def _check_parts(parts: dict[str, list[Entry]], entries: list[Entry], config: Co
     check_languages(config, by_split)
 
 
-def _thin_out(groups: list[Group], exposure: Mapping[str, float], seed: int) -> list[Group]:
+def _thin_out(groups: list[ParallelGroup], exposure: Mapping[str, float], seed: int) -> list[ParallelGroup]:
     """Groups with each language kept with its probability, by a hash of (seed, language, id)."""
 
     def is_kept(key: str, language: str) -> bool:
@@ -320,13 +321,16 @@ def _write(
     parts: dict[str, list[Entry]], config: Config, directory: Path, identity: dict[str, Any], details: dict[str, Any]
 ) -> dict[str, Dataset]:
     """Write every split's dataset, then the manifest that makes the directory complete."""
+    import rich.progress
+    from rich.console import Console
+
     (directory / MANIFEST).unlink(missing_ok=True)
     begin(directory, KIND, identity)
     written: dict[str, Dataset] = {}
     statistics: dict[str, Any] = {}
     for split, part in parts.items():
         target = directory / split
-        for pattern in (MANIFEST, "*.tar", ".*.tmp"):  # what a killed run left; its shards may be more than ours
+        for pattern in (MANIFEST, "*.tar", ".*.tmp"):  # of a killed run, which may have written more shards than this
             for stale in target.glob(pattern):
                 stale.unlink()
         groups = [entry.group for entry in part]

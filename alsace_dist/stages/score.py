@@ -7,130 +7,242 @@ counter; what a killed run has finished is kept.
 import time
 from collections.abc import Generator, Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from alsace_dist import __version__
 from alsace_dist.config import Config
+from alsace_dist.data.rows import EncodedRow, answers_of, rows_of
 from alsace_dist.data.stream import ahead, score_batches
-from alsace_dist.errors import Stopped, UserError
-from alsace_dist.files import manifest as artifacts
+from alsace_dist.errors import PeerFailed, Stopped, UserError
+from alsace_dist.files import manifest
+from alsace_dist.files.layout import data_url
 from alsace_dist.files.scores import KIND, Scores, read_metadata, read_score_file, write_scores
 from alsace_dist.files.shards import Dataset, ShardInfo, open_dataset, read_shard
-from alsace_dist.ranks.group import LeadCheck, PeerFailed, Runtime, note_position, shared_counter
+from alsace_dist.monitor.health import LeadCheck, warn
+from alsace_dist.monitor.progress import Advance, progress
+from alsace_dist.monitor.scalars import ScalarWriter
+from alsace_dist.ranks.group import Ranks
+from alsace_dist.ranks.job import note_position
 from alsace_dist.ranks.watchdog import Watchdog
-from alsace_dist.tasks.base import EncodedText, encode_answers, encode_groups
+from alsace_dist.stages.base import Output, Stage, checked_model, data_inputs, model_identity, model_inputs
+
+if TYPE_CHECKING:
+    from alsace_dist.models.batches import Inputs
+    from alsace_dist.models.family import Family
+
+ON_RANKS = True
 
 
-def fingerprint(config: Config, model: dict[str, Any], url: str) -> dict[str, Any]:
-    """Everything the scores of a dataset depend on; ``model``: the model's identity."""
+def _splits(stage: Stage) -> list[str]:
+    """What is scored: the unlabeled groups only where a later selection or calibration reads their scores."""
+    is_read = stage.round < stage.config.rounds or stage.config.evaluate.calibrate
+    return ["unlabeled", "test"] if stage.round == 0 or is_read else ["test"]
+
+
+def inputs(stage: Stage) -> list[Output]:
+    """The model of the round, and the data."""
+    return data_inputs(stage) + model_inputs(stage, stage.round)
+
+
+def outputs(stage: Stage) -> list[Output]:
+    """Scores of one split each."""
+    return [Output(stage.layout.scores(stage.round, split), KIND) for split in _splits(stage)]
+
+
+def fingerprint(stage: Stage, output: Output) -> dict[str, Any]:
+    """Everything that the scores of a dataset depend on."""
+    config = stage.config
     return {
         "score": config.score.model_dump(mode="json"),
         "task": config.task.model_dump(mode="json"),
         "engine": config.engine.model_dump(mode="json", include={"dtype", "num_threads"})
         | {"is_sharded": config.engine.zero_stage == 3},
         "languages": config.data.languages,
-        "model": model,
-        "data": open_dataset(url).digest,
-        "code": artifacts.__version__,
+        "model": model_identity(stage, stage.round),
+        "data": open_dataset(_url_of(stage, output)).digest,
+        "code": __version__,
     }
 
 
-def score(
-    config: Config, model: Path, datasets: dict[Path, str], fingerprints: dict[Path, dict[str, Any]], runtime: Runtime
-) -> None:
-    """Score several datasets with one model: output directory -> dataset URL.
+def _url_of(stage: Stage, output: Output) -> str:
+    return data_url(stage.config, output.directory.name)
+
+
+def run(stage: Stage, ranks: Ranks | None) -> None:
+    """Score all splits with one model.
 
     Raises ``UserError`` for broken inputs, ``Stopped`` if a stop was agreed (finished shards are kept).
     """
-    from alsace_dist.models import mt5 as modeling
-    from alsace_dist.training import engine
+    from alsace_dist.models.family import open_model
+    from alsace_dist.training.engine import inference_module, load_module
 
-    tokenizer = modeling.load_tokenizer(model)
-    start = modeling.load_model_config(model).decoder_start_token_id
-    opened = {directory: open_dataset(url) for directory, url in datasets.items()}
+    assert ranks is not None
+    config = stage.config
+    opened = {output: open_dataset(_url_of(stage, output)) for output in stage.outputs}
     languages = sorted({language for dataset in opened.values() for language in dataset.languages})
-    answers = encode_answers(config.task, tokenizer, languages, start)
-    scorer, _ = engine.load_scorer(model, answers, config.engine, 0.0, runtime)
-    module = engine.inference_module(scorer, config.engine, runtime)
-    for directory, dataset in opened.items():
-        pass_ = _Pass(config, runtime, module, tokenizer, answers, dataset, directory, fingerprints[directory])
-        pass_.run()
+    model = open_model(checked_model(stage, stage.round, ranks), answers_of(config.task, languages))
+    model.check_weights()
+    module = inference_module(load_module(model, 0.0, config.engine, ranks), config.engine, ranks)
+    for output, dataset in opened.items():
+        tensorboard = stage.layout.tensorboard(output.directory)
+        work = ScoringPass(config, dataset, output.directory, stage.fingerprint(output), tensorboard)
+        work.run(model, module, ranks)
 
 
-class _Pass:
+@dataclass
+class ShardWork:
+    """A shard being scored: its rows, how they are cut into batches (indices of rows), and the results so far.
+
+    ``number``: how many shards have been drawn, this one included.
+    """
+
+    shard: ShardInfo
+    number: int
+    rows: list[EncodedRow]
+    cut: list[list[int]]
+    results: list[np.ndarray]
+    begin: float = field(default_factory=time.monotonic)
+
+    def scores(self) -> Scores:
+        """The results as they are written: rows in shard order."""
+        keys, languages = [row.key for row in self.rows], [row.language for row in self.rows]
+        return Scores(keys, languages, self.results, [row.label for row in self.rows])
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A batch of a shard: which of its rows, as padded tensors; whether it is the shard's first or last."""
+
+    work: ShardWork
+    rows: list[int]
+    inputs: "Inputs"
+    is_first: bool
+    is_last: bool
+
+
+@dataclass
+class Counts:
+    """What this rank has scored: by language rows, tokens, unknown tokens and cut prompts; encoder tokens."""
+
+    languages: dict[str, list[int]] = field(default_factory=dict)
+    num_rows: int = 0
+    num_tokens: int = 0
+    num_padded: int = 0
+
+    def add(self, rows: list[EncodedRow]) -> None:
+        """Count the rows of a finished shard."""
+        self.num_rows += len(rows)
+        for row in rows:
+            counts = self.languages.setdefault(row.language, [0, 0, 0, 0])
+            for index, value in enumerate((1, len(row.input_ids), row.num_unknown, int(row.is_cut))):
+                counts[index] += value
+
+
+class ScoringPass:
     """One dataset's scoring pass on this rank."""
 
     def __init__(
-        self,
-        config: Config,
-        runtime: Runtime,
-        module: Any,
-        tokenizer: Any,
-        answers: Any,
-        dataset: Dataset,
-        directory: Path,
-        fingerprint: dict[str, Any],
+        self, config: Config, dataset: Dataset, directory: Path, fingerprint: dict[str, Any], tensorboard: Path
     ) -> None:
-        from alsace_dist.models.collate import AnswerCollator
-
-        self.config, self.runtime, self.module, self.tokenizer = config, runtime, module, tokenizer
-        self.dataset, self.directory, self.fingerprint = dataset, directory, fingerprint
-        self.collator = AnswerCollator(answers, tokenizer.pad_token_id)
-        self.tokens_per_batch = config.score.tokens_per_batch
+        self.config, self.dataset, self.directory = config, dataset, directory
+        self.fingerprint, self.tensorboard = fingerprint, tensorboard
+        self.metadata = {"fingerprint": manifest.digest_json(fingerprint)}
+        self.counts = Counts()
         self.num_done = 0
-        self.digest = artifacts.digest_json(fingerprint)
-        self.draw = shared_counter(f"score/{directory}/{self.digest}")
-        self.num_tokens = self.num_padded = 0
-        self.statistics: dict[str, list[int]] = {}
         self.check_lead = LeadCheck()
-        self.watchdog = Watchdog(runtime, directory, config.engine.hang_limit())
 
-    def run(self) -> None:
-        """Score all shards that have no result yet, then check the whole and write the manifest."""
+    def run(self, model: "Family", module: Any, ranks: Ranks) -> None:
+        """Score all shards that have no result yet, then check the whole and write the manifest. Collective."""
+        self.model, self.module, self.ranks = model, module, ranks
+        self.draw = ranks.shared_counter(f"score/{self.directory}")
+        self.watchdog = Watchdog(ranks, self.directory, self.config.engine.hang_limit())
+        begin = time.monotonic()
         with self.watchdog:
             stopped = self._run()
         if stopped:
             raise Stopped(f"score: stopped; {self.directory} keeps the shards that are done")
-        self._merge()
+        self._finish(time.monotonic() - begin)
 
     def _run(self) -> bool:
         """Score what has no result yet; whether a stop was asked for."""
-        from alsace_dist.monitor.scalars import progress
-
-        runtime, directory = self.runtime, self.directory
-        runtime.main_first(lambda: artifacts.begin(directory, KIND, self.fingerprint))
-        todo = runtime.gather([s for s in self.dataset.shards if not self._is_done(s)] if runtime.is_main else None)[0]
+        ranks, directory = self.ranks, self.directory
+        ranks.main_first(lambda: manifest.begin(directory, KIND, self.fingerprint))
+        todo = ranks.from_main([s for s in self.dataset.shards if not self._is_done(s)] if ranks.is_main else None)
         num_shards = len(self.dataset.shards)
-        if runtime.is_main:
-            note_position(f"{num_shards - len(todo)} shards of {directory}")
-        with progress(f"score {directory.name}", num_shards, num_shards - len(todo), runtime.is_main) as advance:
-            run = self._run_in_step if self.config.engine.zero_stage == 3 else self._run_freely
-            return run(todo, advance)
+        num_done = num_shards - len(todo)
+        if ranks.is_main:
+            note_position(f"{num_done} shards of {directory}")
+        with progress(f"score {directory.name}", directory, num_shards, num_done, ranks.is_main) as advance:
+            score = self._run_in_step if self.config.engine.zero_stage == 3 else self._run_freely
+            return score(todo, advance)
+
+    # --- shards ----------------------------------------------------------------------------------------------------
 
     def _path(self, shard: ShardInfo) -> Path:
         return self.directory / f"{shard.stem}.parquet"
 
-    def _is_done(self, shard: ShardInfo) -> bool:
-        metadata = read_metadata(self._path(shard))
-        return metadata is not None and metadata == self._metadata(shard)
-
     def _metadata(self, shard: ShardInfo) -> dict[str, str]:
-        return {"fingerprint": self.digest, "shard": shard.sha256}
+        return self.metadata | {"shard": shard.sha256}
 
-    def _batches(self, todo: list[ShardInfo]) -> "Iterator[_Batch]":
+    def _is_done(self, shard: ShardInfo) -> bool:
+        return read_metadata(self._path(shard)) == self._metadata(shard)
+
+    def _open(self, shard: ShardInfo, number: int) -> ShardWork:
+        groups = read_shard(self.dataset, shard)
+        rows = self.model.encode(rows_of(self.config.task, groups, self.dataset.languages))
+        cut = score_batches([len(row.input_ids) for row in rows], self.config.score.tokens_per_batch)
+        return ShardWork(shard, number, rows, cut, [np.empty(0)] * len(rows))
+
+    def _write(self, work: ShardWork) -> None:
+        write_scores(self._path(work.shard), work.scores(), self._metadata(work.shard))
+
+    # --- batches ---------------------------------------------------------------------------------------------------
+
+    def _batches(self, todo: list[ShardInfo]) -> Iterator[Batch]:
         """All batches of the shards that this rank draws, in order; made ahead of the model, in a thread."""
         while (index := self.draw()) < len(todo):
-            work = _ShardWork(self, todo[index], index + 1)
+            work = self._open(todo[index], index + 1)
             if not work.cut:
-                work.write()
+                self._write(work)
             for number, rows in enumerate(work.cut):
-                yield _Batch(work, rows, self._collate(work, rows), number == 0, number == len(work.cut) - 1)
+                inputs = self.model.collate([work.rows[row] for row in rows])
+                yield Batch(work, rows, inputs, number == 0, number == len(work.cut) - 1)
 
-    def _run_freely(self, todo: list[ShardInfo], advance: Any) -> bool:
-        """Without ZeRO-3 a forward concerns nobody else: each rank works at its own pace.
+    def _next(self, batches: Generator[Batch]) -> Batch | None:
+        """The next batch; None at the end, or before the next shard if a stop is asked for."""
+        batch = next(batches, None)
+        if batch is not None and batch.is_first and self.ranks.stop.is_set:
+            self.draw(len(self.dataset.shards))  # exhaust the shared counter: ranks that got no signal stop as well
+            batches.close()
+            return None
+        return batch
+
+    def _forward(self, batch: Batch) -> np.ndarray:
+        """Log-probabilities [rows, K]."""
+        tokens, padded = batch.inputs.num_tokens
+        self.counts.num_tokens += tokens
+        self.counts.num_padded += padded
+        log_probs: np.ndarray = self.module(*batch.inputs.to(self.ranks.device)).cpu().numpy()
+        return log_probs
+
+    def _keep(self, batch: Batch, log_probs: np.ndarray, advance: Advance) -> None:
+        """Put a batch's results in their places; with the last one the shard is written."""
+        work = batch.work
+        for index, row in zip(batch.rows, log_probs, strict=True):
+            work.results[index] = row[: len(work.rows[index].candidates)]
+        if batch.is_last:
+            self._write(work)
+            self.check_lead(time.monotonic() - work.begin, "score: a shard (data.groups_per_shard)")
+            self.counts.add(work.rows)
+            advance(work.number - self.num_done)  # the shared counter tells how far all ranks are
+            self.num_done = work.number
+
+    def _run_freely(self, todo: list[ShardInfo], advance: Advance) -> bool:
+        """With whole weights a forward concerns no other rank: each works at its own pace.
 
         An error leaves the loop at once; the launcher ends the other ranks. Returns whether a stop was asked for.
         """
@@ -141,16 +253,16 @@ class _Pass:
                 self._keep(batch, self._forward(batch), advance)
                 self.watchdog.beat("the next batch")
         with self.watchdog.waiting_for_others():
-            return self.runtime.any_rank(self.runtime.stop.is_set)[0]
+            return self.ranks.any_rank(self.ranks.stop.is_set)[0]
 
-    def _run_in_step(self, todo: list[ShardInfo], advance: Any) -> bool:
+    def _run_in_step(self, todo: list[ShardInfo], advance: Advance) -> bool:
         """Under ZeRO-3 every forward is collective: all ranks run equally many, with stand-ins where one has no work.
 
         An exception in one rank becomes a flag that all see before the next forward, so that none waits for it.
         """
         import torch
 
-        batch: _Batch | None = None
+        batch: Batch | None = None
         error: Exception | None = None
         log_probs, stand_in = np.empty(0), None
         with torch.inference_mode(), closing(ahead(self._batches(todo))) as batches:
@@ -162,7 +274,7 @@ class _Pass:
                     batch = self._next(batches)
                 except Exception as caught:
                     error = caught
-                some_batch, failed = self.runtime.any_rank(batch is not None, error is not None)
+                some_batch, failed = self.ranks.any_rank(batch is not None, error is not None)
                 if error is not None:
                     raise error
                 if failed:
@@ -171,123 +283,60 @@ class _Pass:
                     break
                 if batch is None:
                     stand_in = stand_in or self._stand_in()
-                    self.module(*stand_in.to(self.runtime.device))
+                    self.module(*stand_in.to(self.ranks.device))
                 else:
                     log_probs = self._forward(batch)
-        return self.runtime.any_rank(self.runtime.stop.is_set)[0]
+        return self.ranks.any_rank(self.ranks.stop.is_set)[0]
 
-    def _next(self, batches: "Generator[_Batch]") -> "_Batch | None":
-        """The next batch; None at the end, or before the next shard if a stop is asked for."""
-        batch = next(batches, None)
-        if batch is not None and batch.is_first and self.runtime.stop.is_set:
-            self.draw(len(self.dataset.shards))  # nothing is left for the others either, who may not have been asked
-            batches.close()
-            return None
-        return batch
-
-    def _stand_in(self) -> Any:
+    def _stand_in(self) -> "Inputs":
         """A short batch, for a rank without work."""
-        work = next(w for shard in self.dataset.shards if (w := _ShardWork(self, shard, 0)).rows)
-        return self._collate(work, work.cut[-1][-1:])
+        work = next(work for shard in self.dataset.shards if (work := self._open(shard, 0)).rows)
+        return self.model.collate([work.rows[work.cut[-1][-1]]])
 
-    def _collate(self, work: "_ShardWork", rows: list[int]) -> Any:
-        texts = [work.rows[index] for index in rows]
-        return self.collator([text.input_ids for text in texts], [text.language for text in texts])
+    # --- the end ---------------------------------------------------------------------------------------------------
 
-    def _forward(self, batch: "_Batch") -> np.ndarray:
-        tokens, padded = batch.inputs.num_tokens
-        self.num_tokens += tokens
-        self.num_padded += padded
-        log_probs: np.ndarray = self.module(*batch.inputs.to(self.runtime.device)).cpu().numpy()
-        return log_probs
-
-    def _keep(self, batch: "_Batch", log_probs: np.ndarray, advance: Any) -> None:
-        """Put a batch's results in their places; with the last one the shard is written."""
-        for index, row in zip(batch.rows, log_probs, strict=True):
-            batch.work.results[index] = row
-        if batch.is_last:
-            batch.work.write()
-            self.check_lead(time.monotonic() - batch.work.begin, "score: a shard (data.groups_per_shard)")
-            self._count(batch.work.rows)
-            advance(batch.work.number - self.num_done)  # the shared counter tells how far all ranks are
-            self.num_done = batch.work.number
-
-    def encode(self, shard: ShardInfo) -> list[EncodedText]:
-        """All rows of a shard."""
-        groups = read_shard(self.dataset, shard)
-        return encode_groups(self.config.task, self.tokenizer, groups, self.dataset.languages)
-
-    def _count(self, rows: list[EncodedText]) -> None:
-        for row in rows:
-            counts = self.statistics.setdefault(row.language, [0, 0, 0, 0])
-            for index, value in enumerate((1, len(row.input_ids), row.num_unknown, int(row.is_cut))):
-                counts[index] += value
+    def _finish(self, seconds: float) -> None:
+        """Assert that every (group, language) is there once, complete the directory, and say what was seen."""
+        gathered = self.ranks.gather(self.counts)
+        self.ranks.main_first(self._merge)
+        if self.ranks.is_main:
+            self._log(gathered, seconds)
+            warn_of_texts([counts.languages for counts in gathered])
 
     def _merge(self) -> None:
-        """Assert that every (group, language) is there once, then complete the directory."""
-        gathered = self.runtime.gather((self.statistics, self.num_tokens, self.num_padded))
+        for shard in self.dataset.shards:
+            path = self._path(shard)
+            scores = read_score_file(path)
+            pairs = list(zip(scores.keys, scores.languages, strict=True))
+            found = {language: scores.languages.count(language) for language in shard.num_examples}
+            if len(set(pairs)) != len(pairs) or found != shard.num_examples:
+                raise UserError(f"{path}: rows are missing or double; delete it and score again")
+        files = [self._path(shard) for shard in self.dataset.shards]
+        details = {"num_examples": sum(sum(shard.num_examples.values()) for shard in self.dataset.shards)}
+        manifest.write_manifest(self.directory, KIND, self.fingerprint, files, details)
 
-        def finish() -> None:
-            for shard in self.dataset.shards:
-                scores = read_score_file(self._path(shard))
-                pairs = list(zip(scores.keys, scores.languages, strict=True))
-                found = {language: scores.languages.count(language) for language in shard.num_examples}
-                if len(set(pairs)) != len(pairs) or found != shard.num_examples:
-                    raise UserError(f"{self._path(shard)}: rows are missing or double; delete it and score again")
-            files = [self._path(shard) for shard in self.dataset.shards]
-            details = {"num_examples": sum(sum(s.num_examples.values()) for s in self.dataset.shards)}
-            artifacts.write_manifest(self.directory, KIND, self.fingerprint, files, details)
-            _report(gathered)
-
-        self.runtime.main_first(finish)
-
-
-@dataclass(frozen=True)
-class _Batch:
-    """A batch of a shard: which of its rows, as padded tensors; whether it is the shard's first or last."""
-
-    work: "_ShardWork"
-    rows: list[int]
-    inputs: Any
-    is_first: bool
-    is_last: bool
+    def _log(self, gathered: list[Counts], seconds: float) -> None:
+        num_rows, num_tokens = sum(one.num_rows for one in gathered), sum(one.num_tokens for one in gathered)
+        if num_rows == 0:  # all was there already
+            return
+        writer = ScalarWriter(self.directory, self.tensorboard, 0, is_main=True)
+        padding_share = 1 - num_tokens / max(1, sum(one.num_padded for one in gathered))
+        rates = {"sequences_per_second": num_rows / seconds, "tokens_per_second": num_tokens / seconds}
+        writer.write(len(self.dataset.shards), rates | {"padding_share": padding_share})
+        writer.close()
 
 
-class _ShardWork:
-    """A shard being scored: its rows, how they are cut into batches, the results so far.
+def warn_of_texts(gathered: list[dict[str, list[int]]]) -> None:
+    """Warn of languages whose texts the vocabulary hardly covers, or whose prompts were cut.
 
-    ``number``: how many shards have been drawn, this one included.
+    ``gathered``: of every rank, language -> rows, tokens, unknown tokens, cut prompts.
     """
-
-    def __init__(self, owner: _Pass, shard: ShardInfo, number: int) -> None:
-        self.owner, self.shard, self.number = owner, shard, number
-        self.begin = time.monotonic()
-        self.rows = owner.encode(shard)
-        self.cut = score_batches([len(row.input_ids) for row in self.rows], owner.tokens_per_batch)
-        self.results: list[np.ndarray] = [np.empty(0)] * len(self.rows)
-
-    def write(self) -> None:
-        path = self.owner._path(self.shard)
-        scores = Scores(
-            [row.key for row in self.rows],
-            [row.language for row in self.rows],
-            self.results,
-            [row.label for row in self.rows],
-        )
-        write_scores(path, scores, self.owner._metadata(self.shard))
-
-
-def _report(gathered: list[tuple[dict[str, list[int]], int, int]]) -> None:
-    """Warn of languages whose texts the vocabulary hardly covers, or whose prompts were cut."""
-    import sys
-
     total: dict[str, list[int]] = {}
-    for statistics, _, _ in gathered:
+    for statistics in gathered:
         for language, counts in statistics.items():
             total[language] = [a + b for a, b in zip(total.get(language, [0] * 4), counts, strict=True)]
     for language, (num_rows, num_tokens, num_unknown, num_cut) in sorted(total.items()):
         if num_unknown > 0.01 * num_tokens:
-            print(f"warning: {language}: {num_unknown / num_tokens:.1%} of its tokens are unknown to the model",
-                  file=sys.stderr)  # fmt: skip
+            warn(f"{language}: {num_unknown / num_tokens:.1%} of its tokens are unknown to the model")
         if num_cut > 0.01 * num_rows:
-            print(f"warning: {language}: {num_cut} of {num_rows} prompts were cut at task.max_tokens", file=sys.stderr)
+            warn(f"{language}: {num_cut} of {num_rows} prompts were cut at task.max_tokens")

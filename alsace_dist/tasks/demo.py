@@ -21,6 +21,10 @@ from typing import Any
 
 import yaml
 
+from alsace_dist.config import InputConfig
+from alsace_dist.errors import UserError
+
+SETTINGS = frozenset({"num_groups"})
 LANGUAGES = ("en", "de", "es", "fr", "ru", "tr", "hi", "zh")
 LABELS = ("entailment", "neutral", "contradiction")
 
@@ -51,6 +55,19 @@ LEFT_OPEN_SHARE = {"subject": 0.0, "object": 0.0, "place": 0.5, "time": 0.5, "de
 # The concept in each slot; None where the slot is left open.
 Event = dict[str, str | None]
 Pair = tuple[str | None, str | None]
+
+
+def files(one: InputConfig) -> list[Path]:
+    """None: the corpus is generated."""
+    return []
+
+
+def records(one: InputConfig, seed: int) -> Iterator[dict[str, Any]]:
+    """``num_groups`` groups. Raises ``UserError`` if there are not that many."""
+    try:
+        return generate_groups(one.num_groups, seed)
+    except ValueError as error:
+        raise UserError(f"data.inputs.num_groups: {error}") from None
 
 
 @cache

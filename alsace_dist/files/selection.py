@@ -1,0 +1,56 @@
+"""``teachers.json``: which languages teach in a round, with what weight, and the biases that calibrate languages.
+
+Written by stage *select*, and by *calibrate* for the biases alone; read by *distill* and *evaluate*.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from alsace_dist.config import Section
+from alsace_dist.config_file import validate
+from alsace_dist.files.manifest import Manifest, load_manifest, read_json, verify_files, write_json, write_manifest
+
+KIND = "selection"
+TEACHERS = "teachers.json"
+
+
+class Selection(Section):
+    """The content of ``teachers.json``; docs/formats.md says what the keys mean."""
+
+    rule: str
+    num_groups: int
+    teachers: list[str]
+    students: list[str]
+    scores: dict[str, float]
+    threshold: float | None
+    normalised_scores: dict[str, float]
+    weights: dict[str, float]
+    biases: dict[str, list[float]]
+    num_pairs: dict[str, float]
+
+    def bias_rows(self) -> dict[str, np.ndarray]:
+        """Language -> bias per candidate, float64 [K]."""
+        return {language: np.asarray(row, dtype=np.float64) for language, row in self.biases.items()}
+
+
+def write_selection(directory: Path, selection: Selection, fingerprint: dict[str, Any]) -> None:
+    """Write the file and the manifest that makes the directory complete."""
+    write_json(directory / TEACHERS, selection.model_dump(mode="json"))
+    write_manifest(directory, KIND, fingerprint, [directory / TEACHERS])
+
+
+def selection_manifest(directory: Path) -> Manifest:
+    """The manifest of a complete selection. Raises ``NotReady`` if there is none."""
+    return load_manifest(directory, KIND)
+
+
+def read_selection(directory: Path) -> Selection:
+    """Read a complete selection.
+
+    Raises ``NotReady`` if there is none, ``UserError`` if the file is not what its manifest lists, or no selection.
+    """
+    verify_files(directory, selection_manifest(directory))
+    path = directory / TEACHERS
+    return validate(Selection, read_json(path), f"{path}: ")

@@ -1,0 +1,185 @@
+"""The files of a model directory, whatever the family: weights tensor by tensor, tokenizer, identity, the hub."""
+
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from alsace_dist.errors import UserError
+from alsace_dist.files.manifest import digest_bytes, digest_json, read_json
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+SOUND = "get a sound checkpoint"
+
+
+class Weights:
+    """The tensors of a ``transformers`` directory, read one at a time: safetensors, whole or sharded, or torch files.
+
+    Torch files are opened with ``weights_only=True``: nothing in them is executed.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self._torch: dict[str, dict[str, Tensor]] = {}
+        self._files = self._index()
+
+    def _index(self) -> dict[str, str]:
+        for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
+            index = self.directory / f"{stem}.{suffix}.index.json"
+            single = self.directory / f"{stem}.{suffix}"
+            if index.exists():
+                value = read_json(index, "get a sound checkpoint")
+                files = value.get("weight_map") if isinstance(value, dict) else None
+                if not isinstance(files, dict) or not all(isinstance(name, str) for name in files.values()):
+                    raise UserError(f"{index}: holds no weight_map of file names; get a sound checkpoint")
+                if bad := next((name for name in files.values() if Path(name).name != name), None):
+                    raise UserError(f"{index}: names the file {bad!r} outside its directory; get a sound checkpoint")
+                return files
+            if single.exists():
+                return dict.fromkeys(self._keys(single), single.name)
+        raise UserError(
+            f"{self.directory}: holds no model.safetensors and no pytorch_model.bin; "
+            "model.path must name a transformers directory"
+        )
+
+    def _keys(self, file: Path) -> list[str]:
+        if file.suffix == ".bin":
+            return list(self._load_torch(file.name))
+        with _open_safetensors(file) as opened:
+            return list(opened.keys())
+
+    def _load_torch(self, name: str) -> dict[str, Tensor]:
+        if name not in self._torch:
+            path = self.directory / name
+            try:
+                # Files in the format from before torch 1.6 are no zip archives and cannot be mapped.
+                mapped = zipfile.is_zipfile(path)
+                self._torch = {name: torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)}
+            except Exception as error:  # torch raises many kinds; all of them mean that the file is not usable
+                reason = " ".join(str(error).split())[:200]
+                raise UserError(f"{path}: cannot be read as weights ({reason}); get the file again") from None
+        return self._torch[name]
+
+    def _missing(self, key: str) -> UserError:
+        return UserError(f"{self.directory / self._files[key]}: lacks {key}, which the index lists; get the file again")
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._files
+
+    def keys(self) -> set[str]:
+        """Names of all tensors."""
+        return set(self._files)
+
+    def tensor(self, key: str) -> Tensor:
+        """One tensor, on the CPU. Raises ``UserError`` if the file is broken."""
+        name = self._files[key]
+        if name.endswith(".bin"):
+            found = self._load_torch(name)
+            if not isinstance(found, dict) or not isinstance(found.get(key), Tensor):
+                raise self._missing(key)
+            return found[key]
+        with _open_safetensors(self.directory / name) as opened:
+            if key not in opened.keys():  # noqa: SIM118 (not a mapping)
+                raise self._missing(key)
+            tensor: Tensor = opened.get_tensor(key)
+        return tensor
+
+    def rows(self, key: str, rows: Sequence[int]) -> Tensor:
+        """Some rows of a matrix; of safetensors no others are read."""
+        name = self._files[key]
+        if name.endswith(".bin"):
+            return self.tensor(key)[list(rows)]
+        with _open_safetensors(self.directory / name) as opened:
+            if key not in opened.keys():  # noqa: SIM118 (not a mapping)
+                raise self._missing(key)
+            matrix = opened.get_slice(key)
+            return torch.cat([matrix[row : row + 1] for row in rows])
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """Shape of one tensor without reading it (safetensors)."""
+        name = self._files[key]
+        if name.endswith(".bin"):
+            return tuple(self.tensor(key).shape)
+        with _open_safetensors(self.directory / name) as opened:
+            if key not in opened.keys():  # noqa: SIM118 (not a mapping)
+                raise self._missing(key)
+            return tuple(opened.get_slice(key).get_shape())
+
+
+def _open_safetensors(path: Path) -> Any:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: cannot be read as safetensors ({error}); get the file again") from None
+
+
+def load_tokenizer(directory: Path) -> Any:
+    """The model's tokenizer, always through AutoTokenizer. Raises ``UserError`` if there is none."""
+    from transformers import AutoTokenizer
+
+    remedy = "put the model's tokenizer files there"
+    # Without any, transformers makes an empty tokenizer of the model's type and says nothing.
+    if not any((directory / name).exists() for name in ("tokenizer.json", "spiece.model", "sentencepiece.model")):
+        raise UserError(f"{directory}: has no usable tokenizer (no tokenizer.json, no spiece.model); {remedy}")
+    try:
+        return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+    except Exception as error:  # transformers and tokenizers raise many kinds for a broken file
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise UserError(f"{directory}: has no usable tokenizer ({reason}); {remedy}") from None
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """The content of ``config.json``. Raises ``UserError`` if it is not there or no mapping."""
+    path = directory / "config.json"
+    value = read_json(path, SOUND)
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: holds no mapping; {SOUND}")
+    return value
+
+
+CONFIG_FILES = ["*.json", "*.model"]
+MODEL_FILES = [*CONFIG_FILES, "*.safetensors", "pytorch_model*.bin"]
+
+
+def resolve_model(path: str, revision: str | None = None, patterns: list[str] = MODEL_FILES) -> Path:
+    """Local directory of a model, downloading the files that ``patterns`` name from the hub if it is not a directory.
+
+    Raises ``UserError`` if it is neither here nor to be had.
+    """
+    if Path(path).is_dir():
+        if revision:
+            raise UserError(f"model.revision: {path} is a directory, which has no revisions; remove it")
+        return Path(path)
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(path, revision=revision, allow_patterns=patterns))
+    except Exception as error:  # the hub client raises dozens of kinds; to a person they are all this one
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"model.path: {path!r} is neither a directory nor to be had from the hub ({reason}); "
+            "check the name, or download it beforehand and give its directory"
+        ) from None
+
+
+def model_identity(directory: Path) -> dict[str, Any]:
+    """What tells a model's files from another's without reading gigabytes.
+
+    Size and first and last mebibyte of each weight file, and the configs whole.
+    """
+    identity: dict[str, Any] = {}
+    for file in sorted(directory.iterdir()):
+        if file.suffix in (".json", ".model"):
+            identity[file.name] = digest_bytes(file.read_bytes())
+        elif file.suffix in (".safetensors", ".bin"):
+            with file.open("rb") as opened:
+                head = opened.read(1 << 20)
+                opened.seek(max(0, file.stat().st_size - (1 << 20)))
+                tail = opened.read()
+            identity[file.name] = [file.stat().st_size, digest_bytes(head + tail)]
+    return {"model": digest_json(identity)}

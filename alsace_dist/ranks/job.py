@@ -1,0 +1,41 @@
+"""What a job script (cluster/stage.sh.j2, cluster/slurm_task.sh) says to its tasks, and what they leave for it."""
+
+import os
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+from alsace_dist.files.manifest import write_text
+
+ATTEMPT_DIR = "ALSACE_ATTEMPT_DIR"  # where tasks leave their output and the cause of a failure
+LEAD_SECONDS = "ALSACE_LEAD_SECONDS"  # how long before the end of the job its stop signal comes
+GPUS_PER_NODE = "ALSACE_GPUS_PER_NODE"  # what the job has asked for
+NUM_NODES, NODE_RANK, RANKS_PER_NODE = "ALSACE_NUM_NODES", "ALSACE_NODE_RANK", "ALSACE_RANKS_PER_NODE"
+
+
+def attempt_directory() -> Path | None:
+    """Where this start of a job leaves what it has to tell; None outside a job."""
+    return Path(os.environ[ATTEMPT_DIR]) if ATTEMPT_DIR in os.environ else None
+
+
+def lead_seconds() -> float:
+    """Seconds between the job's stop signal and its end; infinite outside a job."""
+    return float(os.environ.get(LEAD_SECONDS, "inf"))
+
+
+def note_position(text: str) -> None:
+    """Leave for the job script where the next start would go on: it stops a job that fails again and again there."""
+    if directory := attempt_directory():
+        with suppress(OSError):  # a full disk is told by what the disk is needed for
+            write_text(directory / "position", text + "\n")
+
+
+def log_apart(rank: int) -> None:
+    """In a job, the output of rank 0 alone goes into the job's log; every other rank has a file of its own."""
+    directory = attempt_directory()
+    if directory and rank:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        with (directory / f"rank{rank:05d}.log").open("ab") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)

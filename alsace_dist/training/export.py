@@ -1,0 +1,96 @@
+"""Models for people: trained weights as a ``transformers`` directory, and tensors written in files of bounded size."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from alsace_dist.errors import UserError
+from alsace_dist.files.manifest import MANIFEST, STARTED, atomic_path, file_entry, write_json
+from alsace_dist.models.family import TrainableModel
+from alsace_dist.training.engine import WEIGHT, TrainEngine
+
+NOT_COPIED = (MANIFEST, STARTED)
+FILE_BYTES = 4 << 30  # largest part that a rank holds in memory before it writes
+
+
+class PartWriter:
+    """Collects tensors and writes them as safetensors files of a bounded size."""
+
+    def __init__(self, directory: Path, prefix: str, max_bytes: int = FILE_BYTES) -> None:
+        self.directory, self.prefix, self.max_bytes = directory, prefix, max_bytes
+        self.entries: dict[str, dict[str, Any]] = {}
+        self.keys: dict[str, list[str]] = {}
+        self._pending: dict[str, Tensor] = {}
+        self._bytes = 0
+
+    @property
+    def names(self) -> set[str]:
+        """Names of all tensors so far."""
+        return {key for keys in self.keys.values() for key in keys} | self._pending.keys()
+
+    def add(self, tensors: dict[str, Tensor]) -> None:
+        """Keep tensors, and write those from before once these would be too many."""
+        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        if self._pending and self._bytes + size > self.max_bytes:
+            self.flush()
+        self._pending |= tensors
+        self._bytes += size
+
+    def flush(self) -> None:
+        """Write what is kept. Raises ``UserError`` if the disk is full."""
+        if not self._pending:
+            return
+        path = self.directory / f"{self.prefix}-{len(self.entries):05d}.safetensors"
+        with atomic_path(path) as temporary:
+            try:
+                save_file(self._pending, temporary, metadata={"format": "pt"})
+            except SafetensorError as error:  # how it says that the disk is full
+                raise UserError(f"{path}: {error}; free space, then run the same command again") from None
+        self.entries[path.name] = file_entry(path)
+        self.keys[path.name] = list(self._pending)
+        self._pending, self._bytes = {}, 0
+
+
+def export(directory: Path, engine: TrainEngine, model: TrainableModel, max_bytes: int = FILE_BYTES) -> None:
+    """Write the trained weights as a ``transformers`` directory, in float32. Collective; rank 0 writes.
+
+    What was not trained comes from the model that training began with, as do config and tokenizer.
+    """
+    ranks = engine.ranks
+    writer = PartWriter(directory, "part", max_bytes)
+    for name in engine.parameters:
+        value = engine.state(name)[WEIGHT]  # collective, so also on ranks that do not write
+        if ranks.is_main:
+            writer.add(model.exported(name, value))
+
+    def finish() -> None:
+        for key, value in model.remaining(writer.names):
+            writer.add({key: value})
+        writer.flush()
+        _name_for_transformers(directory, writer)
+        for file in model.directory.iterdir():
+            if file.suffix in (".json", ".model") and file.name not in NOT_COPIED and "index" not in file.name:
+                with atomic_path(directory / file.name) as temporary:
+                    shutil.copyfile(file, temporary)
+
+    ranks.main_first(finish)
+
+
+def _name_for_transformers(directory: Path, writer: PartWriter) -> None:
+    """Give the parts the names under which ``from_pretrained`` looks for them."""
+    if len(writer.keys) == 1:
+        (directory / next(iter(writer.keys))).replace(directory / "model.safetensors")
+        return
+    weight_map: dict[str, str] = {}
+    for number, (part, keys) in enumerate(writer.keys.items(), start=1):
+        name = f"model-{number:05d}-of-{len(writer.keys):05d}.safetensors"
+        (directory / part).replace(directory / name)
+        weight_map |= dict.fromkeys(keys, name)
+    total = sum(entry["bytes"] for entry in writer.entries.values())
+    write_json(
+        directory / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map}
+    )
