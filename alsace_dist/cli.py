@@ -27,7 +27,7 @@ def demo(*, run_dir: str = "runs/demo", debug: bool = False, **overrides: Any) -
     """
     path = Path(__file__).parent / "tasks/demo.yaml"
     run(str(path), debug=debug, **{"run_dir": run_dir} | overrides)
-    tool = Path(sys.argv[0])  # as it was called: a virtual environment need not be on the PATH
+    tool = Path(sys.argv[0])  # the program as it was called: a virtual environment need not be on the PATH
     alsace, board = (tool, tool.with_name("tensorboard")) if tool.name == "alsace" else ("alsace", "tensorboard")
     print(
         f"""
@@ -159,7 +159,7 @@ def report(run: str, *, debug: bool = False) -> None:
 
 
 def calibrate(config: str, *, variant: str = "", debug: bool = False, **overrides: Any) -> None:
-    """Biases of the final model from its own unlabeled scores, which evaluate.calibrate adds at inference.
+    """Find the biases of the final model, which evaluate.calibrate adds at inference, from its unlabeled scores.
 
     Args:
         config: the run's YAML.
@@ -225,7 +225,7 @@ def submit(
     debug: bool = False,
     **overrides: Any,
 ) -> None:
-    """Submit every stage that is not complete to Slurm, each to start when the one before has succeeded.
+    """Submit every stage that is not complete to Slurm; each job starts when the job before it has succeeded.
 
     Args:
         config: the run's YAML.
@@ -291,7 +291,7 @@ def main() -> None:
     import fire
     import fire.parser
 
-    # As text: fire would read 1e-3 in a name as a number, and drop what follows a '#'.
+    # Let fire hand over all values as text: it would read 1e-3 in a name as a number, and drop what follows a '#'.
     fire.parser.DefaultParseValue = str
     debug = any(argument in ("--debug", "--debug=True", "--debug=true") for argument in sys.argv)
     _stop_on_signals()
@@ -350,7 +350,7 @@ def _leave(error: BaseException | None, debug: bool) -> None:
     if error is not None:
         shown = failures.readable(error)
         if shown is not error:
-            shown.__cause__ = error  # for --debug
+            shown.__cause__ = error  # --debug prints the traceback of the cause
         code = failures.exit_code(shown)
         if failures.in_group():
             failures.record_failure(shown)

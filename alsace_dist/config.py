@@ -218,7 +218,8 @@ class ModelConfig(Section):
         return self
 
 
-# Sections and settings that DeepSpeed has beside those that are set here: docs, "DeepSpeed Configuration JSON".
+# Sections and settings of DeepSpeed that this config does not make itself ("DeepSpeed Configuration JSON" in its
+# documentation).
 DEEPSPEED_KEYS = (
     "zero_optimization",
     "zero_allow_untested_optimizer",
@@ -290,7 +291,7 @@ class EngineConfig(Section):
         owned |= {"scheduler", "fp16", "bf16", "checkpoint", "gradient_clipping", "managed_gradient_accumulation"}
         if clash := sorted(owned & self.deepspeed.keys()):
             raise ValueError(f"deepspeed.{clash[0]} is set from this config's own keys; remove it")
-        for key in self.deepspeed:  # DeepSpeed itself passes over what it does not know
+        for key in self.deepspeed:  # DeepSpeed itself passes over unknown keys
             if key not in DEEPSPEED_KEYS and (meant := difflib.get_close_matches(key, DEEPSPEED_KEYS, 1, 0.8)):
                 raise ValueError(f"deepspeed.{key}: no such setting of DeepSpeed; {meant[0]} is meant?")
         zero = self.deepspeed.get("zero_optimization", {})
@@ -305,7 +306,7 @@ class EngineConfig(Section):
         return self.timeout_seconds / 2 if self.hang_seconds == "auto" else self.hang_seconds
 
 
-# What a rerun may change without training something else: how fast and how safely, not what.
+# Keys that a rerun may change without training another model: they say how fast and how safely it trains.
 NOT_IN_FINGERPRINT = {"micro_batch_size", "checkpoint_every_steps", "keep_checkpoints", "log_every_steps"}
 
 

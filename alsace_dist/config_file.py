@@ -20,12 +20,12 @@ def variant(config: Config, name: str) -> Config:
         raise UserError(f"variants.{name}: no such variant; the config has {', '.join(config.variants) or 'none'}")
     overrides = config.variants[name]
     base = config.model_dump(mode="json", exclude={"variants"}, exclude_unset=True)
-    if "method" in overrides:  # another preset decides anew what the base config took from its own
+    if "method" in overrides:  # the variant's preset replaces the choices of the run's preset
         for section, parts in METHODS[config.method].items():
             base[section] = {key: value for key, value in base[section].items() if value != parts.get(key)}
     given = overrides.get("select")
     chosen = given if isinstance(given, Mapping) else {}
-    for option, (choice, _, _) in OPTION_OF.items():  # and what it chooses anew has its own options
+    for option, (choice, _, _) in OPTION_OF.items():  # a choice that the variant makes anew has options of its own
         if ("method" in overrides or choice in chosen) and option not in chosen:
             base.get("select", {}).pop(option, None)
     return validate(Config, _merge(base, overrides), f"variants.{name}: ")
@@ -80,7 +80,8 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-# No more than PyYAML's own resolver reads as something else than text, so that what it writes is read as it was.
+# These patterns take no more words for numbers and truth values than PyYAML's resolver does, so that what PyYAML writes
+# is read back unchanged.
 _FLOAT = r"[-+]?((0|[1-9][0-9]*)\.[0-9]*|\.[0-9]+)([eE][-+][0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"
 for _tag, _pattern, _first in (
     ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),

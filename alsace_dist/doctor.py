@@ -22,7 +22,7 @@ from alsace_dist.errors import UserError
 from alsace_dist.files.layout import Layout, data_url
 from alsace_dist.files.manifest import atomic_path
 
-GROUP_SECONDS = 120.0  # two processes that import torch on a busy machine
+GROUP_SECONDS = 120.0  # time for two processes to import torch on a busy machine
 MIN_FREE_BYTES = 5 * 10**9
 ALL_REDUCE = "import sys; from alsace_dist.doctor import all_reduce_as_rank; all_reduce_as_rank(*sys.argv[1:])"
 
@@ -62,12 +62,12 @@ def _checks(config: Config | None) -> Iterator[tuple[str, Callable[[], Iterator[
 
 
 def _run(name: str, check: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
-    """The findings of a check; an exception in it is a failed check, not the end of the others."""
+    """The findings of a check; an exception in the check is a finding, so that later checks still run."""
     try:
         yield from check()
     except UserError as error:
         yield Finding("FAILED", name, _one_line(error))
-    except Exception as error:  # whatever a broken installation may raise
+    except Exception as error:  # a broken installation may raise anything
         yield Finding("FAILED", name, f"{type(error).__name__}: {_one_line(error)}")
 
 
@@ -236,7 +236,7 @@ def _check_input(one: InputConfig) -> Finding:
 
     try:
         files = kind_of(one).files(one)
-    except UserError as error:  # the inputs after it are to be looked at as well
+    except UserError as error:  # go on with the inputs after this one
         return Finding("FAILED", "data", _one_line(error))
     if not files and one.path:
         return _check_hub("data", one.path, one.revision, "dataset")

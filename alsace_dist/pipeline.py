@@ -128,4 +128,4 @@ def _refuse_other_settings(stage: Stage) -> None:
         except OtherSettings:
             raise
         except UserError:
-            pass  # an input of it is missing: it will be said when it is its turn
+            pass  # an input is missing: running the stage will say so

@@ -266,7 +266,7 @@ def _dataset(config: Config, split: Split) -> Dataset | None:
     try:
         return open_dataset(data_url(config, split))
     except UserError:
-        if config.data.directory is not None:  # nobody is going to prepare it
+        if config.data.directory is not None:  # no stage is going to prepare the dataset
             raise
         return None
 

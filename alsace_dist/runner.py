@@ -20,7 +20,7 @@ from alsace_dist.ranks import group, job, launcher
 from alsace_dist.ranks.group import Ranks
 from alsace_dist.stages.base import Output, Stage, model_after
 
-LOCK_SECONDS = 10.0  # for the ranks of a start that was killed to be gone
+LOCK_SECONDS = 10.0  # time for the ranks of a killed start to be gone
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 
 
@@ -35,7 +35,7 @@ def run_stage(stage: Stage, debug: bool = False) -> None:
         return
     print(stage.name, file=sys.stderr)
     with alone(stage.lock, stage.name):
-        if not stage.is_complete():  # whoever held the lock may have finished it
+        if not stage.is_complete():  # whoever held the lock may have finished the stage
             stage.run(None)
 
 
@@ -57,7 +57,7 @@ def run_on_ranks(stage: Stage, ranks: Ranks) -> None:
 
         def look() -> None:
             stack.enter_context(alone(stage.lock, stage.name))
-            found.append(stage.is_complete())  # whoever held the lock may have finished it
+            found.append(stage.is_complete())  # whoever held the lock may have finished the stage
 
         ranks.main_first(look)
         (is_complete,) = ranks.any_rank(any(found))

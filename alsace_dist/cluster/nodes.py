@@ -24,12 +24,12 @@ from alsace_dist.ranks.job import GPUS_PER_NODE
 if TYPE_CHECKING:
     import torch
 
-MEET_SECONDS = 60.0  # for every node to start, and to be seen by the others
+MEET_SECONDS = 60.0  # time for every node to start and to be seen
 PAIR_SECONDS = 30.0
 CLOCK_SECONDS = 10.0
 PAIR_BYTES = 32 * 2**20
 MAX_CLOCK_SECONDS = 2.0  # more, and make, rsync and the order of log lines are fooled
-MAX_USED_BYTES = 2 * 10**9  # of a GPU that is free; the driver alone takes some hundred MB
+MAX_USED_BYTES = 2 * 10**9  # bytes in use on a free GPU; the driver alone takes some hundred MB
 PACKAGES = ("alsace_dist", "torch", "deepspeed", "transformers", "tokenizers", "safetensors")
 Finding = tuple[bool, str, str]  # ok, what was checked, what was found
 
@@ -127,7 +127,7 @@ def _clock(store: Any, rank: int, present: Iterable[int]) -> float:
         store.set(f"ask{other}", "?")
         try:
             store.wait([f"time{other}"], timedelta(seconds=CLOCK_SECONDS))
-        except RuntimeError:  # it does not reach the port, as its own findings say
+        except RuntimeError:  # that node does not reach the port, and says so in its own findings
             continue
         theirs = float(store.get(f"time{other}"))
         store.set(f"ahead{other}", repr(theirs - (begin + time.time()) / 2))
@@ -140,7 +140,7 @@ def opponents(rank: int, num_nodes: int) -> Iterator[int]:
     size = num_nodes + num_nodes % 2
     for turn in range(size - 1):
         if rank == size - 1:
-            other = turn * (size // 2) % (size - 1)  # the one that would meet itself: 2 x = turn
+            other = turn * (size // 2) % (size - 1)  # the node that would meet itself: 2 x = turn
         else:
             other = (turn - rank) % (size - 1)
             other = size - 1 if other == rank else other
@@ -166,7 +166,7 @@ def _try_pair(store: Any, rank: int, other: int) -> dict[str, Any]:
         else:
             group, device = dist.ProcessGroupGloo(pair, place, 2, timeout), torch.device("cpu")
         data = torch.ones(PAIR_BYTES // 4, device=device)
-        _all_reduce(group, data)  # the first one connects
+        _all_reduce(group, data)  # the first all-reduce connects, so it is not timed
         begin = time.monotonic()
         _all_reduce(group, data)
         seconds = time.monotonic() - begin
@@ -212,7 +212,7 @@ def _host_names() -> list[str]:
 
 
 def _collect(directory: Path, kind: str, num_nodes: int, seconds: float) -> dict[int, dict[str, Any]]:
-    """Rank -> what it has written, of those that have within some seconds."""
+    """Rank -> what the rank has written, of all ranks that have written within some seconds."""
     deadline = time.monotonic() + seconds
     while len(found := sorted(directory.glob(f"{kind}[0-9]*.json"))) < num_nodes and time.monotonic() < deadline:
         time.sleep(0.2)

@@ -59,7 +59,7 @@ class JobState:
 
 
 def submit(run: Path, scripts: Sequence[tuple[str, Path]]) -> list[Submitted]:
-    """Submit (name, script) pairs, each to start when the one before it has succeeded; all or none.
+    """Submit (name, script) pairs, each to start when the job before it has succeeded; all or none.
 
     Raises ``UserError`` if the run has jobs in the queue, or Slurm refuses one: then those before it are cancelled.
     """
@@ -67,11 +67,11 @@ def submit(run: Path, scripts: Sequence[tuple[str, Path]]) -> list[Submitted]:
     done: list[Submitted] = []
     try:
         for name, script in scripts:
-            # The first one is held until all are taken: if one is refused, none has begun.
+            # The first job is held until all are taken: if Slurm refuses one, none has begun.
             after = [f"--dependency=afterok:{done[-1].job_id}", "--kill-on-invalid-dep=yes"] if done else ["--hold"]
             job_id = sbatch(script, *after)
             done.append(Submitted(name, job_id, str(script), str(script.parent / "logs" / f"{script.stem}.log")))
-            _write(run, done)  # at once: what is submitted can be asked for and cancelled
+            _write(run, done)  # after every job: what is submitted can be asked for and cancelled
         if done:
             _call(["scontrol", "release", done[0].job_id])
     except BaseException as error:
@@ -153,7 +153,7 @@ def cancel(run: Path) -> list[Submitted]:
     """Cancel what the run has in the queue; the jobs that were."""
     alive = alive_jobs(run)
     if alive:
-        scancel([job.job_id for job in reversed(alive)])  # the last first: none starts in between
+        scancel([job.job_id for job in reversed(alive)])  # from the last to the first, so that none starts in between
     return alive
 
 
@@ -187,7 +187,7 @@ def job_states(job_ids: Sequence[str]) -> dict[str, JobState]:
             ["squeue", "--noheader", "--all", "--states=all", "--format=%i|%T|%r|%N", f"--jobs={','.join(job_ids)}"]
         )
     except UserError as error:
-        if "Invalid job id" not in str(error):  # so it says if it knows none of them
+        if "Invalid job id" not in str(error):  # squeue says so if it knows none of the jobs
             raise
         text = ""
     wanted = set(job_ids)
@@ -195,7 +195,7 @@ def job_states(job_ids: Sequence[str]) -> dict[str, JobState]:
     for line in text.splitlines():
         full_id, state, reason, nodes = line.split("|", 3)
         job_id = full_id.partition("_")[0]
-        # Of an array's tasks the one that runs, else one that waits, else any.
+        # An array's state is that of a task that runs, else of one that waits, else of any task.
         is_better = job_id not in found or state == "RUNNING" or (state in ALIVE and not found[job_id].is_alive)
         if job_id in wanted and is_better:
             found[job_id] = JobState(state, "" if reason == "None" else reason, _num_restarts(full_id), nodes)
@@ -208,7 +208,7 @@ def job_states(job_ids: Sequence[str]) -> dict[str, JobState]:
 def _num_restarts(job_id: str) -> int:
     try:
         text = _call(["scontrol", "show", "job", "--oneliner", job_id])
-    except UserError:  # forgotten in between
+    except UserError:  # the controller has forgotten the job in between
         return 0
     found = re.search(r" Restarts=(\d+) ", text)
     return int(found[1]) if found else 0
@@ -223,7 +223,7 @@ def _from_accounting(job_id: str) -> str | None:
 
 
 def _call(command: list[str]) -> str:
-    """What one of Slurm's programs prints. Raises ``NoSlurm`` or ``UserError`` with what it says of its failure."""
+    """The output of one of Slurm's programs. Raises ``NoSlurm`` or ``UserError`` with the program's own words."""
     try:
         done = subprocess.run(
             command,
@@ -232,7 +232,7 @@ def _call(command: list[str]) -> str:
             timeout=TIMEOUT_SECONDS,
             check=False,
             stdin=subprocess.DEVNULL,
-            # What a person has set for sbatch by hand would win over the scripts' options.
+            # SBATCH_* variables, which people set for their own sbatch, would win over the scripts' options.
             env={name: value for name, value in os.environ.items() if not name.startswith("SBATCH_")},
         )
     except FileNotFoundError:

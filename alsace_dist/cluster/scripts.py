@@ -62,7 +62,7 @@ def write_scripts(config: Config, profile: SiteProfile, jobs: Sequence[Job], num
     """
     directory = Layout(Path(config.run_dir)).slurm.absolute()
     (directory / "logs").mkdir(parents=True, exist_ok=True)
-    # Where the nodes, and containers, can read it.
+    # Copy the task's script to where nodes and containers can read it.
     write_text(directory / TASK_SCRIPT.name, TASK_SCRIPT.read_text(encoding="utf-8"))
     scripts = {}
     for job in jobs:
@@ -99,7 +99,7 @@ def render(config: Config, profile: SiteProfile, job: Job, num_nodes: int) -> st
         attempts=directory / "attempts",
         launcher=launcher,
         ranks_per_node=num_ranks,
-        # The doctor's findings are not mended by trying again.
+        # Trying again mends none of the doctor's findings.
         max_requeues=0 if job.tasks == "nodes" else profile.max_requeues,
         # In a doctor job the other nodes must survive a bad one, to report it.
         kill_on_bad_exit=int(job.tasks != "nodes"),

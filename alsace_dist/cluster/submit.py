@@ -72,7 +72,7 @@ def check_cluster(config: Config, yaml_path: Path, cluster: str, num_nodes: int)
     job = scripts.doctor_job(config)
     script = scripts.write_scripts(config, profile, [job], num_nodes)[job.name]
     log = script.parent / "logs" / f"{script.stem}.log"
-    log.unlink(missing_ok=True)  # of an earlier check
+    log.unlink(missing_ok=True)  # an earlier check has left its log
     job_id = queue.sbatch(script)
     print(f"job {job_id} checks {num_nodes} nodes; its log: {log}", file=sys.stderr)
     try:
@@ -106,7 +106,7 @@ def _write_config(config: Config, yaml_path: Path, found: list[Stage], is_only_r
 
 
 def _with_inputs(todo: list[Job], found: list[Stage]) -> list[Job]:
-    """The jobs whose inputs are complete or made by jobs before them; the others are said and left out.
+    """The jobs whose inputs are complete or made by jobs before them; any other job is left out, which is said.
 
     Raises ``UserError`` if of a command none is left.
     """

@@ -20,7 +20,7 @@ def check_prepared(config: Config) -> None:
 def check_datasets(config: Config, datasets: Mapping[str, Dataset]) -> None:
     """``datasets``: by split. Raises ``UserError`` if one has other labels than the task, or as ``check_languages``."""
     for split, dataset in datasets.items():
-        if split != "pretrain" and list(dataset.labels) != config.task.labels:  # labels are stored as their numbers
+        if split != "pretrain" and list(dataset.labels) != config.task.labels:  # shards hold labels as numbers
             has, wants = ", ".join(dataset.labels), ", ".join(config.task.labels)
             raise UserError(f"task.labels: split {split} was prepared with {has}, in this order, not with {wants}")
     check_languages(config, {split: dataset.languages for split, dataset in datasets.items()})
@@ -48,7 +48,7 @@ def check_languages(config: Config, languages: Mapping[str, Collection[str]]) ->
         for language in sorted(every):
             for_language(keys, language, name)
         unknown = sorted(keys.keys() - every - {"default"})
-        if unknown and config.data.languages is None:  # else a part of what there is was asked for
+        if unknown and config.data.languages is None:  # with data.languages some of the templates are not needed
             raise UserError(f"task.{name}.{unknown[0]}: no split has that language; correct or remove it")
     for name in ("", *config.variants):
         section = (variant(config, name) if name else config).select

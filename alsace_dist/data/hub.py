@@ -31,7 +31,7 @@ def read_huggingface(one: InputConfig, task: TaskConfig) -> Iterator[RecordRow]:
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     subsets: Mapping[Any, str | None] = one.subsets or {None: None}
-    # Of a directory its own name alone, so that the ids do not change with the place it lies in.
+    # Ids hold the name of a directory but not its path, so that they stay the same when it is moved.
     name = Path(one.path).resolve().name if Path(one.path).exists() else one.path
     loaded = {language: _load_dataset(one, name) for language, name in subsets.items()}
     if len({one.columns.id in dataset.column_names for dataset in loaded.values()}) > 1:
@@ -48,7 +48,7 @@ def read_huggingface(one: InputConfig, task: TaskConfig) -> Iterator[RecordRow]:
         names = label.names if has_names else []
         tables = dataset.select_columns(wanted).with_format("arrow").iter(1000)
         for place, cells in cells_of_tables(tables, where):
-            # The row number alone would collide between the splits of one dataset, which are inputs of their own.
+            # Row numbers alone would collide: the splits of one dataset are different inputs.
             cells.setdefault(one.columns.id, f"{name}/{one.hub_split or 'train'}/{place.number}")
             named = cells[one.columns.language] if language is None else language
             row = row_of_cells(place, cells, one, task, named)
@@ -77,7 +77,7 @@ def _load_dataset(one: InputConfig, name: str | None) -> Any:
         if (directory / "state.json").exists():
             return datasets.load_from_disk(str(directory))
         return datasets.load_dataset(one.path, name, split=split, revision=one.revision)
-    except Exception as error:  # the library hands on whatever its many back ends raise
+    except Exception as error:  # datasets hands on whatever its many back ends raise
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         remedy = "check path, subsets, hub_split and the network, or fetch it beforehand and give the local path"
         raise UserError(f"data.inputs.path: {one.path}: cannot be loaded ({reason}); {remedy}") from error

@@ -53,7 +53,7 @@ class BadRecords:
 
     def __init__(self) -> None:
         self.problems: list[tuple[Place, str, str]] = []
-        self.broken_keys: set[str] = set()  # ids of groups of which a row could not be read
+        self.broken_keys: set[str] = set()  # ids of groups with a row that could not be read
 
     def add(self, place: Place, kind: str, detail: str) -> None:
         """Note a problem: where, of which kind, and what exactly."""
@@ -66,7 +66,7 @@ class BadRecords:
     def settle(self, path: Path, skip: bool) -> None:
         """Write the whole list to ``path``, print its beginning, and unless ``skip`` raise ``UserError``."""
         if not self.problems:
-            path.unlink(missing_ok=True)  # the list of an earlier try would mislead
+            path.unlink(missing_ok=True)  # a list that an earlier try has left would mislead
             return
         lines = [f"{place}: {kind}: {detail}" for place, kind, detail in sorted(self.problems, key=lambda row: row[0])]
         write_text(path, "\n".join(lines) + "\n")
@@ -132,7 +132,9 @@ def open_bytes(path: Path) -> Iterator[Any]:
         console, silent = Console(stderr=True), not sys.stderr.isatty()
         bar = rich.progress.open(path, "rb", description=path.name, console=console, transient=True, disable=silent)
         with bar as raw:
-            file = io.BufferedReader(cast(io.RawIOBase, raw), 1 << 20)  # in blocks, as rich's bar is slow by the line
+            file = io.BufferedReader(
+                cast(io.RawIOBase, raw), 1 << 20
+            )  # read in blocks: rich's bar is slow line by line
             yield gzip.GzipFile(fileobj=file) if path.suffix == ".gz" else file
     except (OSError, EOFError, zlib.error, csv.Error) as error:
         raise UserError(f"{path}: cannot be read ({error}); restore the file") from None

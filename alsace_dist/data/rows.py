@@ -36,7 +36,7 @@ class Answers:
 
 
 def answers_of(task: TaskConfig, languages: Iterable[str]) -> Answers:
-    """The answers of a task in these languages. Raises ``UserError`` if one has neither its own nor default ones."""
+    """The answers of a task in these languages. Raises ``UserError`` for a language without answers."""
     fixed = {language: tuple(for_language(task.answers(), language, "verbalizers")) for language in languages}
     every = tuple(answer for answers in task.answers().values() for answer in answers)
     return Answers(fixed, every, task.decoder_prefix, task.max_tokens)

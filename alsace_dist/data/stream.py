@@ -18,7 +18,7 @@ import numpy as np
 Row = TypeVar("Row")
 Item = TypeVar("Item")
 MAX_STREAMS = 64
-# Tokens whose computation takes as long as what a forward and backward pass costs whatever its size. Measured on a CPU
+# Fixed overhead of one forward and backward pass, whatever its size, expressed in tokens. Measured on a CPU
 # (one thread, bf16): for mT5-small 108, and 250 if its vocabulary is trained too; 330 and more for nano models. Between
 # 128 and 256 the whole cost of a step hardly differs, and the lower value pads less. For GPUs an estimate: 20 ms of
 # launches, 1e5 tokens/s.
@@ -54,7 +54,7 @@ class CanonicalOrder:
         self.global_batch_size = global_batch_size
         self.seed = seed
         most = min(int((self.counts > 0).sum()), MAX_STREAMS, global_batch_size)
-        # As many as leave the slowest of them at least one example.
+        # The largest number of streams at which the stream with the fewest slots still has one example.
         self.num_streams = next(
             n for n in range(most, 0, -1) if self.total * (global_batch_size // n) >= global_batch_size
         )
@@ -95,7 +95,7 @@ class ShardCache(Generic[Row]):
         self._counts = counts
         self._capacity = capacity
         self._rows: OrderedDict[int, list[Row]] = OrderedDict()
-        self._lock = threading.Lock()  # the thread that makes batches ahead, and the loop that asks for stand-ins
+        self._lock = threading.Lock()  # two threads read: one makes batches ahead, and the loop asks for stand-ins
         self.opened: list[int] = []
 
     def __getitem__(self, shard: int) -> list[Row]:
@@ -133,7 +133,7 @@ class TrainStream(Generic[Row]):
         self.order = order
         self._build = build
         self._slots = range(rank, order.global_batch_size, world_size)
-        # Room for the shards that a step draws from and the ones that follow them.
+        # Keep the shards that a step draws from and the shards that follow them.
         self.cache = ShardCache(load, order.counts.tolist(), capacity=2 * order.num_streams + 2)
 
     def batch(self, step: int) -> list[Any]:
@@ -146,12 +146,12 @@ class TrainStream(Generic[Row]):
         return self._build(self.cache[place.shard][place.example], place.pass_index)
 
     def batches(self, first: int, last: int, make: Callable[[int, list[Any]], Item]) -> Iterator[Item]:
-        """``make(step, batch)`` of steps first, ..., last - 1, the next ones made while the current one is used."""
+        """``make(step, batch)`` of steps first, ..., last - 1; the next items are made while one is used."""
         return ahead(make(step, self.batch(step)) for step in range(first, last))
 
 
 def ahead(items: Iterator[Item], depth: int = 2) -> Generator[Item]:
-    """The same items, up to ``depth`` of them made in a thread before they are asked for.
+    """The same items; a thread makes up to ``depth`` items before they are asked for.
 
     An error while making one is raised where it is asked for.
     """
@@ -169,8 +169,8 @@ def ahead(items: Iterator[Item], depth: int = 2) -> Generator[Item]:
 def micro_batches(lengths: Sequence[int], size: int, pass_cost: int) -> list[list[int]]:
     """Cut a rank's share of a step into micro-batches of at most ``size`` examples, by length, longest first.
 
-    Of all such cuts the one that costs least, where a micro-batch costs its tokens, padding included, and ``pass_cost``
-    tokens for being a forward and backward pass of its own. Returns indices.
+    Of all such cuts this is the cheapest: a micro-batch costs its tokens, padding included, and ``pass_cost`` tokens
+    for the fixed overhead of a forward and backward pass. Returns indices.
     """
     by_length = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
     ordered = np.array([lengths[index] for index in by_length], dtype=np.float64)

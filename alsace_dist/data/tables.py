@@ -31,7 +31,7 @@ def _read_csv(path: Path, one: InputConfig, task: TaskConfig, bad: BadRecords) -
         # Bytes that are not UTF-8 become lone surrogates, which the checks of texts report with their line.
         text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
         csv.field_size_limit(2**31 - 1)  # the default refuses texts of over 131,072 characters
-        lines: list[str] = []  # of the current row
+        lines: list[str] = []  # the lines that the current row was read from
 
         def remembered() -> Iterator[str]:
             for line in text:
@@ -103,7 +103,7 @@ def _plain_values(column: Any) -> list[Any]:
     if pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind) or pyarrow.types.is_string_view(kind):
         values = column.cast(pyarrow.large_binary()).to_pylist()
         return [None if value is None else value.decode("utf-8", "surrogateescape") for value in values]
-    return [None if value != value else value for value in column.to_pylist()]  # NaN: a gap, as pandas writes it
+    return [None if value != value else value for value in column.to_pylist()]  # pandas writes NaN for a gap
 
 
 def wanted_columns(

@@ -33,7 +33,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         sync_file(temporary)
-        temporary.chmod(0o644)  # mkstemp makes it private; outputs are shared within a group's project space
+        temporary.chmod(0o644)  # mkstemp makes files private, but outputs are shared within a project
         temporary.replace(path)
         sync_file(path.parent)
     finally:
@@ -128,7 +128,7 @@ def write_manifest(
     for file in files:
         entries[file.relative_to(directory).as_posix()] = file_entry(file)
     entries = dict(sorted(entries.items()))
-    # Through JSON and back, so that the manifest in memory is the one that a later stage reads.
+    # Convert through JSON and back, so that the manifest in memory equals the one that a later stage reads.
     manifest = Manifest(kind, json.loads(json.dumps(fingerprint)), entries, json.loads(json.dumps(details or {})))
     write_json(directory / MANIFEST, asdict(manifest))
     (directory / STARTED).unlink(missing_ok=True)

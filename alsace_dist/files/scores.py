@@ -84,7 +84,7 @@ def read_score_file(path: Path) -> Scores:
     try:
         table = pq.read_table(path, columns=_schema().names).cast(_schema())
     except PermissionError:
-        raise  # not broken
+        raise  # the file is not broken, and the operating system's message names path and reason
     except (OSError, pa.ArrowException, ValueError) as error:
         raise UserError(f"{path}: not a score file ({' '.join(str(error).split())}); {remedy}") from None
     if bad := next((name for name in ("key", "language", "log_probs") if table.column(name).null_count), None):

@@ -98,7 +98,7 @@ def write_dataset(
 
 
 def _write_tar(path: Path, groups: Iterable[ParallelGroup]) -> None:
-    import webdataset  # imports torch, so only where it is used
+    import webdataset  # webdataset imports torch
 
     with (
         path.open("wb") as file,
@@ -146,7 +146,7 @@ def _dataset(url: str, manifest: Manifest) -> Dataset:
         for row in manifest.details["shards"]
     )
     for shard in shards:
-        if "/" in shard.name or not shard.name.endswith(".tar"):  # the stem names files that later stages write
+        if "/" in shard.name or not shard.name.endswith(".tar"):  # later stages name files after the stem
             raise ValueError(f"{shard.name!r} is not the name of a shard")
     languages = sorted({language for shard in shards for language in shard.num_examples})
     return Dataset(url, shards, tuple(languages), tuple(manifest.details["labels"]), manifest.digest)
@@ -161,7 +161,7 @@ def _read_bytes(url: str) -> bytes:
             data: bytes = file.read()
     except FileNotFoundError:
         raise
-    except (OSError, ImportError) as error:  # no permission, not a file, no network, no driver for the scheme
+    except (OSError, ImportError) as error:  # permission, a directory, the network, a missing driver
         raise UserError(f"{url}: cannot be read ({error}); correct the path or the access to it") from None
     return data
 

@@ -35,7 +35,7 @@ class Inputs:
 
 
 def to_device(device: torch.device, *tensors: Tensor) -> tuple[Tensor, ...]:
-    """Tensors on a device; the copy to an accelerator does not wait for what it computes."""
+    """Tensors on a device; the copy to an accelerator does not wait for its kernels."""
     if device.type == "cpu":
         return tensors
     return tuple(tensor.pin_memory().to(device, non_blocking=True) for tensor in tensors)
@@ -43,7 +43,7 @@ def to_device(device: torch.device, *tensors: Tensor) -> tuple[Tensor, ...]:
 
 def pad(rows: Sequence[Sequence[int]], value: int) -> Tensor:
     """Rows of different lengths as one int64 tensor [rows, longest], filled up at the end."""
-    # In numpy: a torch tensor per row takes seven times as long.
+    # numpy fills the rows in, because a torch tensor per row takes seven times as long.
     padded = np.full((len(rows), max(len(row) for row in rows)), value, dtype=np.int64)
     for index, row in enumerate(rows):
         padded[index, : len(row)] = row

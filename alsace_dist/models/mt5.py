@@ -176,7 +176,7 @@ class CandidateScorer(nn.Module):
         counted = answer_ids.flatten(0, 1) != IGNORED
         tokens = answer_ids.flatten(0, 1)[counted]
         token_log_probs = -nn.functional.cross_entropy(self.head(hidden[counted]), tokens, reduction="none")
-        # Not index_add, whose order, and so last bits, vary on GPUs.
+        # index_add would not do: its order of summation, and so the last bits, vary on GPUs.
         by_position = torch.zeros(counted.shape, device=hidden.device)
         by_position[counted] = token_log_probs
         lacks = ~counted.any(dim=1).view(batch, num_candidates)
@@ -213,7 +213,7 @@ def load_config(directory: Path) -> Any:
     value = read_config(directory)
     try:
         return MT5Config.from_dict(value)
-    except Exception as error:  # transformers' own validation, of several kinds
+    except Exception as error:  # transformers raises several kinds of errors
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{directory / 'config.json'}: {reason}; {SOUND}") from None
 

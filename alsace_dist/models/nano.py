@@ -41,7 +41,7 @@ class LanguageModel(nn.Module):
         hidden = self.body(
             input_ids=input_ids, attention_mask=attention_mask, decoder_input_ids=decoder_input_ids, use_cache=False
         ).last_hidden_state
-        # Over the whole vocabulary a float32 product would take too long; the loss is float32 all the same.
+        # A float32 product over the whole vocabulary would take too long; the loss is computed in float32 all the same.
         logits = nn.functional.linear(hidden.flatten(0, 1), self.head.weight).float()
         losses = nn.functional.cross_entropy(logits, answer_ids.flatten(), ignore_index=-100, reduction="none").view(
             answer_ids.shape
@@ -56,7 +56,7 @@ def initialise(module: LanguageModel, seed: int) -> None:
     first loss near 150; d_model ** -0.5 makes it ln(vocabulary).
     """
     torch.manual_seed(seed)
-    # Not init_weights(): that leaves alone what the constructor has initialised, from whatever state torch was in.
+    # init_weights() would not do: it skips what the constructor has initialised, from whatever state torch was in.
     module.body.apply(module.body._init_weights)
     nn.init.normal_(module.head.weight, std=module.body.config.d_model**-0.5)
 
@@ -143,7 +143,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, answers: Iterable[lis
         model_writer=model,
         model_type="unigram",
         vocab_size=vocab_size,
-        hard_vocab_limit=False,  # few texts may hold fewer pieces
+        hard_vocab_limit=False,  # a small corpus may hold fewer pieces
         character_coverage=0.9999,
         normalization_rule_name="identity",
         num_threads=1,

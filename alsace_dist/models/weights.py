@@ -58,7 +58,7 @@ class Weights:
                 # Files in the format from before torch 1.6 are no zip archives and cannot be mapped.
                 mapped = zipfile.is_zipfile(path)
                 self._torch = {name: torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)}
-            except Exception as error:  # torch raises many kinds; all of them mean that the file is not usable
+            except Exception as error:  # torch raises many kinds of errors for unusable files
                 reason = " ".join(str(error).split())[:200]
                 raise UserError(f"{path}: cannot be read as weights ({reason}); get the file again") from None
         return self._torch[name]
@@ -123,12 +123,12 @@ def load_tokenizer(directory: Path) -> Any:
     from transformers import AutoTokenizer
 
     remedy = "put the model's tokenizer files there"
-    # Without any, transformers makes an empty tokenizer of the model's type and says nothing.
+    # Without any of these files, transformers makes an empty tokenizer of the model's type and says nothing.
     if not any((directory / name).exists() for name in ("tokenizer.json", "spiece.model", "sentencepiece.model")):
         raise UserError(f"{directory}: has no usable tokenizer (no tokenizer.json, no spiece.model); {remedy}")
     try:
         return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
-    except Exception as error:  # transformers and tokenizers raise many kinds for a broken file
+    except Exception as error:  # transformers and tokenizers raise many kinds of errors for broken files
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise UserError(f"{directory}: has no usable tokenizer ({reason}); {remedy}") from None
 
@@ -159,7 +159,7 @@ def resolve_model(path: str, revision: str | None = None, patterns: list[str] = 
 
     try:
         return Path(snapshot_download(path, revision=revision, allow_patterns=patterns))
-    except Exception as error:  # the hub client raises dozens of kinds; to a person they are all this one
+    except Exception as error:  # the hub client raises dozens of kinds; to a person they mean the same
         reason = " ".join(str(error).split())[:200]
         raise UserError(
             f"model.path: {path!r} is neither a directory nor to be had from the hub ({reason}); "

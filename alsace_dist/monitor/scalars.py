@@ -49,7 +49,7 @@ class ScalarWriter:
         self._file = path.open("a", encoding="utf-8")
         from torch.utils.tensorboard import SummaryWriter
 
-        # purge_step hides what an earlier attempt logged beyond the checkpoint that this one goes on from.
+        # purge_step hides what an earlier start logged beyond the checkpoint that this start goes on from.
         self._board = SummaryWriter(str(tensorboard), purge_step=first_step + 1, flush_secs=10)
 
     def write(self, step: int, values: dict[str, float]) -> None:

@@ -64,7 +64,7 @@ class TrainingMonitor:
         learning_rate: float,
         gradient_norm: Callable[[], float],
     ) -> None:
-        """A step is done; every few of them the scalars are read, which is collective.
+        """A step is done; every ``log_every_steps`` the scalars are read, which is collective.
 
         ``sums``: this rank's sums over the step's examples, by the name of their scalar. ``num_tokens``: encoder tokens
         of this rank, without and with padding. Raises ``UserError`` if the loss is not a number.

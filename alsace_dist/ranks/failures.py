@@ -1,4 +1,4 @@
-"""How a process fails: which errors are for people, what it leaves for the launcher and the job script, exit codes."""
+"""How a process fails: which errors are for people, what the launcher and the job script are left, exit codes."""
 
 import errno
 import json
@@ -80,7 +80,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether the machine or the GPU had no memory left: Python's error, PyTorch's for GPUs, or that for CPUs."""
     return (
         isinstance(error, MemoryError)
-        or type(error).__name__ == "OutOfMemoryError"  # of torch, which need not be imported here
+        or type(error).__name__ == "OutOfMemoryError"  # torch's class, compared by name to spare the import
         or "can't allocate memory" in str(error)
     )
 
@@ -127,5 +127,5 @@ def record_cause(error: BaseException) -> None:
         if is_secondary(error):
             message = f"a rank died without a word (killed? out of memory?), its node's lines above say how; {message}"
         name = f"cause-{int(is_secondary(error))}-{time.time_ns()}-{exit_code(error)}-{who}"
-        with suppress(OSError):  # the error itself is printed all the same
+        with suppress(OSError):  # the error is printed whether or not the disk is full
             write_text(directory / name, " ".join(message.split()) + "\n")

@@ -145,7 +145,7 @@ def start(engine: EngineConfig) -> Ranks:
     stop = StopFlag()
     stop.install()
     job.log_apart(int(os.environ["RANK"]))
-    _die_with_parent()  # and says that this rank takes signals
+    _die_with_parent()  # and tell the launcher that this rank takes signals
     import torch
     import torch.distributed as dist
 
@@ -191,7 +191,7 @@ def _keep_memory() -> None:
     quarter of the time of a step on CPUs, nano or mT5-small. Use one malloc arena: per-thread arenas ignore
     M_TRIM_THRESHOLD.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc's
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # only glibc has it
     if mallopt is not None:
         mallopt(_M_MMAP_MAX, 0)
         mallopt(_M_TRIM_THRESHOLD, -1)

@@ -14,7 +14,7 @@ NUM_NODES, NODE_RANK, RANKS_PER_NODE = "ALSACE_NUM_NODES", "ALSACE_NODE_RANK", "
 
 
 def attempt_directory() -> Path | None:
-    """Where this start of a job leaves what it has to tell; None outside a job."""
+    """Directory in which this start of a job leaves its logs and causes; None outside a job."""
     return Path(os.environ[ATTEMPT_DIR]) if ATTEMPT_DIR in os.environ else None
 
 
@@ -26,7 +26,7 @@ def lead_seconds() -> float:
 def note_position(text: str) -> None:
     """Leave for the job script where the next start would go on: it stops a job that fails again and again there."""
     if directory := attempt_directory():
-        with suppress(OSError):  # a full disk is told by what the disk is needed for
+        with suppress(OSError):  # outputs that need the disk will say that it is full
             write_text(directory / "position", text + "\n")
 
 

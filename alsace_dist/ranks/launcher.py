@@ -18,7 +18,7 @@ from alsace_dist.ranks.failures import ERROR_DIR
 from alsace_dist.ranks.group import STOP_SIGNALS
 from alsace_dist.ranks.job import NODE_RANK, NUM_NODES, RANKS_PER_NODE
 
-RENDEZVOUS_SECONDS = 600  # nodes load the program from a shared disk, some slowly
+RENDEZVOUS_SECONDS = 600  # some nodes load the program slowly from a shared disk
 
 
 def num_local_processes(engine: EngineConfig) -> int:
@@ -35,9 +35,9 @@ def num_local_processes(engine: EngineConfig) -> int:
 def launch(arguments: Sequence[str], num_processes: int, debug: bool = False) -> None:
     """Run ``python -m alsace_dist ARGUMENTS`` as this machine's part of a torchrun group and wait for it.
 
-    The group is this machine's alone, or in a job of several nodes all of theirs, each of which calls this. Stop
+    The group lies on this machine alone, or in a job on several nodes, each of which calls this function. Stop
     signals go on to the ranks, which agree on a point to stop at. Raises ``Stopped`` if they did; if a rank failed,
-    ``UserError`` with the message of the one that failed first, ``RankFailed``, or ``PeerFailed`` if it was on
+    ``UserError`` with the message of the rank that failed first, ``RankFailed``, or ``PeerFailed`` if it was on
     another machine.
     """
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -57,11 +57,13 @@ def launch(arguments: Sequence[str], num_processes: int, debug: bool = False) ->
         def run() -> None:
             try:
                 elastic_launch(settings, sys.executable)("-m", "alsace_dist", *arguments)
-            except BaseException as error:  # carried over to the main thread
+            except BaseException as error:  # raised in the main thread
                 outcome.append(error)
 
         os.environ[ERROR_DIR] = directory
-        os.environ.setdefault("OMP_NUM_THREADS", "1")  # else torchrun prints a warning; ranks set their own number
+        os.environ.setdefault(
+            "OMP_NUM_THREADS", "1"
+        )  # without it torchrun prints a warning; ranks set their number of threads themselves
         try:
             # The agent gives its ranks 30 seconds after a signal and then kills them. In a thread it installs no
             # handlers, so that the signals come here and the ranks have the time that a checkpoint takes.
@@ -105,7 +107,7 @@ def _wait_and_forward_signals(agent: threading.Thread, directory: Path) -> bool:
             for file in set(directory.glob("rank*.pid")) - told if received else ():
                 try:
                     os.kill(int(file.read_text()), received[0])
-                except ValueError:  # it is being written
+                except ValueError:  # the rank is still writing its process id
                     continue
                 except ProcessLookupError:
                     pass

@@ -17,8 +17,8 @@ from alsace_dist.files.manifest import write_text
 from alsace_dist.ranks import failures, job
 from alsace_dist.ranks.group import Ranks
 
-JOIN_SECONDS = 10.0  # for a message to the store to come back
-WAIT_SECONDS = 15.0  # for the other ranks to say where they are
+JOIN_SECONDS = 10.0  # time for a message to the store to come back
+WAIT_SECONDS = 15.0  # time for the other ranks to say where they are
 # A C timer kills a rank whose main thread holds the GIL, so that the watching thread never runs; this much later.
 GRACE_SECONDS = 60.0
 
@@ -61,8 +61,8 @@ class Watchdog:
             self._thread.join(JOIN_SECONDS)  # a running thread might start the clock once more
             faulthandler.cancel_dump_traceback_later()
             self._stacks.close()
-            self._file("stacks").unlink(missing_ok=True)  # empty: nothing hung
-            with suppress(OSError):  # other ranks' files are still there
+            self._file("stacks").unlink(missing_ok=True)  # nothing hung, so the file is empty
+            with suppress(OSError):  # the directory still holds files of other ranks
                 self.directory.rmdir()
 
     def beat(self, what: str) -> None:
@@ -78,7 +78,7 @@ class Watchdog:
 
     @contextmanager
     def waiting_for_others(self) -> Iterator[None]:
-        """This rank is done; until the others are, their progress counts."""
+        """This rank is done; until all other ranks are done, their progress counts."""
         self._is_done, self.what = True, "the end of the other ranks"
         yield
         self._is_done = False
@@ -86,7 +86,7 @@ class Watchdog:
     def _watch(self, seconds: float, stacks: TextIO) -> None:
         try:
             self._watch_through_store(seconds, stacks)
-        except RuntimeError as error:  # the store is gone, and with it the group; the main thread meets that itself
+        except RuntimeError as error:  # the store is gone, and with it the group: the main thread will raise, too
             print(f"watchdog: {error}", file=sys.stderr)
 
     def _watch_through_store(self, seconds: float, stacks: TextIO) -> None:
@@ -98,7 +98,9 @@ class Watchdog:
             store.add(key, 0)
         while not self._ended.wait(min(1.0, seconds / 4)):
             store.set(beats[self.ranks.rank], str(self.num_beats))
-            if self._is_done and time.monotonic() > next_look:  # seldom: every rank that is done asks for all
+            if (
+                self._is_done and time.monotonic() > next_look
+            ):  # seldom, for every idle rank asks for the beats of all ranks
                 next_look = time.monotonic() + seconds / 10
                 before, total = total, sum(int(value) for value in store.multi_get(beats))
                 if total != before:
@@ -120,7 +122,7 @@ class Watchdog:
         if failures.ERROR_DIR not in os.environ:
             failures.record_cause(error)
         print(f"error: {error}", file=sys.stderr, flush=True)
-        os._exit(failures.exit_code(error))  # the main thread does not come back to do so
+        os._exit(failures.exit_code(error))  # the main thread hangs, so this thread ends the process
 
     def _file(self, kind: str) -> Path:
         return self.directory / f"rank{self.ranks.rank:05d}.{kind}"

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from alsace_dist.reporting.verdict import Outcome, printable
 
 WIDTH, PADDING, ROW_HEIGHT = 760, 24, 26
-LONGEST_NAME = 24  # characters; longer names are cut, their tooltip holds them whole
+LONGEST_NAME = 24  # characters; longer names are cut, and their tooltips hold them whole
 CHARACTER_WIDTH, SMALL_CHARACTER_WIDTH = 7.2, 6.0  # pixels, on the generous side
 LEAST_SPAN = 10  # of the axis, in points
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', 'Noto Sans', Arial, sans-serif"
@@ -158,7 +158,10 @@ def _averages(axis: _Axis, averages: tuple[float, float], top: float, bottom: fl
         label = f"average {'before' if is_before else 'after'} {100 * value:.1f}"
         to_the_left = is_before == (averages[0] <= averages[1])
         if not to_the_left and x + 5 + SMALL_CHARACTER_WIDTH * len(label) > WIDTH - PADDING:
-            to_the_left, y = True, top - 3  # no room at the right: below the other label
+            to_the_left, y = (
+                True,
+                top - 3,
+            )  # there is no room at the right: draw the label on the left, below the other one
         css = "small halo number " + ("t-muted" if is_before else "t-ink strong")
         parts.append(_line(x, top - 26, x, bottom, "l-muted dashed" if is_before else "l-ink"))
         parts.append(_text(x - 5 if to_the_left else x + 5, y, label, css, "end" if to_the_left else "start"))

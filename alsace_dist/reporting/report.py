@@ -51,7 +51,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """A table for any output format. The columns in ``words`` hold words, the others numbers."""
+    """A table for any output format. The columns in ``words`` hold words, all other columns numbers."""
 
     header: list[str]
     rows: list[Row]
@@ -91,7 +91,7 @@ def overall_table(evaluation: Evaluation) -> Table:
 
 
 def variant_table(evaluations: Mapping[str, Evaluation], alpha: float = 0.05) -> Table:
-    """One row per variant, after the model that all of them start from."""
+    """One row per variant, after a row of the model that all variants start from."""
     main = next(iter(evaluations.values()))
     header = ["Variant", "Average", "Gap", "Source", "Worst language", "Better", "Worse", "All three hold"]
     rows = [Row(["before", *_variant_cells(_before(main)), UNDEFINED, UNDEFINED, UNDEFINED])]
@@ -333,7 +333,7 @@ def _html(
         headline=headline(found),
         conditions=found,
         warning=warning(found),
-        figure=Markup(figure),  # its texts are escaped where they are put in
+        figure=Markup(figure),  # plots.py escapes the texts of the figure
         overall=overall_table(evaluation),
         languages=language_table(evaluation, alpha),
         teachers=_teachers(evaluation),

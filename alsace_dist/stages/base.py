@@ -141,7 +141,7 @@ class Stage:
         Raises ``OtherSettings`` if one is there with other settings, ``NotReady`` if an input is missing.
         """
         complete = True
-        for output in self.outputs:  # all of them, so that none with other settings is passed over
+        for output in self.outputs:  # look at all: none with other settings is passed over
             is_there = manifest.is_complete(output.directory, output.kind, self.fingerprint(output))
             complete = is_there and complete
         return complete

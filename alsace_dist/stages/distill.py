@@ -106,7 +106,7 @@ def engine_of(config: Config) -> EngineConfig:
 
 
 def most_examples(dataset: Dataset, config: Config) -> list[int]:
-    """Of all languages: which of them have a teacher, the selection will tell."""
+    """Examples of all languages: only the selection will tell which languages have a teacher."""
     return example_counts(dataset, dataset.languages, config.select.num_groups)
 
 

@@ -64,7 +64,9 @@ def fingerprint(stage: Stage, output: Output) -> dict[str, Any]:
     """Everything that the evaluation depends on."""
     config, teachers, biases = stage.config, _teachers(stage), _biases(stage)
     return {
-        "evaluate": config.evaluate.model_dump(mode="json", exclude={"alpha"}),  # only the report's wording
+        "evaluate": config.evaluate.model_dump(
+            mode="json", exclude={"alpha"}
+        ),  # alpha changes the report's wording only
         "source_language": config.data.source_language,
         "seed": config.seed,
         "before": _scores(stage, 0).manifest().digest,

@@ -78,8 +78,8 @@ def fingerprint_of(config: Config) -> dict[str, Any]:
 def prepare(config: Config, directory: Path) -> dict[str, Dataset]:
     """Read, validate and divide all inputs; write ``directory/<split>/`` datasets and the manifest of kind "data".
 
-    Problems go to stderr and, all of them, to ``bad-records.txt`` beside ``directory``; what then happens is up to
-    ``data.on_bad``. Nothing in ``directory`` is touched before all inputs are found good. Whether the output is there
+    The first problems go to stderr and all of them to ``bad-records.txt`` beside ``directory``; ``data.on_bad`` decides
+    what happens then. Nothing in ``directory`` is touched before all inputs are found good. Whether the output is there
     already is the caller's question (``manifest.is_complete``).
 
     Raises ``UserError`` for bad records (unless skipped), unreadable inputs, and splits that cannot be filled.
@@ -187,7 +187,7 @@ def _check_group(rows: list[RecordRow], config: Config, bad: BadRecords) -> Para
 
 
 def _check_label(rows: list[RecordRow], labels: list[str], bad: BadRecords) -> int | None:
-    """Index of the group's label; None without label. A language without one (null) does not contradict the others."""
+    """Index of the group's label; None without label. A language without label (null) contradicts no other language."""
     found: dict[str, Place] = {}
     for row in rows:
         if row.label is not None:
@@ -330,7 +330,7 @@ def _write(
     statistics: dict[str, Any] = {}
     for split, part in parts.items():
         target = directory / split
-        for pattern in (MANIFEST, "*.tar", ".*.tmp"):  # of a killed run, which may have written more shards than this
+        for pattern in (MANIFEST, "*.tar", ".*.tmp"):  # a killed run may have written more shards
             for stale in target.glob(pattern):
                 stale.unlink()
         groups = [entry.group for entry in part]

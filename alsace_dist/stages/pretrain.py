@@ -193,7 +193,7 @@ def _choose_text(row: TextRow, section: PretrainConfig, rng: np.random.Generator
         return [token for field in row.fields for token in field]
     field = int(rng.integers(len(row.fields)))
     other = row.translations[int(rng.integers(len(row.translations)))][field]
-    # Both must fit in, or a long text would leave nothing of its translation.
+    # Cut both texts to half the room, or a long text would leave nothing of its translation.
     half = section.max_tokens // 2
     pair = [row.fields[field][:half], other[:half]]
     if rng.random() < 0.5:
@@ -213,7 +213,8 @@ def corrupt(
     num_spans = min(max(1, round(num_masked / section.mean_span_length)), len(sentinels), num_masked)
     num_spans = min(num_spans, len(tokens) - num_masked + 1)
     lengths = _random_parts(num_masked, num_spans, 1, rng)
-    # Spans do not touch: between two of them stands at least one token; before and after, any number.
+    # Spans do not touch: at least one token stands between two spans, and any number before the first and after the
+    # last.
     gaps = _random_parts(len(tokens) - num_masked - (num_spans - 1), num_spans + 1, 0, rng)
     gaps[1:-1] += 1
     inputs: list[int] = []

@@ -242,7 +242,7 @@ class ScoringPass:
             self.num_done = work.number
 
     def _run_freely(self, todo: list[ShardInfo], advance: Advance) -> bool:
-        """With whole weights a forward concerns no other rank: each works at its own pace.
+        """With whole weights a forward pass concerns no other rank, so every rank works at its own pace.
 
         An error leaves the loop at once; the launcher ends the other ranks. Returns whether a stop was asked for.
         """
@@ -317,7 +317,7 @@ class ScoringPass:
 
     def _log(self, gathered: list[Counts], seconds: float) -> None:
         num_rows, num_tokens = sum(one.num_rows for one in gathered), sum(one.num_tokens for one in gathered)
-        if num_rows == 0:  # all was there already
+        if num_rows == 0:  # this start had nothing to score
             return
         writer = ScalarWriter(self.directory, self.tensorboard, 0, is_main=True)
         padding_share = 1 - num_tokens / max(1, sum(one.num_padded for one in gathered))

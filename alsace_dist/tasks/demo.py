@@ -37,11 +37,11 @@ NOBODY = "nobody"
 # How the word of the hypothesis relates to the word of the premise in one slot.
 SAME, IMPLIED, OPEN, CLASH = "same", "implied", "open", "clash"
 
-# What gives a pair its label: one change of this kind. Beside it there is at times a harmless (implied) one.
+# What gives a pair its label: one change of this kind. At times a harmless (implied) change stands beside it.
 DECIDING_CHANGE = {"entailment": IMPLIED, "neutral": OPEN, "contradiction": CLASH}
 HARMLESS_SHARE = 0.3
 
-# How often a change of a kind falls on a slot. No verb implies another.
+# Relative frequency with which a change of a kind falls on a slot. No verb implies another verb.
 SLOT_WEIGHTS = {
     IMPLIED: {"subject": 3, "object": 3, "place": 2, "time": 2},
     OPEN: {"subject": 1, "object": 1, "place": 1, "time": 1, "detail": 4},

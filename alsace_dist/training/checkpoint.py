@@ -31,7 +31,7 @@ def save(directory: Path, engine: TrainEngine, step: int, fingerprint: dict[str,
     for name, parameter in engine.parameters.items():
         owner = loads.index(min(loads))
         loads[owner] += getattr(parameter, "ds_numel", parameter.numel())
-        tensors = engine.state(name)  # collective, so also on ranks that do not keep it
+        tensors = engine.state(name)  # collective: ranks that do not keep the tensors take part
         if owner == ranks.rank:
             writer.add({f"{name}/{key}": value for key, value in tensors.items()})
     writer.flush()
@@ -42,7 +42,9 @@ def save(directory: Path, engine: TrainEngine, step: int, fingerprint: dict[str,
         # Checkpoints of later steps are broken: ``newest`` skipped them. They go, too.
         kept = [path for path in _steps(directory) if path <= target][:keep]
         for old in set(directory.glob("step-*")) - set(kept):
-            (old / MANIFEST).unlink(missing_ok=True)  # first, so that a half-deleted one is never taken for whole
+            (old / MANIFEST).unlink(
+                missing_ok=True
+            )  # the manifest goes first: no half-deleted checkpoint is taken for whole
             shutil.rmtree(old)
 
     ranks.main_first(finish)

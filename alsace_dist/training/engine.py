@@ -115,7 +115,7 @@ def inference_module(module: nn.Module, engine: EngineConfig, ranks: Ranks) -> n
 
 def _initialize(deepspeed: Any, **arguments: Any) -> Any:
     try:
-        with contextlib.redirect_stdout(io.StringIO()):  # some of its optimizers print what memory they take
+        with contextlib.redirect_stdout(io.StringIO()):  # some of DeepSpeed's optimizers print their memory use
             return deepspeed.initialize(**arguments)
     except (ValueError, TypeError, AssertionError, KeyError) as error:
         reason = " ".join(str(error).split())[:300]
@@ -160,7 +160,7 @@ class TrainEngine:
         for group in self.engine.optimizer.param_groups:
             group["lr"] = learning_rate
         totals: Sums = {}
-        # DeepSpeed averages gradients over the ranks; ours is a sum over ranks.
+        # DeepSpeed averages gradients over the ranks; the loss here is a sum over ranks.
         scale = self.ranks.world_size / self.global_batch_size
         for index, sums_of in enumerate(losses):
             self.engine.set_gradient_accumulation_boundary(index == len(losses) - 1)
@@ -348,7 +348,7 @@ def _clear(optimizer: torch.optim.Optimizer, keys: Sequence[Tensor]) -> None:
     """
     optimizer.state.clear()
     if isinstance(optimizer, torch.optim.Adafactor):
-        return  # its state has other shapes; it makes it in the first step
+        return  # Adafactor's state has other shapes, and is made in the first step
     for key in keys:
         optimizer.state[key] = {STEP: _step_value(optimizer, 0, key)} | {
             moment: torch.zeros_like(key.data) for moment in MOMENTS

@@ -48,7 +48,7 @@ class PartWriter:
         with atomic_path(path) as temporary:
             try:
                 save_file(self._pending, temporary, metadata={"format": "pt"})
-            except SafetensorError as error:  # how it says that the disk is full
+            except SafetensorError as error:  # safetensors raises this when the disk is full
                 raise UserError(f"{path}: {error}; free space, then run the same command again") from None
         self.entries[path.name] = file_entry(path)
         self.keys[path.name] = list(self._pending)
@@ -63,7 +63,7 @@ def export(directory: Path, engine: TrainEngine, model: TrainableModel, max_byte
     ranks = engine.ranks
     writer = PartWriter(directory, "part", max_bytes)
     for name in engine.parameters:
-        value = engine.state(name)[WEIGHT]  # collective, so also on ranks that do not write
+        value = engine.state(name)[WEIGHT]  # collective: ranks that do not write take part
         if ranks.is_main:
             writer.add(model.exported(name, value))
 

@@ -32,7 +32,7 @@ class Examples(Protocol):
 
     @property
     def counts(self) -> Sequence[int]:
-        """How many of them each shard has."""
+        """Number of examples of each shard."""
 
     def load(self, shard: int) -> list[Any]:
         """All examples of a shard, in a fixed order: rows that ``build`` makes the examples of."""
@@ -141,7 +141,7 @@ def _start(training: Training, ranks: Ranks) -> tuple[TrainEngine, int]:
     if found:
         checkpoint.load(found[0], engine, found[1])
         return engine, found[1]
-    for name in engine.parameters:  # the float32 copies, which DeepSpeed made from rounded weights
+    for name in engine.parameters:  # DeepSpeed made the float32 copies from rounded weights
         engine.load_weight(name, training.model.initial_value(name))
     return engine, 0
 
@@ -174,5 +174,5 @@ def _enough_for_all_ranks(
 def _export(training: Training, engine: TrainEngine) -> None:
     model = training.directory / "model"
     if engine.ranks.is_main:
-        shutil.rmtree(model, ignore_errors=True)  # of an attempt that was killed while it exported
+        shutil.rmtree(model, ignore_errors=True)  # a start that was killed while exporting may have left files
     export(model, engine, training.model)

@@ -54,7 +54,7 @@ def deepspeed_settings(engine: EngineConfig, train: TrainConfig | None, ranks: R
             value["data_types"] = {"grad_accum_dtype": "fp32"}
         if engine.offload_optimizer:
             value["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": on_gpu}
-            # DeepSpeed's own CPU Adam is compiled at first use; on machines without GPUs torch's does as well.
+            # DeepSpeed compiles its CPU Adam at first use; on machines without GPUs torch's Adam does as well.
             value["zero_force_ds_cpu_optimizer"] = on_gpu
     return _merge(value, engine.deepspeed)
 
