@@ -8,9 +8,9 @@ READY := $(VENV)/.ready
 demo: $(READY)
 	$(VENV)/bin/alsace demo
 
-# Files in their order: the real Slurm's, the longest, come first, and not alone at the end.
+# Three processes on two cores: the tests on the real Slurm mostly wait. Files keep the order of tests/conftest.py.
 test: $(READY)
-	$(VENV)/bin/python -m pytest -n 2 --dist=loadfile --no-loadscope-reorder
+	$(VENV)/bin/python -m pytest -n 3 --dist=loadfile --no-loadscope-reorder
 
 lint: $(READY)
 	$(VENV)/bin/ruff check .

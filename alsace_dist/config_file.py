@@ -145,8 +145,9 @@ def _problems(error: ValidationError, value: Any, model: type[Section]) -> Itera
 def _as_written(location: tuple[int | str, ...], value: Any, kind: str) -> Iterable[str]:
     """The parts of a location that stand in the YAML: pydantic adds the names of the types of a union."""
     for number, part in enumerate(location):
-        if (isinstance(value, dict) and part in value) or (isinstance(value, list) and isinstance(part, int)):
-            value = value[part]  # type: ignore[index]
+        is_item = isinstance(value, list) and isinstance(part, int) and part < len(value)  # a pair may lack its second
+        if is_item or (isinstance(value, dict) and part in value):
+            value = value[part]
             yield str(part)
         elif kind == "missing" and number == len(location) - 1:
             yield str(part)

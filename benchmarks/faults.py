@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 import tiny
 
-from alsace_dist.monitor.scalars import read_metrics
+from alsace_dist.monitor.scalars import METRICS, read_scalars
 
 MAX_HANG_SECONDS = 60
 
@@ -82,7 +82,7 @@ def outcome(command: str, run: Path) -> object:
     """What must not differ: score bytes, or the loss of every step."""
     if command == "score":
         return {str(path.relative_to(run)): path.read_bytes() for path in run.glob("scores/*/*.parquet")}
-    return [(row["step"], row["loss"]) for row in read_metrics(run / "finetune/metrics.jsonl")]
+    return [(row["step"], row["loss"]) for row in read_scalars(run / "finetune" / METRICS)]
 
 
 def disturb(command: str, config: Path, seconds: float, rng: random.Random) -> tuple[bool, float]:

@@ -48,24 +48,25 @@ from alsace_dist.config import EngineConfig
 from alsace_dist.data.stream import score_batches
 from alsace_dist.errors import UserError
 from alsace_dist.files.manifest import write_json
-from alsace_dist.monitor.scalars import peak_flops
-from alsace_dist.ranks import group as runtime
-from alsace_dist.training import engine
+from alsace_dist.ranks.group import STOP_SIGNALS, Ranks, finish, start
+from alsace_dist.training.engine import inference_module
 
 LEAST_RATIO = 0.95  # of the bare loop's speed
+# Dense bf16 peaks of the makers' data sheets, FLOP/s.
+PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "B200": 2250e12, "L40S": 362e12, "A10G": 70e12}
 
 
 # --- parts ---------------------------------------------------------------------------------------------------------
 
 
-def measure_scoring(name: str, group: runtime.Runtime, deadline: float) -> Row:
+def measure_scoring(name: str, group: Ranks, deadline: float) -> Row:
     """Scoring in bf16, in batches of a token budget."""
     size, config, device = SIZES[name], EngineConfig(), group.device
-    rows, weights = work.make_examples(size, size.num_rows), RandomWeights(size, device)
+    rows, weights = work.make_prompts(size, size.num_rows), RandomWeights(size, device)
     batches = score_batches([len(row.input_ids) for row in rows], size.tokens_per_batch)
     predicted = plan.scoring_memory(weights.parameters, config, 1)
     row = work.make_row(f"score {name}", size, f"{size.tokens_per_batch:,} tokens a batch", predicted, rows, 1)
-    module = engine.inference_module(weights.load(config, group), config, group)
+    module = inference_module(weights.load(config, group), config, group)
     work.take_peak(device)
     row.states_bytes = work.take_peak(device)
     contestants: dict[str, Callable[[], Runs]] = {
@@ -75,17 +76,16 @@ def measure_scoring(name: str, group: runtime.Runtime, deadline: float) -> Row:
     return work.compare(row, contestants, contestants["bare"], size, device, deadline)
 
 
-def measure_training(
-    name: str, config: EngineConfig, group: runtime.Runtime, with_engine: bool, deadline: float
-) -> Row:
+def measure_training(name: str, config: EngineConfig, group: Ranks, with_engine: bool, deadline: float) -> Row:
     """Training with one ZeRO stage; without DeepSpeed the bare loop alone; with checkpointing if memory runs out."""
     size, section, device = SIZES[name], SIZES[name].section, group.device
     examples, weights = work.make_examples(size, section.global_batch_size), RandomWeights(size, device)
+    prompts = [example.row for example in examples]
     memory = plan.training_memory(weights.parameters, section, config, 1)
     settings = f"ZeRO-{config.zero_stage}" if with_engine else "no DeepSpeed"
     settings += f", {section.global_batch_size} in micro-batches of {section.micro_batch_size}"
     settings += ", embedding frozen" * section.freeze_vocabulary + ", checkpointing" * config.gradient_checkpointing
-    row = work.make_row(f"train {name}", size, settings, memory.states + memory.buffers, examples, 3)
+    row = work.make_row(f"train {name}", size, settings, memory.states + memory.buffers, prompts, 3)
     common = (weights, examples, config, section, group)
     contestants: dict[str, Callable[[], Runs]] = {"bare": lambda: work.bare_training(*common)}
     if with_engine:
@@ -101,22 +101,22 @@ def measure_training(
     return measure_training(name, again, group, with_engine, deadline)
 
 
-def check(group: runtime.Runtime, with_engine: bool, rows: list[dict[str, Any]]) -> None:
+def check(group: Ranks, with_engine: bool, rows: list[dict[str, Any]]) -> None:
     """The tiny model on this device against float32 on the CPU: log-probabilities, and losses over three steps.
 
     The CPU's losses are the bare loop's, so this also shows that the two loops do the same. Results go into ``rows``.
     """
     size, cpu = SIZES["tiny"], replace(group, device=torch.device("cpu"))
     weights, section = RandomWeights(size, cpu.device), size.section
-    examples, prompts = work.make_examples(size, section.global_batch_size), work.make_examples(size, size.num_rows)
-    batches = score_batches([len(example.input_ids) for example in prompts], size.tokens_per_batch)
+    examples, prompts = work.make_examples(size, section.global_batch_size), work.make_prompts(size, size.num_rows)
+    batches = score_batches([len(prompt.input_ids) for prompt in prompts], size.tokens_per_batch)
 
     def add(what: str, differences: np.ndarray, most: float) -> None:
         value = float(np.abs(differences).max())
         difference = value if math.isfinite(value) else None
         rows.append({"what": what, "difference": difference, "most": most, "good": value <= most})
 
-    def scored(config: EngineConfig, place: runtime.Runtime) -> np.ndarray:
+    def scored(config: EngineConfig, place: Ranks) -> np.ndarray:
         return work.log_probs(weights.load(config, place).eval(), prompts, batches, place.device)
 
     def losses(opened: Runs) -> np.ndarray:
@@ -143,15 +143,15 @@ def check(group: runtime.Runtime, with_engine: bool, rows: list[dict[str, Any]])
 # --- the command ---------------------------------------------------------------------------------------------------
 
 
-def start_alone() -> runtime.Runtime:
+def start_alone() -> Ranks:
     """A group of this process alone, as torchrun would start it."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     os.environ |= {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}  # a machine may have no other
-    group = runtime.start(EngineConfig())
-    for number in runtime.STOP_SIGNALS:  # there is nothing to save
+    group = start(EngineConfig())
+    for number in STOP_SIGNALS:  # there is nothing to save
         signal.signal(number, signal.SIG_DFL)
     return group
 
@@ -180,6 +180,11 @@ def describe(device: torch.device) -> dict[str, Any]:
     name = torch.cuda.get_device_name(device)
     total = torch.cuda.get_device_properties(device).total_memory
     return {"device": f"{name}, {total / 1e9:.1f} GB", "peak_flops": peak_flops(name), "versions": versions}
+
+
+def peak_flops(device_name: str) -> float | None:
+    """Peak of a GPU by its name, None if it is not in the table."""
+    return next((value for key, value in PEAK_FLOPS.items() if key in device_name), None)
 
 
 HEADER = (
@@ -229,7 +234,7 @@ Part = tuple[str, Callable[[], Row | None]]
 
 
 def list_parts(
-    sizes: list[str], group: runtime.Runtime, with_engine: bool, checks: list[dict[str, Any]], deadline: float
+    sizes: list[str], group: Ranks, with_engine: bool, checks: list[dict[str, Any]], deadline: float
 ) -> list[Part]:
     """What is done, the most important first: ZeRO-1 is the default, ZeRO-0 the plainest.
 
@@ -252,9 +257,9 @@ def measure(parts: list[Part], report: dict[str, Any], deadline: float, out: Pat
     """Do part after part into ``report``, which is written after each; whether all went well."""
     is_good = True
     for label, part in parts:
-        start = time.monotonic()
+        begin = time.monotonic()
         try:
-            if start > deadline:
+            if begin > deadline:
                 raise UserError("not started, the time limit is over")
             if row := part():
                 report["rows"].append(asdict(row) | row.summary(report["peak_flops"]))
@@ -266,7 +271,7 @@ def measure(parts: list[Part], report: dict[str, Any], deadline: float, out: Pat
             report["notes"].append(f"{label}: failed: {type(error).__name__}: {error}".splitlines()[0][:300])
             is_good = False
         work.release()
-        print(f"{label}: {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
+        print(f"{label}: {time.monotonic() - begin:.0f} s", file=sys.stderr, flush=True)
         if out:
             write_json(out, report)
     return is_good and all(row["good"] for row in report["checks"])
@@ -294,7 +299,7 @@ def main() -> None:
     parts = list_parts(sizes, group, problem is None, report["checks"], deadline)
     is_good = measure(parts, report, deadline, flags.out)
     print(markdown(report))
-    runtime.finish()
+    finish()
     sys.exit(not is_good)
 
 

@@ -6,7 +6,7 @@ import statistics
 import sys
 import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,18 +20,19 @@ import torch
 from torch import Tensor, nn
 from transformers import MT5Config
 
-from alsace_dist import plan
 from alsace_dist.config import DistillConfig, EngineConfig, TrainConfig
+from alsace_dist.data.rows import Candidates, EncodedRow, Example
 from alsace_dist.data.stream import PASS_COST, micro_batches
 from alsace_dist.errors import UserError
-from alsace_dist.models.collate import AnswerCollator, Inputs
-from alsace_dist.models.mt5 import CandidateScorer, make_body
-from alsace_dist.ranks.group import Runtime
-from alsace_dist.stages.train import AnswerLoss, Example
-from alsace_dist.tasks.base import Answers
-from alsace_dist.training import engine
+from alsace_dist.models.family import WHOLE
+from alsace_dist.models.mt5 import MT5, CandidateForm, CandidateScorer, Collator, make_scorer
+from alsace_dist.ranks.group import Ranks
+from alsace_dist.training.engine import TrainEngine, load_module
+from alsace_dist.training.losses import FrozenTargetLoss
 
-ANSWERS = Answers({"en": ((10,), (11,), (12,))}, decoder_prefix=(0, 3), single_token=True)
+CANDIDATES = Candidates(((10,), (11,), (12,)))
+FORM = CandidateForm.of([CANDIDATES], decoder_prefix=(0, 3), single_token=True, pad_id=0)
+collate = Collator(FORM)
 Runs = AbstractContextManager[Callable[[], Any]]  # within it, a function that does the work once
 
 
@@ -46,6 +47,11 @@ class Size:
     tokens_per_batch: int = 16384
     block_seconds: float = 4.0
     num_blocks: int = 3
+
+    @property
+    def config(self) -> MT5Config:
+        """A new one each time: what builds a model writes into it."""
+        return MT5Config(**self.geometry)
 
 
 def _geometry(*values: int) -> dict[str, int]:
@@ -99,99 +105,104 @@ class Row:
 # --- the model and its work ----------------------------------------------------------------------------------------
 
 
-def forward_flops(geometry: dict[str, int], lengths: Sequence[int], num_decoder_tokens: int) -> float:
-    """FLOPs of one forward pass over sequences of these lengths, counted as the docstring of this file says."""
-    width, inner = geometry["d_model"], geometry["num_heads"] * geometry["d_kv"]
-    feed_forward = 3 * width * geometry["d_ff"]  # gated: two matrices in, one out
-    num_layers, num_decoder_layers = geometry["num_layers"], geometry["num_decoder_layers"]
-    per_encoder_token = num_layers * (4 * width * inner + feed_forward) + num_decoder_layers * 2 * width * inner
-    per_decoder_token = num_decoder_layers * (6 * width * inner + feed_forward)
-    sizes = np.asarray(lengths, dtype=np.float64)
-    num_outputs = num_decoder_tokens * len(sizes)
-    pairs = num_layers * (sizes**2).sum() + num_decoder_layers * num_decoder_tokens * (num_outputs + sizes.sum())
-    return float(2 * (per_encoder_token * sizes.sum() + per_decoder_token * num_outputs + 2 * inner * pairs))
+def encoded(ids: list[int]) -> EncodedRow:
+    """A prompt with the three answers."""
+    return EncodedRow("", "en", None, ids, CANDIDATES, 0, False)
 
 
 def make_examples(size: Size, count: int) -> list[Example]:
     """Random prompts with XNLI's distribution of lengths, and random target distributions."""
     rng = np.random.default_rng(count)
     lengths = np.clip(rng.lognormal(math.log(size.median_length), 0.4, count).round().astype(int), 4, 256)
-    targets = rng.dirichlet(np.ones(ANSWERS.num_candidates), count).astype(np.float32)
+    targets = rng.dirichlet(np.ones(len(CANDIDATES)), count).astype(np.float32)
     ids = [rng.integers(3, size.geometry["vocab_size"], length).tolist() for length in lengths]
-    return [Example(row, "en", target, 1.0, 0.0) for row, target in zip(ids, targets, strict=True)]
+    return [Example(encoded(row), target, 1.0, 0.0) for row, target in zip(ids, targets, strict=True)]
 
 
-def collate(examples: Sequence[Example]) -> Inputs:
-    """A padded batch, on the CPU."""
-    return AnswerCollator(ANSWERS, pad_id=0)([one.input_ids for one in examples], ["en"] * len(examples))
+def make_prompts(size: Size, count: int) -> list[EncodedRow]:
+    """The prompts of ``make_examples``."""
+    return [example.row for example in make_examples(size, count)]
 
 
-def split(examples: Sequence[Example], section: TrainConfig, device: torch.device) -> list[AnswerLoss]:
-    """The micro-batches of a step, as ``loop.run`` and ``train`` make them."""
-    lengths = [len(example.input_ids) for example in examples]
-    cut = micro_batches(lengths, section.micro_batch_size, PASS_COST[device.type])
-    chosen = [[examples[i] for i in part] for part in cut]
-    return [AnswerLoss(collate(part), part, ANSWERS.num_candidates, device) for part in chosen]
+def split(examples: Sequence[Example], section: TrainConfig, device: torch.device) -> list[FrozenTargetLoss]:
+    """The micro-batches of a step, as ``loop.run`` and ``TargetExamples`` make them."""
+    cut = micro_batches([len(one.row.input_ids) for one in examples], section.micro_batch_size, PASS_COST[device.type])
+    chosen = [[examples[index] for index in part] for part in cut]
+    return [FrozenTargetLoss(collate([one.row for one in part]), part, device) for part in chosen]
 
 
-def make_row(part: str, size: Size, settings: str, plan_bytes: int, examples: list[Example], times: int) -> Row:
+def make_row(part: str, size: Size, settings: str, plan_bytes: int, prompts: Sequence[EncodedRow], times: int) -> Row:
     """A row before its measurements; ``times``: FLOPs in forward passes.
 
     Raises ``UserError`` if the GPU has not even room for what the plan counts.
     """
     if torch.cuda.is_available() and plan_bytes > (total := torch.cuda.get_device_properties(0).total_memory):
         raise UserError(f"left out: it needs {plan_bytes / 1e9:.0f} GB, and the GPU has {total / 1e9:.0f} GB")
-    lengths = [len(example.input_ids) for example in examples]
-    flops = times * forward_flops(size.geometry, lengths, len(ANSWERS.decoder_prefix))
+    lengths = [len(prompt.input_ids) for prompt in prompts]
+    flops = times * MT5.forward_flops(size.config, lengths, len(FORM.decoder_prefix))
     return Row(part, settings, len(lengths), sum(lengths) / len(lengths), flops / len(lengths), plan_bytes)
 
 
 class RandomWeights:
-    """``value(name)`` of a model that no file holds: T5's initial values, made on ``device``, the same every time."""
+    """A ``TrainableModel`` that no file holds: T5's initial values, made on ``device``, the same every time.
+
+    Nothing is ``delicate``, as there is no file to compare with, and nothing is exported, so ``directory`` is nowhere.
+    """
+
+    directory = Path()
+    vocabulary = MT5.vocabulary
+    delicate: tuple[str, ...] = ()
 
     def __init__(self, size: Size, device: torch.device) -> None:
-        self.geometry, self.device = size.geometry, device
-        self.parameters = plan.count_parameters(MT5Config(**self.geometry), len(ANSWERS.vocabulary))
+        self.size, self.device = size, device
+        self.parameters = MT5.count_parameters(size.config, len(FORM.vocabulary))
         with torch.device("meta"):
-            self.shapes = {name: parameter.shape for name, parameter in self.build(False).named_parameters()}
+            self.shapes = {name: parameter.shape for name, parameter in self.build(0.0, False).named_parameters()}
 
-    def build(self, gradient_checkpointing: bool) -> CandidateScorer:
-        """The module, as ``engine.load_scorer`` builds it."""
-        body = make_body(MT5Config(**self.geometry), 0.0)
-        if gradient_checkpointing:
-            body.gradient_checkpointing_enable({"use_reentrant": False})
-        return CandidateScorer(body, ANSWERS)
+    def build(self, dropout: float, gradient_checkpointing: bool) -> CandidateScorer:
+        """The module, as the family builds it."""
+        return make_scorer(self.size.config, FORM, dropout, gradient_checkpointing)
 
-    def __call__(self, name: str) -> Tensor:
+    def initial_value(self, name: str, part: slice = WHOLE) -> Tensor:
+        """As in ``TrainableModel``, but on ``device``: on the CPU the billions of random numbers take minutes."""
         shape = self.shapes[name]
         if len(shape) == 1:
-            return torch.ones(shape, device=self.device)
+            return torch.ones(shape, device=self.device)[part]
         generator = torch.Generator(self.device).manual_seed(zlib.crc32(name.encode()))
         scale = 1.0 if name.endswith("shared.weight") else shape[-1] ** -0.5
         if name.endswith(".q.weight"):
-            scale *= self.geometry["d_kv"] ** -0.5
-        return torch.randn(shape, device=self.device, generator=generator).mul_(scale)
+            scale *= self.size.geometry["d_kv"] ** -0.5
+        return torch.randn(shape, device=self.device, generator=generator).mul_(scale)[part]
 
-    def load(self, config: EngineConfig, group: Runtime, freeze_vocabulary: bool = False) -> Any:
+    def exported(self, name: str, value: Tensor) -> dict[str, Tensor]:
+        """As in ``TrainableModel``; there is no file whose names it would have to follow."""
+        return {name: value}
+
+    def remaining(self, written: Collection[str]) -> Iterator[tuple[str, Tensor]]:
+        """As in ``TrainableModel``: nothing beside the parameters."""
+        return iter(())
+
+    def load(self, config: EngineConfig, group: Ranks, freeze_vocabulary: bool = False) -> Any:
         """A module with these weights in the engine's precision."""
-        module: Any = engine.load_module(lambda: self.build(config.gradient_checkpointing), self, config, group)
-        module.body.shared.weight.requires_grad_(not freeze_vocabulary)
+        module: Any = load_module(self, 0.0, config, group)
+        for name in self.vocabulary:
+            module.get_parameter(name).requires_grad_(not freeze_vocabulary)
         return module
 
 
 # --- what is timed -------------------------------------------------------------------------------------------------
 
 
-def log_probs(module: Any, rows: list[Example], batches: list[list[int]], device: torch.device) -> np.ndarray:
+def log_probs(module: Any, rows: list[EncodedRow], batches: list[list[int]], device: torch.device) -> np.ndarray:
     """A pass over a shard, as ``score`` makes it: log-probabilities [rows, K]."""
-    results = np.empty((len(rows), ANSWERS.num_candidates), dtype=np.float32)
+    results = np.empty((len(rows), len(CANDIDATES)), dtype=np.float32)
     with torch.inference_mode():
         for batch in batches:
             results[batch] = module(*collate([rows[index] for index in batch]).to(device)).cpu().numpy()
     return results
 
 
-def bare_scoring(module: Any, rows: list[Example], batches: list[list[int]], device: torch.device) -> Runs:
+def bare_scoring(module: Any, rows: list[EncodedRow], batches: list[list[int]], device: torch.device) -> Runs:
     """The same forwards over batches that lie on the device; nobody takes the results."""
     ready = [collate([rows[index] for index in batch]).to(device) for batch in batches]
 
@@ -209,27 +220,27 @@ def training(
     examples: list[Example],
     config: EngineConfig,
     section: TrainConfig,
-    group: Runtime,
+    group: Ranks,
     row: Row | None = None,
 ) -> Iterator[Callable[[], Tensor]]:
     """Optimizer steps on one global batch, as ``loop.run`` makes them but for reading shards and writing metrics.
 
     Yields a function that returns a step's summed loss. Into ``row`` goes the peak of a step without activations.
     """
-    trained = engine.TrainEngine(weights.load(config, group, section.freeze_vocabulary), config, section, group)
+    trained = TrainEngine(weights.load(config, group, section.freeze_vocabulary), config, section, group)
     try:
         for name in trained.parameters:
-            trained.load_weight(name, weights(name))
+            trained.load_weight(name, weights.initial_value(name))
         if row and row.states_bytes is None:
             take_peak(group.device)
-            shortest = min(examples, key=lambda example: len(example.input_ids))
+            shortest = min(examples, key=lambda example: len(example.row.input_ids))
             trained.step(split([shortest], section, group.device), section.learning_rate)
             row.states_bytes = take_peak(group.device)
 
         def run() -> Tensor:
-            loss = trained.step(split(examples, section, group.device), section.learning_rate)
+            sums = trained.step(split(examples, section, group.device), section.learning_rate)
             group.any_rank(False)  # whether to stop, asked after every step
-            return loss
+            return sums["loss"]
 
         yield run
     finally:
@@ -238,7 +249,7 @@ def training(
 
 @contextmanager
 def bare_training(
-    weights: RandomWeights, examples: list[Example], config: EngineConfig, section: TrainConfig, group: Runtime
+    weights: RandomWeights, examples: list[Example], config: EngineConfig, section: TrainConfig, group: Ranks
 ) -> Iterator[Callable[[], Tensor]]:
     """The same steps in plain PyTorch: float32 copies of the weights, float32 sums of gradients, fused AdamW."""
     config = config.model_copy(update={"zero_stage": 0})
@@ -256,7 +267,7 @@ def bare_training(
         torch._foreach_zero_(sums)
         summed = torch.zeros((), device=group.device)
         for loss_of in losses:
-            loss = loss_of(module)
+            loss = loss_of(module)["loss"]
             (loss / len(examples)).backward()
             torch._foreach_add_(sums, [parameter.grad for parameter in trained])
             module.zero_grad(set_to_none=True)

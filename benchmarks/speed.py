@@ -8,7 +8,7 @@ demo's sentences, so that a test can run all of it.
 
 The contenders are whole loops that run in turns, a shard or a step each, in an order that rotates:
 
-* ours: ``score.score`` and ``train.distill``, shards, manifests and all, with default settings (ZeRO-1) but for smaller
+* ours: the stages *score* and *distill*, shards, manifests and all, with default settings (ZeRO-1) but for smaller
   shards (16 groups) and scoring batches (2,048 tokens), so that a turn is short, the paper's batch of 32 examples per
   language (384), and a reduce bucket of 5e7 elements, so that two engines find room in 24 GB;
 * bare scoring: ``CandidateScorer`` over the same batches, ready-made tensors, nothing is read or written;
@@ -54,6 +54,7 @@ from speed_contenders import (
     load_whole,
     ours_scoring,
     ours_training,
+    own_stream,
     pairwise_loss,
     pairwise_training,
     plain_scoring,
@@ -62,15 +63,20 @@ from speed_contenders import (
     trainer_training,
     whole_log_probs,
 )
-from speed_world import LABELS, NUM_RANKS, SIZES, SOURCE, World, make_world
+from speed_world import NUM_RANKS, SIZES, SOURCE, World, make_world
 
 from alsace_dist.config import Config, DistillConfig, ScoreConfig
-from alsace_dist.files import scores as score_files
+from alsace_dist.data.rows import Example
+from alsace_dist.data.stream import score_batches
 from alsace_dist.files.layout import Layout, data_url
+from alsace_dist.files.scores import read_score_file
+from alsace_dist.files.selection import read_selection
 from alsace_dist.files.shards import open_dataset
-from alsace_dist.method import languages
-from alsace_dist.ranks.group import Runtime, finish, start
-from alsace_dist.stages.select import select
+from alsace_dist.method.targets import targets
+from alsace_dist.monitor.scalars import METRICS, read_scalars
+from alsace_dist.ranks.group import Ranks, finish, start
+from alsace_dist.stages import select
+from alsace_dist.stages.base import Stage
 
 HERE = Path(__file__).parent
 RESULT = "result.json"
@@ -110,39 +116,39 @@ def share_row(what: str, parts: Any, wholes: Any, aim: str) -> Row:
     return {"what": what, "value": value, "range": f"{least} to {most}", "aim": aim}
 
 
-def agreement(world: World, runtime: Runtime) -> list[Row]:
+def agreement(world: World, ranks: Ranks) -> list[Row]:
     """In float32, four languages of a group on each rank: scores, losses and gradients are the same."""
     import torch
 
-    from alsace_dist.stages import train
-    from alsace_dist.training import engine
+    from alsace_dist.training.engine import load_module
+    from alsace_dist.training.losses import FrozenTargetLoss
 
     config = world.config("pairs", "paper", "fp32")
-    answers, collator, (rows,) = encode(world, config, slice(runtime.rank, runtime.rank + 1))
+    model, (rows,) = encode(world, config, slice(ranks.rank, ranks.rank + 1))
     rows = [row for row in rows if row.key == rows[0].key][:4]
-    scorer, _ = engine.load_scorer(world.model, answers, config.engine, 0.0, runtime)
+    scorer = load_module(model, 0.0, config.engine, ranks)
     whole, vocabulary = load_whole(world, config)
     whole_scores = partial(whole_log_probs, whole, vocabulary)
-    inputs = collator([row.input_ids for row in rows], [row.language for row in rows])
-    log_probs = scorer(*inputs.to(runtime.device))
+    inputs = model.collate(rows)
+    log_probs = scorer(*inputs.to(ranks.device))
     with torch.no_grad():
-        generated = generated_log_probs(whole, vocabulary, *inputs.to(runtime.device))
+        generated = generated_log_probs(whole, vocabulary, *inputs.to(ranks.device))
     require_agreement("scores and those of generate", log_probs.tolist(), generated.tolist(), 1e-4)
     group = {row.language: one.numpy() for row, one in zip(rows, log_probs.detach(), strict=True)}
     teachers = sorted(group)[:2]
-    targets = languages.targets(group, dict.fromkeys(teachers, 0.5), "others")
+    found = targets(group, dict.fromkeys(teachers, 0.5), "others")
     examples = [
-        train.Example(row.input_ids, row.language, found.probabilities, found.weight, found.entropy)
+        Example(row, target.probabilities, target.weight, target.entropy)
         for row in rows
-        if (found := targets[row.language])
+        if (target := found[row.language])
     ]
-    loss_of = train.AnswerLoss(inputs, examples, len(LABELS), runtime.device)
-    loss = loss_of(scorer)
+    loss_of = FrozenTargetLoss(inputs, examples, ranks.device)
+    loss = loss_of(scorer)["loss"]
     loss.backward()
     with torch.no_grad():
-        with_whole_head = loss_of(whole_scores)
+        with_whole_head = loss_of(whole_scores)["loss"]
     require_agreement("losses and those of Trainer", [loss.item()], [with_whole_head.item()], 1e-3)
-    pairs = pairwise_loss(whole_scores, by_language(collator, rows), teachers, 1.0)
+    pairs = pairwise_loss(whole_scores, by_language(model, rows), teachers, 1.0)
     require_agreement("losses and those of pairs", [loss.item()], [pairs], 1e-3)
     name = "encoder.block.0.layer.0.SelfAttention.q.weight"
     gradients = [module.get_parameter(key).grad.tolist() for module, key in ((scorer, f"body.{name}"), (whole, name))]
@@ -150,37 +156,33 @@ def agreement(world: World, runtime: Runtime) -> list[Row]:
     return []
 
 
-def scoring(world: World, runtime: Runtime) -> list[Row]:
+def scoring(world: World, ranks: Ranks) -> list[Row]:
     """Ours, a bare loop and generate, a shard per rank in each block; the first block is a warm-up."""
-    from alsace_dist.data.stream import score_batches
-    from alsace_dist.training import engine
+    from alsace_dist.training.engine import load_module
 
     config = world.config("timed")
-    answers, collator, shards = encode(world, config, slice(runtime.rank, None, runtime.world_size))
+    model, shards = encode(world, config, slice(ranks.rank, None, ranks.world_size))
     cuts = [score_batches([len(row.input_ids) for row in rows], world.size.tokens_per_batch) for rows in shards]
     ready = [
-        [collator([rows[i].input_ids for i in batch], [rows[i].language for i in batch]) for batch in cut]
+        [model.collate([rows[index] for index in batch]) for batch in cut]
         for rows, cut in zip(shards, cuts, strict=True)
     ]
-    scorer, _ = engine.load_scorer(world.model, answers, config.engine, 0.0, runtime)
+    scorer = load_module(model, 0.0, config.engine, ranks)
     generate = partial(generated_log_probs, *load_whole(world, config))
     directory = Layout(Path(config.run_dir)).scores(0, "unlabeled")
     bare_results: list[np.ndarray] = []
     generate_results: list[np.ndarray] = []
     contenders = [
-        Contender("ours", lambda pause: ours_scoring(world, runtime, config, [directory], pause)),
+        Contender("ours", lambda pause: ours_scoring(world, ranks, config, [directory], pause)),
         Contender("bare", lambda pause: plain_scoring(scorer.eval(), ready, bare_results, pause)),
         Contender("generate", lambda pause: plain_scoring(generate, ready, generate_results, pause)),
     ]
-    take_turns(runtime, [[one] for one in contenders], 1)
-    blocks = take_turns(runtime, [[one] for one in contenders], world.size.num_blocks + 1)[1:]
+    take_turns(ranks, [[one] for one in contenders], 1)
+    blocks = take_turns(ranks, [[one] for one in contenders], world.size.num_blocks + 1)[1:]
     contenders[0].advance()  # merges and writes the manifest
-    selection = Layout(Path(config.run_dir)).selection(1)
-    runtime.main_first(lambda: select(config, directory, selection, {}))
-    stems = [
-        shard.stem for shard in open_dataset(data_url(config, "unlabeled")).shards[runtime.rank :: runtime.world_size]
-    ]
-    scores = [score_files.read_score_file(directory / f"{stem}.parquet").log_probs for stem in stems]
+    ranks.main_first(lambda: Stage(select, "select", config, round=1).run(None))
+    stems = [shard.stem for shard in open_dataset(data_url(config, "unlabeled")).shards[ranks.rank :: ranks.world_size]]
+    scores = [read_score_file(directory / f"{stem}.parquet").log_probs for stem in stems]
     ours = np.stack([own[i] for own, cut in zip(scores, cuts, strict=True) for batch in cut for i in batch])
     require_agreement(
         "timed scores and those of the bare loop", ours, np.concatenate(bare_results), tolerance(world, 1e-2)
@@ -197,13 +199,11 @@ def scoring(world: World, runtime: Runtime) -> list[Row]:
 
 def logged(config: Config) -> list[dict[str, float]]:
     """What our training has logged so far, step by step."""
-    from alsace_dist.monitor.scalars import read_metrics
-
-    return read_metrics(Layout(Path(config.run_dir)).distill(1) / "metrics.jsonl")
+    return read_scalars(Layout(Path(config.run_dir)).distill(1) / METRICS)
 
 
 def against(
-    world: World, runtime: Runtime, other: Callable[..., None], num_compared: int, num_alone: int = 0, **section: Any
+    world: World, ranks: Ranks, other: Callable[..., None], num_compared: int, num_alone: int = 0, **section: Any
 ) -> tuple[list[list[float]], list[list[float]], list[dict[str, float]]]:
     """Our training against another loop: seconds per block, and CPU seconds; what ours logged, the last ``num_alone``
     steps of it unbroken.
@@ -212,32 +212,32 @@ def against(
     """
     num_steps = world.size.num_blocks + 1
     config = world.config("timed", **section)
-    jobs: list[Any] = []
+    begun: list[Any] = []
     losses: list[float] = []
-    ours = Contender("ours", lambda pause: ours_training(world, runtime, config, jobs, pause))
+    ours = Contender("ours", lambda pause: ours_training(ranks, config, begun, pause))
     ours.advance()
-    rival = Contender(other.__name__, lambda pause: other(world, runtime, jobs[0], num_steps, losses, pause))
+    rival = Contender(other.__name__, lambda pause: other(world, ranks, begun[0], num_steps, losses, pause))
     for contender in (ours, rival):
-        runtime.barrier()
+        ranks.barrier()
         contender.advance()
-    blocks = take_turns(runtime, [[ours], [rival]], world.size.num_blocks)
+    blocks = take_turns(ranks, [[ours], [rival]], world.size.num_blocks)
     cpu_blocks = [
-        runtime.sum(*pair) for pair in zip(*(one.cpu_seconds[-len(blocks) :] for one in (ours, rival)), strict=True)
+        ranks.sum(*pair) for pair in zip(*(one.cpu_seconds[-len(blocks) :] for one in (ours, rival)), strict=True)
     ]
     for _ in range(num_alone + 1 if num_alone else 0):  # what the first of them logs includes the other's last turn
         ours.advance()
-    runtime.barrier()
+    ranks.barrier()
     rows = logged(config)
-    summed = np.array(runtime.sum(*losses)).reshape(num_steps, -1).sum(axis=1)
+    summed = np.array(ranks.sum(*losses)).reshape(num_steps, -1).sum(axis=1)
     own = [row["loss"] for row in rows[:num_compared]]
     what = f"losses of {num_compared} steps and of {other.__name__}"
     require_agreement(what, own, summed[:num_compared], tolerance(world, 2e-2))
     return blocks, cpu_blocks, rows
 
 
-def training(world: World, runtime: Runtime) -> list[Row]:
+def training(world: World, ranks: Ranks) -> list[Row]:
     """Against a bare loop; and what ours logs of padding and of waiting."""
-    blocks, cpu_blocks, rows = against(world, runtime, bare_training, world.size.num_blocks + 1, num_alone=5)
+    blocks, cpu_blocks, rows = against(world, ranks, bare_training, world.size.num_blocks + 1, num_alone=5)
     batch_size = world.config("timed").distill.global_batch_size
     seconds = [batch_size / row["sequences_per_second"] for row in rows]
     waited = [row["data_wait_share"] * one for row, one in zip(rows, seconds, strict=True)]
@@ -253,18 +253,18 @@ def training(world: World, runtime: Runtime) -> list[Row]:
     ]
 
 
-def trainer(world: World, runtime: Runtime) -> list[Row]:
+def trainer(world: World, ranks: Ranks) -> list[Row]:
     """Against transformers' Trainer."""
     # Before training in bf16 DeepSpeed takes an empty step, which ours undoes: Trainer's first updates are smaller.
     num_compared = 1 if world.size.dtype == "bf16" else world.size.num_blocks + 1
     micro = 16  # two engines in 24 GB, Trainer's with the whole head
-    blocks, _, _ = against(world, runtime, trainer_training, num_compared, micro_batch_size=micro)
+    blocks, _, _ = against(world, ranks, trainer_training, num_compared, micro_batch_size=micro)
     ours, others = zip(*blocks, strict=True)
     what = f"training: time of `transformers.Trainer` with DeepSpeed / of ours, micro-batches of {micro}"
     return [ratio_row(what, others, ours)]
 
 
-def pairwise(world: World, runtime: Runtime) -> list[Row]:
+def pairwise(world: World, ranks: Ranks) -> list[Row]:
     """Distillation by the paper's rule: our scoring pass and a step on all groups, against all pairs and a step."""
     dataset = open_dataset(data_url(world.config("pairs"), "unlabeled"))
     num_examples = sum(sum(shard.num_examples.values()) for shard in dataset.shards)
@@ -273,20 +273,19 @@ def pairwise(world: World, runtime: Runtime) -> list[Row]:
     num_blocks = world.size.num_pair_blocks
     first = layout.scores(0, "unlabeled")
     outputs = [first, *(layout.run / f"pass{number}" for number in range(num_blocks))]
-    scored = Contender("scoring", lambda pause: ours_scoring(world, runtime, config, outputs, pause))
+    scored = Contender("scoring", lambda pause: ours_scoring(world, ranks, config, outputs, pause))
     for _ in range(3):  # up to the first shard; the shard of the warm-up pass; its manifest
         scored.advance()
-    runtime.main_first(lambda: select(config, first, layout.selection(1), {}))
-    teachers = json.loads((layout.selection(1) / "teachers.json").read_text())["teachers"]
-    jobs: list[Any] = []
+    ranks.main_first(lambda: Stage(select, "select", config, round=1).run(None))
+    teachers = read_selection(layout.selection(1)).teachers
     losses: list[float] = []
-    trained = Contender("distillation", lambda pause: ours_training(world, runtime, config, jobs, pause))
-    rival = Contender("pairs", lambda pause: pairwise_training(world, runtime, config, teachers, losses, pause))
+    trained = Contender("distillation", lambda pause: ours_training(ranks, config, [], pause))
+    rival = Contender("pairs", lambda pause: pairwise_training(world, ranks, config, teachers, losses, pause))
     for contender in (trained, trained, rival):
-        runtime.barrier()
+        ranks.barrier()
         contender.advance()
-    blocks = take_turns(runtime, [[scored, scored, trained], [rival]], num_blocks)
-    summed = runtime.sum(*losses)[:1]
+    blocks = take_turns(ranks, [[scored, scored, trained], [rival]], num_blocks)
+    summed = ranks.sum(*losses)[:1]
     ours, others = zip(*blocks, strict=True)
     require_agreement(
         "first timed losses and those of pairs", [logged(config)[0]["loss"]], summed, tolerance(world, 0.1)
@@ -296,38 +295,35 @@ def pairwise(world: World, runtime: Runtime) -> list[Row]:
     return [ratio_row(f"distillation: time of the pairwise algorithm / of ours ({what})", others, ours)]
 
 
-def data(world: World, runtime: Runtime) -> list[Row]:
+def data(world: World, ranks: Ranks) -> list[Row]:
     """Resuming far into a large dataset, and the padding with default batches, there; no model runs here."""
-    from alsace_dist.data.stream import CanonicalOrder, TrainStream, score_batches
-
     config = world.config("large")
-    jobs: list[Any] = []
-    Contender("ours", lambda pause: ours_training(world, runtime, config, jobs, pause)).advance()
-    job = jobs[0]
+    begun: list[Any] = []
+    Contender("ours", lambda pause: ours_training(ranks, config, begun, pause)).advance()
+    ours = begun[0]
     positions = {}
     for share in (0.0, 0.5, 0.9):
-        runtime.barrier()
+        ranks.barrier()
         begin = time.monotonic()
-        order = CanonicalOrder(job.counts, job.section.global_batch_size, job.seed)
-        first = int(share * order.num_steps(1))
-        stream: TrainStream[Any] = TrainStream(order, job.load, job.build, runtime.rank, runtime.world_size)
-        batches = stream.batches(first, order.num_steps(1), lambda step, batch: batch)
+        stream = own_stream(ours, ranks)
+        num_steps = stream.order.num_steps(1)
+        batches = stream.batches(int(share * num_steps), num_steps, lambda step, batch: batch)
         next(batches)
-        positions[share] = runtime.sum(time.monotonic() - begin)[0] / runtime.world_size
+        positions[share] = ranks.sum(time.monotonic() - begin)[0] / ranks.world_size
         batches.close()
-    _, _, shards = encode(world, config, slice(6))
+    _, shards = encode(world, config, slice(6))
     tokens, padded = [], []
     for rows in shards:
         lengths = [len(row.input_ids) for row in rows]
         cut = score_batches(lengths, ScoreConfig().tokens_per_batch)
         tokens.append(sum(lengths))
         padded.append(sum(len(batch) * lengths[batch[0]] for batch in cut))
-    default = job.section.model_copy(update={"global_batch_size": DistillConfig().global_batch_size})
-    steps = ready_batches(dataclasses.replace(job, section=default), runtime, 20)
-    trained = runtime.sum(*(sum(part.num_tokens for part in parts) for parts in steps))
-    trained_padded = runtime.sum(*(sum(part.num_padded_tokens for part in parts) for parts in steps))
+    default = ours.section.model_copy(update={"global_batch_size": DistillConfig().global_batch_size})
+    steps = ready_batches(dataclasses.replace(ours, section=default), ranks, 20)
+    trained = ranks.sum(*(sum(part.num_tokens for part in parts) for parts in steps))
+    trained_padded = ranks.sum(*(sum(part.num_padded_tokens for part in parts) for parts in steps))
     seconds = ", ".join(f"{value:.1f} s at {share:.0%}" for share, value in positions.items())
-    what = f"resuming in {order.total:,} examples in {len(job.counts)} shards: time to the first batch"
+    what = f"resuming in {stream.order.total:,} examples in {len(stream.order.counts)} shards: time to the first batch"
     return [
         share_row(
             f"training: padding tokens with batches of {default.global_batch_size}, the default",
@@ -343,7 +339,7 @@ def data(world: World, runtime: Runtime) -> list[Row]:
 # ---------------------------------------------------------------------------------------------------------------------
 # Ranks, and the table
 
-SECTIONS: list[Callable[[World, Runtime], list[Row]]] = [agreement, scoring, training, trainer, pairwise, data]
+SECTIONS: list[Callable[[World, Ranks], list[Row]]] = [agreement, scoring, training, trainer, pairwise, data]
 
 
 def main() -> None:
@@ -392,17 +388,17 @@ def launch(sections: list[str], world: World) -> dict[str, Any]:
     environment |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, str(Path(__file__)), "--rank", ",".join(sections), str(world.directory)]
     command += ["--tiny"] * (world.size is SIZES["tiny"])
-    ranks = [
+    processes = [
         subprocess.Popen(command, env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, stdout=sys.stderr)
         for rank in range(NUM_RANKS)
     ]
     try:
-        while any(rank.poll() is None for rank in ranks) and not any(rank.poll() for rank in ranks):
+        while any(one.poll() is None for one in processes) and not any(one.poll() for one in processes):
             time.sleep(0.1)
     finally:
-        for rank in ranks:
-            rank.kill()
-    if any(rank.wait() for rank in ranks):
+        for process in processes:
+            process.kill()
+    if any(process.wait() for process in processes):
         raise SystemExit(f"speed: {', '.join(sections)} failed")
     result: dict[str, Any] = json.loads((world.directory / RESULT).read_text())
     return result
@@ -412,10 +408,10 @@ def run_rank(sections: list[str], world: World) -> None:
     """One rank of a group; ends the process, with whatever loops still wait for a turn that will not come."""
     code = 1
     try:
-        runtime = start(world.config("timed").engine)
-        rows = [row for one in SECTIONS if one.__name__ in sections for row in one(world, runtime)]
-        peak = runtime.sum(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9)[0]
-        if runtime.is_main:
+        ranks = start(world.config("timed").engine)
+        rows = [row for one in SECTIONS if one.__name__ in sections for row in one(world, ranks)]
+        peak = ranks.sum(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9)[0]
+        if ranks.is_main:
             (world.directory / RESULT).write_text(json.dumps({"rows": rows, "peak_gb": peak}))
         finish()
         code = 0

@@ -1,22 +1,32 @@
 """The loops that benchmarks/speed.py lets run in turns: ours, and others that compute the same."""
 
-import dataclasses
+import itertools
 import os
 import threading
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from speed_world import LEARNING_RATE, World
 
 from alsace_dist.config import Config
+from alsace_dist.data.rows import EncodedRow, answers_of, rows_of
+from alsace_dist.data.stream import CanonicalOrder, TrainStream
 from alsace_dist.files.layout import Layout, data_url
 from alsace_dist.files.shards import open_dataset, read_shard
-from alsace_dist.ranks.group import Runtime, StopFlag
-from alsace_dist.tasks.base import encode_answers, encode_groups
+from alsace_dist.ranks.group import Ranks, StopFlag
+from alsace_dist.stages import distill
+from alsace_dist.stages.base import Stage
+from alsace_dist.stages.score import ScoringPass
+
+if TYPE_CHECKING:
+    from alsace_dist.models.batches import Inputs
+    from alsace_dist.models.family import Family
+    from alsace_dist.training.loop import Training
+    from alsace_dist.training.losses import MicroBatch
 
 
 class Contender:
@@ -72,7 +82,30 @@ class Turn(StopFlag):
         return False
 
 
-def take_turns(runtime: Runtime, contenders: Sequence[Sequence[Contender]], num_blocks: int) -> list[list[float]]:
+class InTurns(Ranks):
+    """The ranks as our loops see them while they take turns with others.
+
+    Each rank draws the shards that the bare loop has, too, so that all ranks pause equally often: of the counter that
+    they share, one rank may draw twice before another has drawn at all.
+    """
+
+    def shared_counter(self, text: str) -> Callable[..., int]:
+        """As in ``Ranks``, and it takes as long."""
+        draw, own = super().shared_counter(text), itertools.count(self.rank, self.world_size)
+
+        def draw_own(amount: int = 1) -> int:
+            draw(amount)
+            return next(own)
+
+        return draw_own
+
+
+def in_turns(ranks: Ranks, pause: Callable[[], None]) -> Ranks:
+    """The same ranks, pausing wherever a loop asks whether to stop."""
+    return InTurns(ranks.rank, ranks.world_size, ranks.local_rank, ranks.device, ranks.control, Turn(pause))
+
+
+def take_turns(ranks: Ranks, contenders: Sequence[Sequence[Contender]], num_blocks: int) -> list[list[float]]:
     """Seconds of each contender (one or several loops, one after the other) in each block, mean over the ranks."""
     blocks = []
     for block in range(num_blocks):
@@ -80,75 +113,78 @@ def take_turns(runtime: Runtime, contenders: Sequence[Sequence[Contender]], num_
         for turn in range(len(contenders)):
             index = (turn + block) % len(contenders)
             for part in contenders[index]:
-                runtime.barrier()
+                ranks.barrier()
                 seconds[index] += part.advance()
-        blocks.append([value / runtime.world_size for value in runtime.sum(*seconds)])
+        blocks.append([value / ranks.world_size for value in ranks.sum(*seconds)])
     return blocks
 
 
 def ours_scoring(
-    world: World, runtime: Runtime, config: Config, outputs: Sequence[Path], pause: Callable[[], None]
+    world: World, ranks: Ranks, config: Config, outputs: Sequence[Path], pause: Callable[[], None]
 ) -> None:
     """Our scoring of a dataset, once for each output directory. Pauses before every shard and after the last."""
-    from alsace_dist.stages import score
+    from alsace_dist.training.engine import inference_module, load_module
 
-    turns = dataclasses.replace(runtime, stop=Turn(pause))
-    url = data_url(config, "unlabeled")
-    score.score(config, world.model, dict.fromkeys(outputs, url), {path: {} for path in outputs}, turns)
+    turns = in_turns(ranks, pause)
+    dataset = open_dataset(data_url(config, "unlabeled"))
+    model, _ = encode(world, config, slice(0))
+    model.check_weights()
+    module = inference_module(load_module(model, 0.0, config.engine, turns), config.engine, turns)
+    for output in outputs:
+        tensorboard = Layout(Path(config.run_dir)).tensorboard(output)
+        ScoringPass(config, dataset, output, {}, tensorboard).run(model, module, turns)
 
 
-def ours_training(world: World, runtime: Runtime, config: Config, jobs: list[Any], pause: Callable[[], None]) -> None:
-    """Our distillation. Leaves the loop's job in ``jobs`` and pauses after every step."""
-    from alsace_dist.stages import train
+def ours_training(ranks: Ranks, config: Config, begun: "list[Training]", pause: Callable[[], None]) -> None:
+    """Our distillation. Pauses before it loads the model, having left what it trains in ``begun``, and after every
+    step."""
     from alsace_dist.training import loop
 
     run = loop.run
 
-    def leave_job(job: loop.Job, runtime: Runtime) -> None:
+    def leave(training: loop.Training, ranks: Ranks) -> int:
         loop.run = run
-        jobs.append(job)
+        begun.append(training)
         pause()
-        run(job, runtime)
+        return run(training, ranks)
 
-    layout = Layout(Path(config.run_dir))
-    directory = layout.distill(1)
-    turns = dataclasses.replace(runtime, stop=Turn(pause))
-    loop.run = leave_job
-    train.distill(config, world.model, layout.scores(0, "unlabeled"), layout.selection(1), directory, {}, turns)
+    loop.run = leave
+    Stage(distill, "distill", config, round=1).run(in_turns(ranks, pause))
 
 
-def ready_batches(job: Any, runtime: Runtime, num_steps: int) -> list[list[Any]]:
+def own_stream(training: "Training", ranks: Ranks) -> TrainStream[Any]:
+    """This rank's share of every step, as our loop reads it."""
+    examples = training.examples
+    order = CanonicalOrder(examples.counts, training.section.global_batch_size, training.seed)
+    return TrainStream(order, examples.load, examples.build, ranks.rank, ranks.world_size)
+
+
+def ready_batches(training: "Training", ranks: Ranks, num_steps: int) -> "list[list[MicroBatch]]":
     """This rank's micro-batches of the first steps, as our loop cuts them."""
-    from alsace_dist.data import stream
     from alsace_dist.training import loop
 
-    order = stream.CanonicalOrder(job.counts, job.section.global_batch_size, job.seed)
-    own = stream.TrainStream(order, job.load, job.build, runtime.rank, runtime.world_size)
-    return [loop._micro_batches(job, own.batch(step), runtime) for step in range(num_steps)]
+    own = own_stream(training, ranks)
+    return [loop._micro_batches(training, own.batch(step), ranks) for step in range(num_steps)]
 
 
-def encode(world: World, config: Config, shards: slice) -> tuple[Any, Any, list[list[Any]]]:
-    """Answers, the collator for them, and the encoded rows of some shards of the config's dataset."""
-    from alsace_dist.models import collate
-    from alsace_dist.models import mt5 as modeling
+def encode(world: World, config: Config, shards: slice) -> "tuple[Family, list[list[EncodedRow]]]":
+    """The model, and the encoded rows of some shards of the config's dataset."""
+    from alsace_dist.models.family import open_model
 
-    tokenizer = modeling.load_tokenizer(world.model)
-    begin = modeling.load_model_config(world.model).decoder_start_token_id
     dataset = open_dataset(data_url(config, "unlabeled"))
-    answers = encode_answers(config.task, tokenizer, dataset.languages, begin)
+    model = open_model(world.model, answers_of(config.task, dataset.languages))
     groups = [read_shard(dataset, shard) for shard in dataset.shards[shards]]
-    rows = [encode_groups(config.task, tokenizer, one, dataset.languages) for one in groups]
-    return answers, collate.AnswerCollator(answers, tokenizer.pad_token_id), rows
+    return model, [model.encode(rows_of(config.task, one, dataset.languages)) for one in groups]
 
 
-def by_language(collator: Any, rows: list[Any]) -> dict[str, Any]:
+def by_language(model: "Family", rows: Sequence[EncodedRow]) -> dict[str, Any]:
     """Language -> arguments of a forward, over rows of complete groups."""
     import torch
 
     found = {}
     for language in sorted({row.language for row in rows}):
-        ids = [row.input_ids for row in rows if row.language == language]
-        found[language] = collator(ids, [language] * len(ids)).to(torch.device("cpu"))
+        inputs = model.collate([row for row in rows if row.language == language])
+        found[language] = inputs.to(torch.device("cpu"))
     return found
 
 
@@ -157,11 +193,11 @@ def load_whole(world: World, config: Config) -> tuple[Any, Any]:
     import torch
     from transformers import MT5ForConditionalGeneration
 
-    from alsace_dist.models.mt5 import DTYPES
+    from alsace_dist.models.weights import DTYPES
 
     whole = MT5ForConditionalGeneration.from_pretrained(world.model, dtype=DTYPES[config.engine.dtype])
     assert whole.lm_head.weight.data_ptr() != whole.shared.weight.data_ptr()
-    return whole, torch.tensor(encode(world, config, slice(0))[0].vocabulary)
+    return whole, torch.tensor(encode(world, config, slice(0))[0].head_rows)
 
 
 def whole_log_probs(whole: Any, vocabulary: Any, ids: Any, mask: Any, decoder_ids: Any, answers: Any) -> Any:
@@ -189,7 +225,7 @@ def generated_log_probs(whole: Any, vocabulary: Any, ids: Any, mask: Any, decode
 
 
 def plain_scoring(
-    log_probs_of: Callable[..., Any], shards: list[list[Any]], results: list[np.ndarray], pause: Callable[[], None]
+    log_probs_of: Callable[..., Any], shards: "list[list[Inputs]]", results: list[np.ndarray], pause: Callable[[], None]
 ) -> None:
     """A bare loop over ready batches. Pauses before every shard and after the last."""
     import torch
@@ -204,15 +240,15 @@ def plain_scoring(
 class ShardedAdamW:
     """AdamW on float32 weights of which every rank updates a part: what ZeRO-1 does, by hand, on one flat tensor."""
 
-    def __init__(self, module: Any, value: Callable[[str], Any], runtime: Runtime) -> None:
+    def __init__(self, module: Any, value: Callable[[str], Any], ranks: Ranks) -> None:
         import torch
 
         named = list(module.named_parameters())
         numel = sum(parameter.numel() for _, parameter in named)
-        part = -(-numel // runtime.world_size)
-        self.flat = torch.zeros(part * runtime.world_size, dtype=named[0][1].dtype)
-        self.gradient = torch.zeros(part * runtime.world_size)
-        own = slice(part * runtime.rank, part * (runtime.rank + 1))
+        part = -(-numel // ranks.world_size)
+        self.flat = torch.zeros(part * ranks.world_size, dtype=named[0][1].dtype)
+        self.gradient = torch.zeros(part * ranks.world_size)
+        own = slice(part * ranks.rank, part * (ranks.rank + 1))
         self.own, self.own_gradient = self.flat[own], self.gradient[own]
         begin = 0
         self.places = []
@@ -252,47 +288,54 @@ class ShardedAdamW:
 
 
 def bare_training(
-    world: World, runtime: Runtime, job: Any, num_steps: int, losses: list[float], pause: Callable[[], None]
+    world: World,
+    ranks: Ranks,
+    training: "Training",
+    num_steps: int,
+    losses: list[float],
+    pause: Callable[[], None],
 ) -> None:
     """A bare loop over the micro-batches of ours. Pauses after every step."""
-    from alsace_dist.training import engine
+    from alsace_dist.training.engine import load_module
 
-    answers, _, _ = encode(world, world.config("timed"), slice(0))
-    scorer, value = engine.load_scorer(world.model, answers, job.engine, 0.0, runtime)
-    optimizer = ShardedAdamW(scorer.train(), value, runtime)
-    for parts in ready_batches(job, runtime, num_steps):
+    scorer = load_module(training.model, 0.0, training.engine, ranks)
+    optimizer = ShardedAdamW(scorer.train(), training.model.initial_value, ranks)
+    for parts in ready_batches(training, ranks, num_steps):
         total = 0.0
         for part in parts:
-            loss = part.loss(scorer)
-            (loss / job.section.global_batch_size).backward()
+            loss = part.sums(scorer)["loss"]
+            (loss / training.section.global_batch_size).backward()
             optimizer.accumulate()
             total += float(loss.detach())
         optimizer.step()
-        losses.append(total / job.section.global_batch_size)
+        losses.append(total / training.section.global_batch_size)
         pause()
 
 
 def trainer_training(
-    world: World, runtime: Runtime, job: Any, num_steps: int, losses: list[float], pause: Callable[[], None]
+    world: World,
+    ranks: Ranks,
+    training: "Training",
+    num_steps: int,
+    losses: list[float],
+    pause: Callable[[], None],
 ) -> None:
     """``transformers.Trainer`` over the same examples, rank by rank and step by step. Pauses after every step."""
     import accelerate
     import transformers
     from torch.utils.data import DataLoader
 
-    from alsace_dist.data import stream
-    from alsace_dist.training import engine
+    from alsace_dist.training.settings import deepspeed_settings, with_buckets
 
-    order = stream.CanonicalOrder(job.counts, job.section.global_batch_size, job.seed)
-    own = stream.TrainStream(order, job.load, job.build, runtime.rank, runtime.world_size)
+    own = own_stream(training, ranks)
     examples = [example for step in range(num_steps) for example in own.batch(step)]
-    share = job.section.global_batch_size // runtime.world_size
-    micro = min(share, job.section.micro_batch_size)
+    share = training.section.global_batch_size // ranks.world_size
+    micro = min(share, training.section.micro_batch_size)
 
     whole, vocabulary = load_whole(world, world.config("timed"))
 
     def collate(rows: list[Any]) -> dict[str, Any]:
-        return {"part": job.collate(rows), "num": len(rows)}
+        return {"part": training.examples.collate(rows), "num": len(rows)}
 
     class Trainer(transformers.Trainer):
         def get_train_dataloader(self) -> Any:
@@ -300,16 +343,17 @@ def trainer_training(
 
         def compute_loss(self, model: Any, inputs: Any, *args: Any, **options: Any) -> Any:
             assert type(model).__name__ == "DeepSpeedEngine"
-            loss = inputs["part"].loss(lambda *arguments: whole_log_probs(model, vocabulary, *arguments))
-            losses.append(float(loss.detach()) / job.section.global_batch_size)
+            sums = inputs["part"].sums(lambda *arguments: whole_log_probs(model, vocabulary, *arguments))
+            loss = sums["loss"]
+            losses.append(float(loss.detach()) / training.section.global_batch_size)
             return loss / inputs["num"]
 
     class Pause(transformers.TrainerCallback):
         def on_step_end(self, *args: Any, **options: Any) -> None:
             pause()
 
-    settings = engine.deepspeed_config(job.engine, job.section, runtime)
-    settings = engine._with_buckets(settings, list(whole.named_parameters()))
+    settings = deepspeed_settings(training.engine, training.section, ranks)
+    settings = with_buckets(settings, whole.parameters())
     settings |= {"train_micro_batch_size_per_gpu": micro, "gradient_accumulation_steps": share // micro}
     # On CPUs accelerate takes DistributedDataParallel, whatever is asked for, unless its state is there already.
     os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
@@ -318,7 +362,7 @@ def trainer_training(
         output_dir=str(world.directory / "trainer"),
         use_cpu=True,
         accelerator_config={"use_configured_state": True},
-        bf16=job.engine.dtype == "bf16",
+        bf16=training.engine.dtype == "bf16",
         deepspeed=settings,
         max_steps=num_steps,
         per_device_train_batch_size=micro,
@@ -354,7 +398,7 @@ def pairwise_loss(
 
 def pairwise_training(
     world: World,
-    runtime: Runtime,
+    ranks: Ranks,
     config: Config,
     teachers: Sequence[str],
     losses: list[float],
@@ -363,9 +407,9 @@ def pairwise_training(
     """The pairwise algorithm over this rank's half of the groups, again and again. Pauses before every pass."""
     whole, vocabulary = load_whole(world, config)
     log_probs_of = partial(whole_log_probs, whole.train(), vocabulary)
-    optimizer = ShardedAdamW(whole, lambda name: whole.get_parameter(name).detach().float(), runtime)
-    _, collator, (rows,) = encode(world, config, slice(runtime.rank, runtime.rank + 1))
-    inputs = by_language(collator, rows)
+    optimizer = ShardedAdamW(whole, lambda name: whole.get_parameter(name).detach().float(), ranks)
+    model, (rows,) = encode(world, config, slice(ranks.rank, ranks.rank + 1))
+    inputs = by_language(model, rows)
     num_groups = world.size.num_pair_groups
     scale = 1 / (num_groups * len(teachers) * (len(inputs) - 1))
     while True:

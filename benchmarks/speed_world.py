@@ -9,10 +9,13 @@ from typing import Any
 import numpy as np
 
 from alsace_dist.config import Config
-from alsace_dist.files import manifest as artifacts
-from alsace_dist.files import scores as score_files
 from alsace_dist.files.layout import Layout
-from alsace_dist.files.shards import Group, write_dataset
+from alsace_dist.files.manifest import write_manifest
+from alsace_dist.files.scores import KIND as SCORES
+from alsace_dist.files.scores import Scores, write_scores
+from alsace_dist.files.selection import Selection, write_selection
+from alsace_dist.files.shards import ParallelGroup, write_dataset
+from alsace_dist.method.targets import MODES
 
 SOURCE = Path("runs/debian/source")
 NUM_RANKS = 2
@@ -64,6 +67,7 @@ class World:
                 "task": {"fields": ["text"], "template": "{text} <extra_id_0>", "labels": LABELS},
                 "data": {"directory": str(self.directory / name)},
                 "model": {"path": str(self.model)},
+                "finetune": None,
                 "engine": {
                     "num_processes": NUM_RANKS,
                     "dtype": dtype or self.size.dtype,
@@ -101,7 +105,7 @@ def make_world(world: World) -> None:
     write_large(world, [*groups, *read_groups(world, "pretrain")])
 
 
-def read_groups(world: World, split: str) -> Iterator[Group]:
+def read_groups(world: World, split: str) -> Iterator[ParallelGroup]:
     """Parallel groups of real texts, of Debian's descriptions; tiny: of the demo corpus."""
     if world.size is SIZES["tiny"]:
         from alsace_dist.tasks.demo import generate_groups
@@ -111,7 +115,7 @@ def read_groups(world: World, split: str) -> Iterator[Group]:
         rows = map(json.loads, (SOURCE / f"{split}.jsonl").open(encoding="utf-8"))
     for row in rows:
         texts = {language: {"text": " ".join(fields.values())} for language, fields in row["texts"].items()}
-        yield Group(f"{split}-{row['id']}", None, texts)
+        yield ParallelGroup(f"{split}-{row['id']}", None, texts)
 
 
 def write_model(world: World, texts: Iterator[str]) -> None:
@@ -120,8 +124,8 @@ def write_model(world: World, texts: Iterator[str]) -> None:
     from safetensors.torch import save_file
     from transformers import MT5Config
 
-    from alsace_dist.models.mt5 import LanguageModel, initialise, make_body
-    from alsace_dist.stages.pretrain import train_tokenizer
+    from alsace_dist.models.mt5 import make_body
+    from alsace_dist.models.nano import LanguageModel, initialise, train_tokenizer
 
     tokenizer = train_tokenizer(texts, world.size.num_pieces, [LABELS])
     config = MT5Config(**world.size.geometry, dropout_rate=0.0, architectures=["MT5ForConditionalGeneration"])
@@ -138,7 +142,7 @@ def write_model(world: World, texts: Iterator[str]) -> None:
     save_file({name: value.to(torch.float32) for name, value in tensors.items()}, world.model / "model.safetensors")
 
 
-def write_large(world: World, groups: list[Group]) -> None:
+def write_large(world: World, groups: list[ParallelGroup]) -> None:
     """All groups in shards of the default size, with random scores, as if they had been scored and selected."""
     config = world.config("large")
     dataset = write_dataset(
@@ -152,14 +156,19 @@ def write_large(world: World, groups: list[Group]) -> None:
         log_probs = np.log(rng.dirichlet(np.ones(len(LABELS)), len(rows))).astype(np.float32)
         files.append(scores / f"{shard.stem}.parquet")
         columns = [key for key, _ in rows], [language for _, language in rows]
-        score_files.write_scores(files[-1], score_files.Scores(*columns, list(log_probs), [None] * len(rows)), {})
-    artifacts.write_manifest(scores, score_files.KIND, {}, files)
+        write_scores(files[-1], Scores(*columns, list(log_probs), [None] * len(rows)), {})
+    write_manifest(scores, SCORES, {}, files)
     num_examples = sum(sum(shard.num_examples.values()) for shard in dataset.shards)
-    value = {
-        "weights": {language: 1 / len(dataset.languages) for language in dataset.languages},
-        "biases": {language: [0.0] * len(LABELS) for language in dataset.languages},
-        "num_groups": dataset.num_groups,
-        "num_pairs": dict.fromkeys(("others", "ensemble", "anchor"), num_examples),
-    }
-    artifacts.write_json(layout.selection(1) / "teachers.json", value)
-    artifacts.write_manifest(layout.selection(1), "selection", {}, [layout.selection(1) / "teachers.json"])
+    selection = Selection(
+        rule="all",
+        num_groups=dataset.num_groups,
+        teachers=list(dataset.languages),
+        students=[],
+        scores={},
+        threshold=None,
+        normalised_scores={},
+        weights={language: 1 / len(dataset.languages) for language in dataset.languages},
+        biases={language: [0.0] * len(LABELS) for language in dataset.languages},
+        num_pairs=dict.fromkeys(MODES, num_examples),
+    )
+    write_selection(layout.selection(1), selection, {})

@@ -1,7 +1,7 @@
 """Write docs/config.md and docs/clusters.md from the pydantic models: ``python docs/make_config_reference.py``.
 
-The texts are the field docstrings in ``alsace_dist/config.py`` and ``cluster.py``; a test checks that the files are up
-to date.
+The texts are the field docstrings in ``alsace_dist/config.py`` and ``cluster/profile.py``; a test checks that the
+files are up to date.
 """
 
 import json
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from alsace_dist import config
-from alsace_dist.cluster import profile as cluster
+from alsace_dist.cluster import profile
 from alsace_dist.cluster.profile import SiteProfile
 from alsace_dist.config import METHODS, Config, Section
 
@@ -29,7 +29,7 @@ is an error.
 """
 CLUSTERS_HEAD = """# Site profiles
 
-<!-- Made by docs/make_config_reference.py from alsace_dist/cluster.py. Change it there, then run that script. -->
+<!-- Made by docs/make_config_reference.py from alsace_dist/cluster/profile.py. Change it there and run the script. -->
 
 A site profile is a YAML file that says how one cluster's Slurm wants to be asked; `alsace submit CONFIG.yaml
 --cluster=PROFILE.yaml` makes the job scripts from it. Examples to copy are in [slurm/clusters](../slurm/clusters);
@@ -52,10 +52,10 @@ def make_references() -> dict[str, str]:
         if path == "distill":
             parts.append(_methods())
     schema = SiteProfile.model_json_schema()
-    profile = [CLUSTERS_HEAD, _section("The profile", "SiteProfile", schema, schema)]
+    clusters = [CLUSTERS_HEAD, _section("The profile", "SiteProfile", schema, schema)]
     for path, name in _walk("", schema, schema["$defs"]):
-        profile.append(_section(f"`{path}`", name, schema["$defs"][name], schema))
-    return {"config.md": "\n".join(parts), "clusters.md": "\n".join(profile)}
+        clusters.append(_section(f"`{path}`", name, schema["$defs"][name], schema))
+    return {"config.md": "\n".join(parts), "clusters.md": "\n".join(clusters)}
 
 
 def _walk(path: str, section: dict[str, Any], definitions: dict[str, Any]) -> Iterator[tuple[str, str]]:
@@ -77,7 +77,7 @@ def _references(field: dict[str, Any]) -> Iterator[tuple[str, bool]]:
 
 
 def _section(title: str, name: str, section: dict[str, Any], schema: dict[str, Any]) -> str:
-    model: type[Section] = getattr(config if hasattr(config, name) else cluster, name)
+    model: type[Section] = getattr(config if hasattr(config, name) else profile, name)
     lines = [f"## {title}", "", _plain(section["description"]), ""]
     lines += ["| Key | Type | Default | Constraint | Meaning |", "|---|---|---|---|---|"]
     required = section.get("required", [])

@@ -22,3 +22,17 @@ def _ranks() -> Iterator[None]:
     """What ``tiny.run_ranks`` has started ends with the session."""
     yield
     tiny.end_ranks()
+
+
+# The files that take longest come first, so that no process is alone with one of them in the end.
+SLOW = ("cluster/test_chain", "cluster/test_disturbed", "cluster/test_submit", "training/test_loop", "test_pipeline")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the slow files first; every other file keeps its place."""
+
+    def place(item: pytest.Item) -> int:
+        name = item.path.relative_to(Path(__file__).parent).with_suffix("").as_posix()
+        return SLOW.index(name) if name in SLOW else len(SLOW)
+
+    items.sort(key=place)

@@ -20,11 +20,14 @@ from alsace_dist.config_file import load_config
 from alsace_dist.errors import EXIT_STOPPED, EXIT_USER_ERROR
 from alsace_dist.files.manifest import write_manifest
 from alsace_dist.files.scores import Scores, write_scores
+from alsace_dist.files.selection import Selection
+from alsace_dist.monitor.scalars import SCALARS
+from alsace_dist.pipeline import load_run
 from alsace_dist.stages import evaluate, select
 from alsace_dist.stages.prepare import prepare
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted([*(ROOT / "docs").glob("*.md"), ROOT / "README.md", ROOT / "slurm/README.md"])
+PAGES = sorted([*(ROOT / "docs").glob("*.md"), *ROOT.glob("*.md"), ROOT / "slurm/README.md"])
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 BASE: dict[str, Any] = {"run_dir": "run", "model": {"path": "some/mt5"}}
 
@@ -123,7 +126,7 @@ def test_there_are_links_to_check() -> None:
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
 def test_example_configs_are_valid(path: Path) -> None:
-    assert load_config(path).task.labels
+    assert load_run(path).task.labels
 
 
 def test_the_xnli_example_is_the_papers_setting() -> None:
@@ -154,11 +157,34 @@ def test_the_first_example_can_be_prepared_as_it_stands(tmp_path: Path, monkeypa
     assert {language for data in found.values() for language in data.languages} == {"en", "de", "fr"}
 
 
+# --- the map -------------------------------------------------------------------------------------------------------
+
+
+def test_the_architecture_lists_every_file_and_none_that_is_not_there() -> None:
+    text = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8").split("## Files\n")[1].split("\n## ")[0]
+    listed = re.findall(r"^\| `([\w/]+\.py)` \| \S", text, flags=re.MULTILINE)
+    package = ROOT / "alsace_dist"
+    here = [path.relative_to(package).as_posix() for path in package.rglob("*.py")]
+    assert sorted(listed) == sorted(name for name in here if not name.endswith(("__init__.py", "__main__.py")))
+
+
+def test_the_architecture_tells_the_layers_that_the_test_holds() -> None:
+    text = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"^    (errors <.*?)\n\n", text, flags=re.MULTILINE | re.DOTALL)
+    told = [sorted(layer.strip().split(", ")) for layer in " ".join(block.split()).split("<")]
+    spec = importlib.util.spec_from_file_location("test_layers", ROOT / "tests" / "test_layers.py")
+    assert spec is not None and spec.loader is not None
+    layers = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(layers)
+    assert told == [sorted(names) for names in layers.LAYERS if names != {"__main__"}]
+
+
 # --- formats -------------------------------------------------------------------------------------------------------
 
 
 def test_every_kind_of_bad_record_is_documented() -> None:
-    source = "".join((ROOT / "alsace_dist" / name).read_text() for name in ("data/sources.py", "stages/prepare.py"))
+    readers = ["data/inputs.py", "data/tables.py", "data/hub.py", "stages/prepare.py"]
+    source = "".join((ROOT / "alsace_dist" / name).read_text() for name in readers)
     kinds = set(re.findall(r"bad\.add\(\s*[\w.\[\]]+,\s*\"([^\"]+)\"", source))
     assert len(kinds) > 10
     assert sorted(column("data.md", "Bad records")) == sorted(kinds)
@@ -166,10 +192,10 @@ def test_every_kind_of_bad_record_is_documented() -> None:
 
 def test_documented_metrics_are_those_that_are_written() -> None:
     present = np.ones((4, 2), dtype=bool)
-    pairs = evaluate._Pairs(["de", "en"], present, present, present)
+    pairs = evaluate.Pairs(["de", "en"], present, present, present)
     value = BASE | {"task": {"fields": ["text"], "template": "{text}", "labels": ["a", "b"]}}
     config = Config.model_validate(value | {"data": {"directory": "data"}})
-    made = evaluate._metrics(config, pairs, evaluate.NO_SELECTION)
+    made = evaluate.evaluation_of(config, pairs, None).as_json()
     (example,) = (json.loads(block) for block in blocks("formats.md", "json") if "source_language" in block)
     assert example.keys() == made.keys()
     for key in ("average", "gap", "std", "worst"):
@@ -194,8 +220,14 @@ def test_documented_teachers_are_those_that_are_written(tmp_path: Path) -> None:
     write_manifest(tmp_path, "scores", {}, [tmp_path / "000000.parquet"])
     value = BASE | {"task": {"fields": ["text"], "template": "{text}", "labels": ["a", "b"]}}
     config = Config.model_validate(value | {"data": {"directory": "data"}})
-    made = select.select(config, tmp_path, tmp_path / "selection", {})
-    assert sorted(column("formats.md", "Teachers")) == sorted(made)
+    made = select.make_selection(config, tmp_path)
+    assert sorted(column("formats.md", "Teachers")) == sorted(made.model_dump()) == sorted(Selection.model_fields)
+
+
+def test_documented_scalars_are_those_of_the_table() -> None:
+    text = (ROOT / "docs" / "formats.md").read_text(encoding="utf-8").split("## Scalars\n")[1].split("\n## ")[0]
+    rows = [[cell.strip().strip("`") for cell in row.split("|")[1:-1]] for row in text.splitlines() if "| `" in row]
+    assert rows == [[scalar.name, scalar.logged_by, scalar.unit, scalar.meaning] for scalar in SCALARS]
 
 
 def test_documented_exit_codes() -> None:

@@ -17,11 +17,11 @@ from alsace_dist.config import Config, EngineConfig, TrainConfig
 from alsace_dist.config_file import load_config
 from alsace_dist.data.stream import CanonicalOrder, score_batches
 from alsace_dist.errors import UserError
+from alsace_dist.models.family import Parameters
+from alsace_dist.models.mt5 import MT5
 from alsace_dist.plan import (
     Memory,
-    Parameters,
     checkpoint_bytes,
-    count_parameters,
     model_bytes,
     num_steps,
     print_plan,
@@ -92,7 +92,7 @@ def test_parameter_counts_of_the_released_models(name: str) -> None:
     from transformers import MT5Config
 
     value, total = SIZES[name]
-    found = count_parameters(MT5Config.from_dict(value), 3)
+    found = MT5.count_parameters(MT5Config.from_dict(value), 3)
     assert found.total == total
     assert found.embedding == found.whole_head == 250112 * value["d_model"]
     assert found.kept == total - (250112 - 3) * value["d_model"]
@@ -101,7 +101,7 @@ def test_parameter_counts_of_the_released_models(name: str) -> None:
 def test_counts_and_shares_of_the_design() -> None:
     from transformers import MT5Config
 
-    found = {name: count_parameters(MT5Config.from_dict(value), 3) for name, (value, _) in SIZES.items()}
+    found = {name: MT5.count_parameters(MT5Config.from_dict(value), 3) for name, (value, _) in SIZES.items()}
     assert {name: f"{one.total / 1e9:.2f}" for name, one in found.items() if name in ("large", "xl", "xxl")} == {
         "large": "1.23",
         "xl": "3.74",
@@ -116,16 +116,17 @@ def test_what_is_kept_is_what_the_scorer_has(num_tokens: int) -> None:
     import torch
     from transformers import MT5Config
 
-    from alsace_dist.models.mt5 import CandidateScorer, make_body
-    from alsace_dist.tasks.base import Answers
+    from alsace_dist.data.rows import Candidates
+    from alsace_dist.models.mt5 import CandidateForm, CandidateScorer, make_body
 
     def config() -> MT5Config:
         return MT5Config(vocab_size=50, d_model=16, d_kv=4, d_ff=24, num_layers=2, num_decoder_layers=1, num_heads=2)
 
     rows = tuple((10 + index,) * num_tokens for index in range(4))
+    form = CandidateForm.of([Candidates(rows)], (0,), num_tokens == 1, pad_id=0)
     with torch.device("meta"):
-        scorer = CandidateScorer(make_body(config(), 0.0), Answers({"en": rows}, (0,), num_tokens == 1))
-    found = count_parameters(config(), 4 if num_tokens == 1 else None)
+        scorer = CandidateScorer(make_body(config(), 0.0), form)
+    found = MT5.count_parameters(config(), 4 if num_tokens == 1 else None)
     assert found.kept == sum(parameter.numel() for parameter in scorer.parameters())
 
 
@@ -199,23 +200,19 @@ def test_memory_is_what_deepspeed_holds_when_the_optimizer_steps() -> None:
 
 def _measure(cases: list[str]) -> None:
     """A rank of the test above: print planned and measured bytes of every case."""
-    from alsace_dist.ranks import group as runtime
+    from alsace_dist.ranks import group
 
-    group = runtime.start(EngineConfig(timeout_seconds=120))
+    ranks = group.start(EngineConfig(timeout_seconds=120))
     for case in cases:
-        planned, measured = _measure_case(case, group)
-        if group.is_main:
+        planned, measured = _measure_case(case, ranks)
+        if ranks.is_main:
             print(json.dumps({"case": case, "planned": planned, "measured": measured}), flush=True)
-    runtime.finish()
+    group.finish()
 
 
-def _measure_case(case: str, group: Any) -> tuple[int, int]:
-    import torch
-    from transformers import MT5Config
-
-    from alsace_dist.models import mt5 as modeling
-    from alsace_dist.models.collate import AnswerCollator
-    from alsace_dist.tasks.base import Answers
+def _measure_case(case: str, ranks: Any) -> tuple[int, int]:
+    from alsace_dist.data.rows import Candidates, EncodedRow
+    from alsace_dist.models.mt5 import CandidateForm, Collator
     from alsace_dist.training import engine
 
     stage, dtype, offload = case.split(",")
@@ -228,21 +225,13 @@ def _measure_case(case: str, group: Any) -> tuple[int, int]:
             "deepspeed": {"zero_optimization": raw} if stage != "0" else {},
         }
     )
-    answers = Answers({"en": ((5,), (6,), (7,))}, (0,), True)
-
-    def config() -> MT5Config:
-        return MT5Config(
-            vocab_size=1500, d_model=128, d_kv=32, d_ff=512, num_layers=3, num_decoder_layers=2, num_heads=4
-        )
-
-    def build() -> torch.nn.Module:
-        return modeling.CandidateScorer(modeling.make_body(config(), 0.0), answers)
-
-    shapes = {name: parameter.shape for name, parameter in build().named_parameters()}
+    candidates = Candidates(((5,), (6,), (7,)))
+    model = _EqualWeights(CandidateForm.of([candidates], (0,), single_token=True, pad_id=0))
     before = _live_tensors()  # held on to, so that nothing new takes their place
-    module = engine.load_module(build, lambda name: torch.full(shapes[name], 0.01), settings, group)
-    trainer = engine.TrainEngine(module, settings, TrainConfig(num_steps=1, learning_rate=1e-3), group)
-    arguments = AnswerCollator(answers, 0)([[3, 4, 5, 1]] * 2, ["en"] * 2).to(group.device)
+    module = engine.load_module(model, 0.0, settings, ranks)
+    trainer = engine.TrainEngine(module, settings, TrainConfig(num_steps=1, learning_rate=1e-3), ranks)
+    rows = [EncodedRow(key, "en", None, [3, 4, 5, 1], candidates, 0, False) for key in ("a", "b")]
+    arguments = Collator(model.form)(rows).to(ranks.device)
     seen: list[int] = []
     step = trainer.optimizer.step
 
@@ -252,12 +241,48 @@ def _measure_case(case: str, group: Any) -> tuple[int, int]:
         return step(*given, **named)
 
     trainer.optimizer.step = watched_step  # type: ignore[method-assign]
-    losses = [lambda scorer: -scorer(*arguments)[:, 0].sum()] * 2  # two micro-batches
+    losses = [lambda scorer: {"loss": -scorer(*arguments)[:, 0].sum()}] * 2  # two micro-batches
     trainer.step(losses, 1e-3)
     trainer.engine.destroy()
-    planned = training_memory(count_parameters(config(), 3), SECTION, settings, group.world_size)
+    planned = training_memory(MT5.count_parameters(model.config(), 3), SECTION, settings, ranks.world_size)
     # The bucket of ZeRO-1 and 2 is gone when the optimizer steps; it is as good as nothing here.
     return planned.states + planned.buffers + planned.host, max(seen)
+
+
+class _EqualWeights:
+    """A model for training that needs no file: every weight is the same."""
+
+    directory = Path()
+    vocabulary = frozenset({"body.shared.weight"})
+    delicate = ("head.weight",)
+
+    def __init__(self, form: Any) -> None:
+        self.form = form
+        self.shapes = {name: parameter.shape for name, parameter in self.build(0.0, False).named_parameters()}
+
+    @staticmethod
+    def config() -> Any:
+        from transformers import MT5Config
+
+        return MT5Config(
+            vocab_size=1500, d_model=128, d_kv=32, d_ff=512, num_layers=3, num_decoder_layers=2, num_heads=4
+        )
+
+    def build(self, dropout: float, gradient_checkpointing: bool) -> Any:
+        from alsace_dist.models.mt5 import make_scorer
+
+        return make_scorer(self.config(), self.form, dropout, gradient_checkpointing)
+
+    def initial_value(self, name: str, part: slice = slice(None)) -> Any:
+        import torch
+
+        return torch.full(self.shapes[name], 0.01)[part]
+
+    def exported(self, name: str, value: Any) -> dict[str, Any]:
+        raise NotImplementedError  # nothing is exported
+
+    def remaining(self, written: Any) -> Any:
+        raise NotImplementedError
 
 
 def _live_tensors() -> dict[int, Any]:
@@ -361,7 +386,7 @@ def test_print_plan_of_prepared_data(prepared: Config, capsys: pytest.CaptureFix
 def test_a_directory_of_data_that_is_not_there_is_an_error(prepared: Config, tmp_path: Path) -> None:
     config = make_config(tmp_path / "model", tmp_path / "run")
     value = config.model_dump(exclude_unset=True) | {"data": {"directory": str(tmp_path / "nowhere")}}
-    with pytest.raises(UserError, match="nowhere/labeled"):
+    with pytest.raises(UserError, match="nowhere/unlabeled"):
         print_plan(Config.model_validate(value))
 
 

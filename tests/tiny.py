@@ -19,8 +19,8 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from alsace_dist.models.mt5 import LanguageModel, initialise, make_body
-from alsace_dist.stages.pretrain import train_tokenizer
+from alsace_dist.models.mt5 import make_body
+from alsace_dist.models.nano import LanguageModel, initialise, train_tokenizer
 
 LANGUAGES = ("en", "de", "fr", "ru")
 WORDS = {
@@ -243,6 +243,44 @@ def end_ranks() -> None:
     """End the groups of ``run_ranks``."""
     while _GROUPS:
         _GROUPS.popitem()[1].kill()
+
+
+def stage_on_rank(group: Any, path: str, command: str, round: int, variant: str) -> None:
+    """One stage of a config on this rank, as ``alsace COMMAND`` does it once its ranks have started."""
+    from alsace_dist import pipeline, runner
+
+    (stage,) = (
+        stage
+        for stage in pipeline.stages(pipeline.load_run(path))
+        if (stage.command, stage.round, stage.variant) == (command, round, variant)
+    )
+    runner.run_on_ranks(stage, group)
+
+
+def do(command: str, path: Path, round: int = 0, variant: str = "") -> None:
+    """A stage that succeeds, on the ranks of ``run_ranks``: what follows the start of a group, without the start.
+
+    What starts, stops and dies is tested through ``alsace`` and ``started``.
+    """
+    from alsace_dist.config_file import load_config
+
+    size = load_config(path).engine.num_processes
+    assert isinstance(size, int)
+    run_ranks(stage_on_rank, size, path=str(path), command=command, round=round, variant=variant)
+
+
+def run_all(path: Path) -> None:
+    """Every stage of a config, as ``alsace run`` does it, with the ranks of ``run_ranks``."""
+    from alsace_dist import pipeline, runner
+
+    config = pipeline.load_run(path)
+    stages = pipeline.stages(config)
+    pipeline.write_config(config, path, stages)
+    for stage in stages:
+        if stage.on_ranks:
+            do(stage.command, path, stage.round, stage.variant)
+        else:
+            runner.run_stage(stage)
 
 
 def state_of(directory: Path) -> dict[str, torch.Tensor]:

@@ -9,7 +9,7 @@ from alsace_dist.cluster.scripts import Job
 from alsace_dist.config import Config
 from alsace_dist.errors import UserError
 from alsace_dist.files.layout import Layout
-from alsace_dist.files.progress import PROGRESS, read_progress
+from alsace_dist.files.progress import read_progress
 
 TAIL_BYTES = 20_000
 
@@ -93,17 +93,13 @@ def cause_of(run: Path, job_id: str) -> str:
 
 
 def _progress(job: Job) -> str:
-    """How far a stage says it is, in short: in the directory of those it writes that it has last written of."""
-    found = [(path.stat().st_mtime, path.parent) for path in _progress_files(job) if path.exists()]
-    progress = read_progress(max(found)[1]) if found else None
+    """How far a stage says it is, in short: the first of its directories that is being written."""
+    outputs = job.stage.outputs if job.stage else []
+    progress = next((found for output in outputs if (found := read_progress(output.directory))), None)
     if progress is None:
         return ""
     eta = f", eta {progress.eta_seconds:.0f} s" if progress.eta_seconds is not None else ""
     return f"{progress.done}/{progress.total}{eta}"
-
-
-def _progress_files(job: Job) -> list[Path]:
-    return [output.directory / PROGRESS for output in job.stage.outputs] if job.stage else []
 
 
 def tail(log: Path) -> list[str]:

@@ -44,7 +44,7 @@ def _read_csv(path: Path, one: InputConfig, task: TaskConfig, bad: BadRecords) -
             raise UserError(f"{path}: holds nothing; restore the file, or remove it from data.inputs")
         wanted_columns(str(path), header, one, task, with_language=True)
 
-        def notekey_of(values: list[str]) -> None:
+        def note_key(values: list[str]) -> None:
             number = header.index(one.columns.id)
             if number < len(values) and (key := key_of(whole(values[number]))):
                 bad.broken_keys.add(key)
@@ -61,14 +61,14 @@ def _read_csv(path: Path, one: InputConfig, task: TaskConfig, bad: BadRecords) -
                     bad.add(place, "open quote", "never closed; it takes in all that follows")
                 else:
                     bad.add(place, "broken row", str(error))
-                    notekey_of(next(csv.reader(lines)))
+                    note_key(next(csv.reader(lines)))
                 continue
             if len(values) == len(header):
                 cells = dict(zip(header, values, strict=True))
                 yield place, cells | {one.columns.id: whole(cells[one.columns.id])}
             elif values:
                 bad.add(place, "broken row", f"{len(values)} cells under {len(header)} columns")
-                notekey_of(values)
+                note_key(values)
 
 
 def _read_parquet(path: Path, one: InputConfig, task: TaskConfig) -> Iterator[tuple[Place, Cells]]:

@@ -41,5 +41,5 @@ def read_progress(directory: Path) -> Progress | None:
         return None
     try:
         return validate(Progress, read_json(path), f"{path}: ")
-    except UserError:
+    except (UserError, OSError):
         return None

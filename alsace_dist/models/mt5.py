@@ -199,7 +199,7 @@ def make_scorer(config: Any, form: CandidateForm, dropout: float, gradient_check
     """The module that scores candidates of this form."""
     body = make_body(config, dropout)
     if gradient_checkpointing:
-        body.gradient_checkpointing_enable({"use_reentrant": False})
+        body.activation_checkpointing_enable({"use_reentrant": False})
     return CandidateScorer(body, form)
 
 
@@ -254,13 +254,13 @@ class MT5(Family):
     """mT5 from small to XXL, and checkpoints of the same architecture."""
 
     vocabulary = frozenset({"body.shared.weight"})
-    delicate = ("head.weight",)
+    delicate: tuple[str, ...] = ("head.weight",)
 
     def __init__(self, directory: Path, answers: Answers) -> None:
         super().__init__(directory, answers)
         # Decide it over all languages of the task: finetuning encodes the source language only, but must train the same
         # form of score that the later scoring pass uses.
-        self.is_single_token = all(len(self.token_ids(text)) == 1 for text in answers.every)
+        self.is_single_token = bool(answers.fixed) and all(len(self.token_ids(text)) == 1 for text in answers.every)
         fixed = [self.candidates(texts, language) for language, texts in answers.fixed.items()]
         prefix = self.token_ids(answers.decoder_prefix) if answers.decoder_prefix else ()
         if self.tokenizer.unk_token_id in prefix:

@@ -20,6 +20,7 @@ from alsace_dist.data.stream import ahead, score_batches
 from alsace_dist.errors import PeerFailed, Stopped, UserError
 from alsace_dist.files import manifest
 from alsace_dist.files.layout import data_url
+from alsace_dist.files.progress import clear_progress
 from alsace_dist.files.scores import KIND, Scores, read_metadata, read_score_file, write_scores
 from alsace_dist.files.shards import Dataset, ShardInfo, open_dataset, read_shard
 from alsace_dist.monitor.health import LeadCheck, warn
@@ -29,6 +30,7 @@ from alsace_dist.ranks.group import Ranks
 from alsace_dist.ranks.job import note_position
 from alsace_dist.ranks.watchdog import Watchdog
 from alsace_dist.stages.base import Output, Stage, checked_model, data_inputs, model_identity, model_inputs
+from alsace_dist.training.settings import is_sharded
 
 if TYPE_CHECKING:
     from alsace_dist.models.batches import Inputs
@@ -60,7 +62,7 @@ def fingerprint(stage: Stage, output: Output) -> dict[str, Any]:
         "score": config.score.model_dump(mode="json"),
         "task": config.task.model_dump(mode="json"),
         "engine": config.engine.model_dump(mode="json", include={"dtype", "num_threads"})
-        | {"is_sharded": config.engine.zero_stage == 3},
+        | {"is_sharded": is_sharded(config.engine)},
         "languages": config.data.languages,
         "model": model_identity(stage, stage.round),
         "data": open_dataset(_url_of(stage, output)).digest,
@@ -177,7 +179,7 @@ class ScoringPass:
         if ranks.is_main:
             note_position(f"{num_done} shards of {directory}")
         with progress(f"score {directory.name}", directory, num_shards, num_done, ranks.is_main) as advance:
-            score = self._run_in_step if self.config.engine.zero_stage == 3 else self._run_freely
+            score = self._run_in_step if is_sharded(self.config.engine) else self._run_freely
             return score(todo, advance)
 
     # --- shards ----------------------------------------------------------------------------------------------------
@@ -314,6 +316,7 @@ class ScoringPass:
         files = [self._path(shard) for shard in self.dataset.shards]
         details = {"num_examples": sum(sum(shard.num_examples.values()) for shard in self.dataset.shards)}
         manifest.write_manifest(self.directory, KIND, self.fingerprint, files, details)
+        clear_progress(self.directory)  # rank 0 may have drawn its last shard long before another rank drew the last
 
     def _log(self, gathered: list[Counts], seconds: float) -> None:
         num_rows, num_tokens = sum(one.num_rows for one in gathered), sum(one.num_tokens for one in gathered)

@@ -52,8 +52,8 @@ class FrozenTargetLoss:
 
 
 def _stacked(rows: Sequence[np.ndarray], num_candidates: int) -> np.ndarray:
-    """Targets as float32 [rows, K], filled up with zeros; a target of one number stands for all candidates alike."""
+    """Targets as float32 [rows, K], filled up with zeros."""
     stacked = np.zeros((len(rows), num_candidates), dtype=np.float32)
     for row, target in zip(stacked, rows, strict=True):
-        row[: len(target) if len(target) > 1 else None] = target
+        row[: len(target)] = target
     return stacked

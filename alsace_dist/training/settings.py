@@ -1,12 +1,13 @@
 """What an engine section means: DeepSpeed's settings, and how a model's state is laid out over the ranks."""
 
 from collections.abc import Iterable
-from typing import Any, Literal
-
-from torch import nn
+from typing import TYPE_CHECKING, Any, Literal
 
 from alsace_dist.config import EngineConfig, TrainConfig
 from alsace_dist.ranks.group import Ranks
+
+if TYPE_CHECKING:
+    from torch import nn
 
 # Where a rank finds a parameter and its optimizer state. whole: every rank has all of it (ZeRO-0); partitioned: the
 # weights are whole, the float32 copies and the optimizer states are divided (ZeRO-1 and 2); sharded: the weights are
@@ -59,7 +60,7 @@ def deepspeed_settings(engine: EngineConfig, train: TrainConfig | None, ranks: R
     return _merge(value, engine.deepspeed)
 
 
-def with_buckets(settings: dict[str, Any], trained: Iterable[nn.Parameter]) -> dict[str, Any]:
+def with_buckets(settings: dict[str, Any], trained: "Iterable[nn.Parameter]") -> dict[str, Any]:
     """DeepSpeed reserves buckets of 5e8 elements (2 GB) however small the model is; the model's size is enough."""
     size = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in trained)
     if settings["zero_optimization"]["stage"] > 0 and size < 500_000_000:

@@ -13,6 +13,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from alsace_dist.models.mt5 import MT5
+
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 # It must run where little more is installed than torch, transformers and DeepSpeed.
 NOT_NEEDED = ("webdataset", "pyarrow", "tensorboard", "rich", "datasets", "fire", "pandas", "scipy")
@@ -45,13 +47,13 @@ def test_flops_are_those_that_torch_counts(monkeypatch: pytest.MonkeyPatch) -> N
     geometry = gpu_work.SIZES["tiny"].geometry | {"num_layers": 3, "num_decoder_layers": 2}
     size = gpu_work.Size(geometry, gpu_work.SIZES["tiny"].section)
     weights = gpu_work.RandomWeights(size, torch.device("cpu"))
-    module = weights.build(False)
+    module = weights.build(0.0, False)
     batch, length, width = 5, 7, geometry["d_model"]
-    prompts = [gpu_work.Example([4] * length, "en", None, 1.0, 0.0)] * batch
+    prompts = [gpu_work.encoded([4] * length)] * batch
     with FlopCounterMode(display=False) as counted, sdpa_kernel(SDPBackend.MATH):
         module(*gpu_work.collate(prompts).to(torch.device("cpu")))
-    head = 2 * batch * width * gpu_work.ANSWERS.num_candidates  # which the formula leaves out
-    assert counted.get_total_flops() - head == gpu_work.forward_flops(geometry, [length] * batch, 2)
+    head = 2 * batch * width * len(gpu_work.CANDIDATES)  # which the formula leaves out
+    assert counted.get_total_flops() - head == MT5.forward_flops(size.config, [length] * batch, 2)
 
 
 def test_a_tiny_run_checks_measures_prints_and_writes(tmp_path: Path) -> None:

@@ -5,7 +5,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import tiny
 from cluster.local_slurm import LocalSlurm, why_not
+from cluster.runs import LONG, make_run
 
 
 @pytest.fixture(scope="session")
@@ -37,3 +39,13 @@ def slurm(cluster: LocalSlurm, monkeypatch: pytest.MonkeyPatch) -> Iterator[Loca
 def _alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Job scripts go where they are submitted from."""
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def undisturbed(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Finetuned and scored on two ranks of this machine, without Slurm."""
+    directory = tmp_path_factory.mktemp("undisturbed")
+    config = make_run(world, directory, finetune=LONG, engine={"num_processes": 2})
+    tiny.do("finetune", config)
+    tiny.do("score", config)
+    return directory

@@ -17,7 +17,7 @@ import tiny
 import yaml
 from cluster.local_slurm import BIG, LocalSlurm, why_not
 
-from alsace_dist.cluster.profile import STAGES, SiteProfile, load_profile
+from alsace_dist.cluster.profile import JOB_COMMANDS, SiteProfile, load_profile
 from alsace_dist.cluster.scripts import Job, jobs_of, render
 from alsace_dist.config_file import load_config, validate
 from alsace_dist.errors import UserError
@@ -171,7 +171,7 @@ def test_slurm_reads_hostile_values_as_they_are(
 def test_a_profile_knows_every_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     config = load_config(ROOT / "configs/demo.yaml", {"evaluate.calibrate": True})
-    assert {job.command for job in jobs_of(config, stages(config))} | {"doctor"} == set(STAGES)
+    assert {job.command for job in jobs_of(config, stages(config))} | {"doctor"} == set(JOB_COMMANDS)
 
 
 def needs(program: str) -> None:

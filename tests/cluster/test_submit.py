@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import tiny
 from cluster.local_slurm import LocalSlurm
-from test_chain import SITE, log, make_run, site, submit
+from cluster.runs import SITE, log, make_run, site, submit
 
 from alsace_dist.errors import EXIT_USER_ERROR
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from alsace_dist.errors import UserError
-from alsace_dist.files import manifest as artifacts
+from alsace_dist import __version__
+from alsace_dist.errors import NotReady, UserError
 from alsace_dist.files.manifest import (
     MANIFEST,
     STARTED,
@@ -89,7 +89,7 @@ def test_equal_values_give_equal_bytes(tmp_path: Path) -> None:
 
 def test_unreadable_json(tmp_path: Path) -> None:
     path = tmp_path / "x.json"
-    with pytest.raises(UserError, match=r"x\.json: no such file; run the stage that writes it first"):
+    with pytest.raises(NotReady, match=r"x\.json: no such file; run the stage that writes it first"):
         read_json(path)
     for content in (b"{", b"\xff", b""):
         path.write_bytes(content)
@@ -142,7 +142,7 @@ def edit(directory: Path, **changes: Any) -> None:
 
 
 def test_manifests_that_cannot_be_used(directory: Path) -> None:
-    with pytest.raises(UserError, match=r"out/sub: not complete \(manifest\.json is missing\); run the stage"):
+    with pytest.raises(NotReady, match=r"out/sub: not complete \(manifest\.json is missing\); run the stage"):
         load_manifest(directory / "sub", "thing")
     with pytest.raises(UserError, match=r"holds 'thing' where 'scores' is needed; name the right directory"):
         load_manifest(directory, "scores")
@@ -264,4 +264,4 @@ def test_differences_name_the_key_and_both_values(old: Any, new: Any, rows: list
 
 
 def test_the_code_version_is_part_of_a_manifest(directory: Path) -> None:
-    assert load_manifest(directory, "thing").code_version == artifacts.__version__
+    assert load_manifest(directory, "thing").code_version == __version__

@@ -9,7 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from alsace_dist.errors import UserError
-from alsace_dist.files.scores import Scores, read_metadata, read_score_file, write_scores
+from alsace_dist.files.manifest import write_manifest
+from alsace_dist.files.scores import KIND, Scores, read_metadata, read_score_file, read_scores, write_scores
 
 SCORES = Scores(
     ["a", "a", "b"],
@@ -55,3 +56,18 @@ def test_a_file_of_another_kind_is_an_error(tmp_path: Path, columns: dict[str, A
     path.write_bytes(b"PAR1 and nothing else")
     with pytest.raises(UserError, match="not a score file"):
         read_score_file(path)
+
+
+def test_num_groups_takes_whole_shards_until_there_are_enough(tmp_path: Path) -> None:
+    directory = tmp_path / "scores"
+    paths = []
+    for shard in range(3):
+        keys = [f"g{shard}{number}" for number in range(4)]
+        path = directory / f"00000{shard}.parquet"
+        rows = [np.log(np.array([0.5, 0.5], dtype=np.float32))] * 4
+        write_scores(path, Scores(keys, ["en"] * 4, rows, [None] * 4), {})
+        paths.append(path)
+    write_manifest(directory, KIND, {}, paths)
+    assert [len(read_scores(directory, number).keys) for number in (1, 4, 5, 12, None)] == [4, 4, 8, 12, 12]
+    with pytest.raises(UserError, match=r"select\.num_groups: 13 asked for, .* has 12; lower it"):
+        read_scores(directory, 13)

@@ -16,13 +16,13 @@ import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-from alsace_dist.errors import UserError
+from alsace_dist.errors import NotReady, UserError
 from alsace_dist.files.manifest import MANIFEST, digest_file, load_manifest, verify_files, write_manifest
-from alsace_dist.files.shards import Dataset, Group, open_dataset, read_shard, write_dataset
+from alsace_dist.files.shards import Dataset, ParallelGroup, open_dataset, read_shard, write_dataset
 
 LABELS = ("good", "bad")
 GROUPS = [
-    Group(f"g{i}", i % 2, {"en": {"text": f"dog {i}"}, **({"de": {"text": f"Hund {i}"}} if i % 3 else {})})
+    ParallelGroup(f"g{i}", i % 2, {"en": {"text": f"dog {i}"}, **({"de": {"text": f"Hund {i}"}} if i % 3 else {})})
     for i in range(10)
 ]
 BLOCK = 512
@@ -58,7 +58,7 @@ def read_members(path: Path) -> list[tuple[str, bytes]]:
         return [(member.name, tar.extractfile(member).read()) for member in tar]  # type: ignore[union-attr]
 
 
-def read_first(directory: Path) -> list[Group]:
+def read_first(directory: Path) -> list[ParallelGroup]:
     dataset = open_dataset(directory)
     return read_shard(dataset, dataset.shards[0])
 
@@ -86,7 +86,7 @@ def test_a_member_is_json_named_by_its_key(directory: Path) -> None:
 
 
 def test_same_groups_give_same_bytes(directory: Path, tmp_path: Path) -> None:
-    shuffled_languages = [Group(g.key, g.label, dict(reversed(g.texts.items()))) for g in GROUPS]
+    shuffled_languages = [ParallelGroup(g.key, g.label, dict(reversed(g.texts.items()))) for g in GROUPS]
     other = write_dataset(tmp_path / "other", iter(shuffled_languages), LABELS, 4, {"seed": 1})
     assert other.digest == open_dataset(directory).digest
     for path in sorted(directory.iterdir()):
@@ -104,7 +104,7 @@ KEYS = [
 
 
 def test_any_key_comes_back(tmp_path: Path) -> None:
-    groups = [Group(key, None, {"en": {"text": key}}) for key in KEYS]
+    groups = [ParallelGroup(key, None, {"en": {"text": key}}) for key in KEYS]
     dataset = write_dataset(tmp_path / "data", groups, LABELS, 1000, {})
     assert read_shard(dataset, dataset.shards[0]) == groups
     names = [name for name, _ in read_members(tmp_path / "data/000000.tar")]
@@ -307,11 +307,11 @@ def test_broken_manifest(directory: Path, data: bytes) -> None:
 
 
 def test_missing_manifest(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"manifest\.json: no such file; run `alsace prepare`"):
+    with pytest.raises(NotReady, match=r"manifest\.json: no such file; run `alsace prepare`"):
         open_dataset(tmp_path)
 
 
-# --- proposed with shards.patch ------------------------------------------------------------------------------------
+# --- manifests and files of another shape --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -7,12 +7,12 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 from xml.etree import ElementTree
 
 import pytest
 from rich.console import Console
 
+from alsace_dist.files.evaluation import Evaluation, LanguageChange
 from alsace_dist.reporting import plots
 from alsace_dist.reporting.report import (
     format_plain,
@@ -23,25 +23,25 @@ from alsace_dist.reporting.report import (
     write_report,
 )
 from alsace_dist.reporting.statistics import summary
-from alsace_dist.reporting.verdict import checks, outcome, percent, points, verdict
+from alsace_dist.reporting.verdict import conditions, outcome, percent, points, verdict
 
 SVG = "{http://www.w3.org/2000/svg}"
 HOSTILE = "<script>alert('1')</script>", 'x" onload="y', "a|b`*[c](d)&amp;", "[red]e", "\x1b[31mf\x00\u202e"
 
 
-def make_metrics(
+def make_evaluation(
     before: dict[str, float],
     after: dict[str, float],
     teachers: tuple[str, ...] = ("en",),
     p_values: dict[str, float] | None = None,
     average_ci: tuple[float, float] | None = None,
     gap_ci: tuple[float, float] | None = None,
-) -> dict[str, Any]:
+) -> Evaluation:
     """metrics.json of these accuracies; languages are significant as told, intervals are +- 1 point unless told."""
     old, new = summary(before, "en"), summary(after, "en")
     change = new.average - old.average
     gap_change = None if old.gap is None or new.gap is None else new.gap - old.gap
-    return {
+    value = {
         "source_language": "en",
         "teachers": list(teachers),
         "students": [language for language in before if language not in teachers],
@@ -59,12 +59,12 @@ def make_metrics(
         "average": {
             "before": old.average,
             "after": new.average,
-            "ci95": list(average_ci or (change - 0.01, change + 0.01)),
+            "ci95": average_ci or (change - 0.01, change + 0.01),
         },
         "gap": {
             "before": old.gap,
             "after": new.gap,
-            "ci95": None if gap_change is None else list(gap_ci or (gap_change - 0.01, gap_change + 0.01)),
+            "ci95": None if gap_change is None else (gap_ci or (gap_change - 0.01, gap_change + 0.01)),
         },
         "std": {"before": old.std, "after": new.std},
         "worst": {
@@ -72,19 +72,20 @@ def make_metrics(
             "after": {"language": new.worst_language, "accuracy": new.worst_accuracy},
         },
     }
+    return Evaluation.model_validate(value)
 
 
 @pytest.fixture
-def success() -> dict[str, Any]:
-    return make_metrics(
+def success() -> Evaluation:
+    return make_evaluation(
         {"de": 0.4, "en": 0.7, "sw": 0.2}, {"de": 0.55, "en": 0.7, "sw": 0.45}, ("en", "de"), {"de": 0.01, "sw": 0.0}
     )
 
 
 @pytest.fixture
-def collapse() -> dict[str, Any]:
+def collapse() -> Evaluation:
     """The gap closes because the source language falls."""
-    return make_metrics(
+    return make_evaluation(
         {"de": 0.4, "en": 0.7, "sw": 0.2}, {"de": 0.4, "en": 0.4, "sw": 0.4}, p_values={"en": 1e-9, "sw": 0.01}
     )
 
@@ -95,20 +96,20 @@ def test_numbers_in_words() -> None:
 
 
 def test_significance_is_the_adjusted_p_value_below_alpha() -> None:
-    row = {"before": 0.5, "after": 0.6, "p_value": 0.04, "p_value_raw": 0.001}
+    row = LanguageChange(before=0.5, after=0.6, num_examples=100, p_value=0.04, p_value_raw=0.001, score=None)
     assert outcome(row, 0.05) == "better"
     assert outcome(row, 0.04) == outcome(row, 0.01) == "same"
-    assert outcome(row | {"after": 0.4}, 0.05) == "worse"
+    assert outcome(row.model_copy(update={"after": 0.4}), 0.05) == "worse"
 
 
-def test_verdict_of_a_success_names_all_three(success: dict[str, Any]) -> None:
+def test_verdict_of_a_success_names_all_three(success: Evaluation) -> None:
     assert verdict(success) == (
         "All three conditions hold: the average went up by 13.3 points, "
         "the gap shrank from 40.0 to 20.0 points, and no language is significantly worse."
     )
 
 
-def test_a_smaller_gap_is_never_praised_alone(collapse: dict[str, Any]) -> None:
+def test_a_smaller_gap_is_never_praised_alone(collapse: Evaluation) -> None:
     assert verdict(collapse) == (
         "Only one of the three conditions holds: the gap shrank from 40.0 to 0.0 points, "
         "but the average went down by 3.3 points and 1 language is significantly worse (en −30.0 points). "
@@ -118,15 +119,15 @@ def test_a_smaller_gap_is_never_praised_alone(collapse: dict[str, Any]) -> None:
 
 def test_verdict_asks_for_intervals_that_exclude_zero() -> None:
     before, after = {"en": 0.7, "de": 0.4, "fr": 0.4}, {"en": 0.7, "de": 0.45, "fr": 0.42}
-    unclear = make_metrics(before, after, average_ci=(-0.005, 0.05), gap_ci=(-0.06, 0.01))
-    assert [check.holds for check in checks(unclear)] == [False, False, True]
+    unclear = make_evaluation(before, after, average_ci=(-0.005, 0.05), gap_ci=(-0.06, 0.01))
+    assert [one.holds for one in conditions(unclear)] == [False, False, True]
     assert "the average did not clearly change (+2.3 points, interval −0.5 to +5.0)" in verdict(unclear)
     assert "the gap did not clearly change (from 30.0 to 26.5 points" in verdict(unclear)
-    assert all(check.holds for check in checks(make_metrics(before, after)))
+    assert all(one.holds for one in conditions(make_evaluation(before, after)))
 
 
 def test_verdict_when_nothing_holds() -> None:
-    worse = make_metrics({"en": 0.7, "de": 0.4}, {"en": 0.7, "de": 0.2}, p_values={"de": 0.001})
+    worse = make_evaluation({"en": 0.7, "de": 0.4}, {"en": 0.7, "de": 0.2}, p_values={"de": 0.001})
     assert verdict(worse).startswith(
         "None of the three conditions holds: the average went down by 10.0 points, the gap"
     )
@@ -135,29 +136,32 @@ def test_verdict_when_nothing_holds() -> None:
 
 
 def test_a_gap_that_turns_over_shrinks_only_in_size() -> None:
-    turned = make_metrics({"en": 0.5, "de": 0.45}, {"en": 0.5, "de": 0.6})
+    turned = make_evaluation({"en": 0.5, "de": 0.45}, {"en": 0.5, "de": 0.6})
     assert "the gap grew from 5.0 to −10.0 points" in verdict(turned)
 
 
-def test_alpha_decides_who_is_worse(collapse: dict[str, Any]) -> None:
-    assert not checks(collapse, alpha=0.05)[2].holds
-    assert checks(collapse, alpha=1e-12)[2].holds
+def test_alpha_decides_who_is_worse(collapse: Evaluation) -> None:
+    assert not conditions(collapse, alpha=0.05)[2].holds
+    assert conditions(collapse, alpha=1e-12)[2].holds
 
 
 def test_report_json_is_the_metrics_with_the_variants(
-    tmp_path: Path, success: dict[str, Any], collapse: dict[str, Any]
+    tmp_path: Path, success: Evaluation, collapse: Evaluation
 ) -> None:
     write_report(tmp_path, {"main": success}, {})
-    assert json.loads((tmp_path / "report.json").read_text()) == success
-    assert set(success) == {
+    metrics = json.loads((tmp_path / "report.json").read_text())
+    assert metrics == success.as_json()
+    assert set(metrics) == {
         "source_language", "teachers", "students", "languages", "average", "gap", "std", "worst"
     }  # fmt: skip
     write_report(tmp_path, {"main": success, "paper": collapse}, {})
-    assert json.loads((tmp_path / "report.json").read_text()) == success | {"variants": {"paper": collapse}}
-    assert "variants" not in success
+    assert json.loads((tmp_path / "report.json").read_text()) == success.as_json() | {
+        "variants": {"paper": collapse.as_json()}
+    }
+    assert "variants" not in success.as_json()
 
 
-def test_markdown_holds_the_figures(tmp_path: Path, success: dict[str, Any], collapse: dict[str, Any]) -> None:
+def test_markdown_holds_the_figures(tmp_path: Path, success: Evaluation, collapse: Evaluation) -> None:
     run_dir = tmp_path / "demo"
     write_report(run_dir, {"main": success, "paper": collapse}, {"model": "runs/demo/model", "seconds": 1234.56})
     text = (run_dir / "report.md").read_text()
@@ -195,7 +199,7 @@ class Page(HTMLParser):
         self.texts.append(data)
 
 
-def test_html_is_self_contained(tmp_path: Path, success: dict[str, Any], collapse: dict[str, Any]) -> None:
+def test_html_is_self_contained(tmp_path: Path, success: Evaluation, collapse: Evaluation) -> None:
     write_report(tmp_path, {"main": success, "paper": collapse}, {"model": "runs/demo/model"})
     text = (tmp_path / "report.html").read_text()
     assert not re.search(r"https?:|//\w|url\(|@import", text)
@@ -215,11 +219,11 @@ def test_html_is_self_contained(tmp_path: Path, success: dict[str, Any], collaps
 
 def test_hostile_names_stay_text(tmp_path: Path) -> None:
     before = {"en": 0.7} | dict.fromkeys(HOSTILE, 0.3)
-    metrics = make_metrics(before, before, ("en", *HOSTILE[:2]))
-    calm = make_metrics({"en": 0.7, "de": 0.3}, {"en": 0.7, "de": 0.3})
+    evaluation = make_evaluation(before, before, ("en", *HOSTILE[:2]))
+    calm = make_evaluation({"en": 0.7, "de": 0.3}, {"en": 0.7, "de": 0.3})
     plain_page = tmp_path / "calm"
     write_report(plain_page, {"main": calm, "paper": calm}, {"model": "x"})
-    write_report(tmp_path, {"main": metrics, HOSTILE[0]: metrics}, {HOSTILE[0]: HOSTILE[1]})
+    write_report(tmp_path, {"main": evaluation, HOSTILE[0]: evaluation}, {HOSTILE[0]: HOSTILE[1]})
     text = (tmp_path / "report.html").read_text()
     expected, page = Page((plain_page / "report.html").read_text()), Page(text)
     assert page.tags == expected.tags and page.attributes == expected.attributes
@@ -240,12 +244,12 @@ def svg_of(figure: str) -> ElementTree.Element:
     return ElementTree.fromstring(plots.standalone(figure))
 
 
-def test_dumbbell_chart_shows_what_the_metrics_say(success: dict[str, Any], collapse: dict[str, Any]) -> None:
-    for metrics, markers in (
+def test_dumbbell_chart_shows_what_the_metrics_say(success: Evaluation, collapse: Evaluation) -> None:
+    for evaluation, markers in (
         (success, {"better": 2, "worse": 0, "same": 1}),
         (collapse, {"better": 1, "worse": 1, "same": 1}),
     ):
-        root = svg_of(main_figure(metrics))
+        root = svg_of(main_figure(evaluation))
         groups = root.findall(f"{SVG}g")
         names = ["".join(group.find(f"{SVG}text").itertext()) for group in groups]  # type: ignore[union-attr]
         assert [name.split("teacher")[-1].split("source")[-1] for name in names] == ["en", "de", "sw"]  # by before
@@ -254,16 +258,16 @@ def test_dumbbell_chart_shows_what_the_metrics_say(success: dict[str, Any], coll
         assert {name: drawn.count(f"dot d-{name}") for name in markers} == markers
         texts = ["".join(element.itertext()) for element in root.iter(f"{SVG}text")]
         assert texts.count("*") == markers["better"] + markers["worse"]
-        for when in ("before", "after"):
-            assert f"average {when} {percent(metrics['average'][when])}" in texts
+        assert f"average before {percent(evaluation.average.before)}" in texts
+        assert f"average after {percent(evaluation.average.after)}" in texts
     # A worse language differs by shape too, not by colour alone.
     worse = svg_of(main_figure(collapse)).findall(f".//{SVG}g/{SVG}path")
     assert [element.get("class") for element in worse] == ["dot d-worse"]
 
 
 def test_positions_are_proportional_to_accuracies() -> None:
-    metrics = make_metrics({"en": 0.8, "de": 0.2}, {"en": 0.8, "de": 0.5})
-    root = svg_of(main_figure(metrics))
+    evaluation = make_evaluation({"en": 0.8, "de": 0.2}, {"en": 0.8, "de": 0.5})
+    root = svg_of(main_figure(evaluation))
     dots = [[float(dot.get("cx", "")) for dot in group.iter(f"{SVG}circle")] for group in root.findall(f"{SVG}g")]
     (source, _), (before, after) = dots
     assert (after - before) / (source - before) == pytest.approx(0.5, abs=0.001)
@@ -273,8 +277,8 @@ def test_positions_are_proportional_to_accuracies() -> None:
 
 @pytest.mark.parametrize("value", [0.0, 0.5, 1.0])
 def test_figures_of_extreme_accuracies_stay_inside(value: float) -> None:
-    metrics = make_metrics({"en": value, "de": value}, {"en": value, "de": value}, ("en", "de"))
-    for figure in (main_figure(metrics), variants_figure({"main": metrics, "other": metrics})):
+    evaluation = make_evaluation({"en": value, "de": value}, {"en": value, "de": value}, ("en", "de"))
+    for figure in (main_figure(evaluation), variants_figure({"main": evaluation, "other": evaluation})):
         root = svg_of(figure)
         for element in root.iter():
             for name in ("x", "cx", "x1", "x2"):
@@ -288,28 +292,28 @@ def test_figures_of_extreme_accuracies_stay_inside(value: float) -> None:
                 assert x - width >= 0
 
 
-def test_where_all_languages_teach_none_is_marked(success: dict[str, Any]) -> None:
-    everyone = success | {"teachers": ["en", "de", "sw"]}
+def test_where_all_languages_teach_none_is_marked(success: Evaluation) -> None:
+    everyone = success.model_copy(update={"teachers": ["en", "de", "sw"]})
     assert "teacher" not in "".join(svg_of(main_figure(everyone)).itertext())
     assert "Teachers: all languages (en, de, sw)" in format_plain(everyone)
 
 
 def test_one_language_has_a_report_too(tmp_path: Path) -> None:
-    alone = make_metrics({"en": 0.7}, {"en": 0.8}, ())
+    alone = make_evaluation({"en": 0.7}, {"en": 0.8}, ())
     write_report(tmp_path, {"main": alone, "other": alone}, {})
     assert json.loads((tmp_path / "report.json").read_text())["gap"]["before"] is None
     assert "Gap: not defined" in format_plain(alone) and "Teachers: none" in format_plain(alone)
     assert "Score" not in (tmp_path / "report.md").read_text()
 
 
-def printed(metrics: dict[str, Any], terminal: bool, encoding: str = "utf-8") -> str:
+def printed(evaluation: Evaluation, terminal: bool, encoding: str = "utf-8") -> str:
     stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
-    print_summary(metrics, Console(file=stream, force_terminal=terminal, width=100, color_system=None))
+    print_summary(evaluation, Console(file=stream, force_terminal=terminal, width=100, color_system=None))
     stream.flush()
     return stream.buffer.getvalue().decode(encoding)  # type: ignore[attr-defined]
 
 
-def test_final_table_on_a_terminal_and_in_a_log(success: dict[str, Any], collapse: dict[str, Any]) -> None:
+def test_final_table_on_a_terminal_and_in_a_log(success: Evaluation, collapse: Evaluation) -> None:
     shown = printed(success, terminal=True)
     assert "│ de       │ teacher         │   40.0 │  55.0 │  +15.0 │ significantly better  │" in shown
     assert format_table(success).row_count == 3
@@ -326,15 +330,16 @@ def test_final_table_on_a_terminal_and_in_a_log(success: dict[str, Any], collaps
 
 def test_final_table_survives_hostile_names_and_poor_encodings() -> None:
     before = {"en": 0.7} | dict.fromkeys((*HOSTILE, "日本語"), 0.3)
-    metrics = make_metrics(before, before, ("en",))
+    evaluation = make_evaluation(before, before, ("en",))
     for terminal, encoding in ((True, "utf-8"), (False, "utf-8"), (True, "ascii"), (False, "latin-1")):
-        shown = printed(metrics, terminal, encoding)
+        shown = printed(evaluation, terminal, encoding)
         assert "[red]e" in shown and "\x1b[31mf" not in shown and "\x00" not in shown
         assert ("日本語" in shown) == (encoding == "utf-8")
 
 
 def test_report_and_evaluate_start_without_heavy_modules() -> None:
-    heavy = ["torch", "scipy", "rich", "jinja2", "pyarrow", "transformers", "deepspeed", "datasets", "pydantic"]
-    code = f"import sys, alsace_dist.reporting.report, alsace_dist.stages.evaluate; print([m for m in {heavy} if m in sys.modules])"
+    heavy = ["torch", "scipy", "rich", "jinja2", "pyarrow", "transformers", "deepspeed", "datasets"]
+    code = "import sys, alsace_dist.reporting.report, alsace_dist.stages.evaluate; "
+    code += f"print([m for m in {heavy} if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert result.stdout.strip() == "[]"

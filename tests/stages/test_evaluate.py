@@ -7,19 +7,24 @@ from typing import Any
 import numpy as np
 import pytest
 
+from alsace_dist import runner
 from alsace_dist.config import Config
-from alsace_dist.errors import UserError
-from alsace_dist.files.manifest import load_manifest, write_json, write_manifest
+from alsace_dist.errors import NotReady, UserError
+from alsace_dist.files.evaluation import METRICS, read_evaluation
+from alsace_dist.files.manifest import write_manifest
 from alsace_dist.files.scores import Scores, write_scores
-from alsace_dist.stages.evaluate import evaluate, fingerprint
+from alsace_dist.files.selection import Selection, write_selection
+from alsace_dist.stages import evaluate
+from alsace_dist.stages.base import Output, Stage
+from alsace_dist.stages.evaluate import compare
 
 Row = tuple[str, str, list[float], int | None]  # key, language, probabilities, label
 
 
-def make_config(**sections: Any) -> Config:
+def make_config(tmp_path: Path, **sections: Any) -> Config:
     return Config.model_validate(
         {
-            "run_dir": "unused",
+            "run_dir": str(tmp_path / "run"),
             "seed": 3,
             "task": {"fields": ["text"], "template": "{text}", "labels": ["yes", "no"]},
             "data": {"directory": "unused", "source_language": "en"},
@@ -42,19 +47,22 @@ def score_dir(directory: Path, *shards: list[Row]) -> Path:
     return directory
 
 
-def select_dir(directory: Path, biases: dict[str, list[float]], **more: Any) -> Path:
-    value = {
-        "teachers": ["en"],
-        "students": ["de", "sw"],
-        "scores": {"en": 0.9, "de": 0.7},
-        "weights": {"en": 1.0},
-        "biases": biases,
-        "threshold": 0.8,
-        "rule": "threshold",
-    }
-    write_json(directory / "teachers.json", value | more)
-    write_manifest(directory, "teachers", {}, [directory / "teachers.json"])
-    return directory
+def selection_of(biases: dict[str, list[float]]) -> Selection:
+    return Selection(
+        rule="threshold",
+        num_groups=8,
+        teachers=["en"],
+        students=["de", "sw"],
+        scores={"en": 0.9, "de": 0.7},
+        threshold=0.8,
+        normalised_scores={"en": 0.6, "de": 0.4},
+        weights={"en": 1.0},
+        biases=biases,
+        num_pairs={"others": 8.0},
+    )
+
+
+NO_BIASES = selection_of({})
 
 
 RIGHT, WRONG = [0.9, 0.1], [0.1, 0.9]  # for label 0
@@ -70,19 +78,42 @@ def rows(**answers: str) -> list[Row]:
     ]
 
 
+BEFORE, AFTER = "run/scores/test", "run/round1/scores/test"
+FIRST, LAST = rows(en="rrrrrrrr", de="rrwwwwww", sw="rw-w--ww"), rows(en="rrrrrrrw", de="rrrrrrrr", sw="rr-r--ww")
+
+
 @pytest.fixture
 def before(tmp_path: Path) -> Path:
-    return score_dir(tmp_path / "before", rows(en="rrrrrrrr", de="rrwwwwww", sw="rw-w--ww"))
+    """Where a run keeps the scores of its first model."""
+    return score_dir(tmp_path / BEFORE, FIRST)
 
 
 @pytest.fixture
 def after(tmp_path: Path) -> Path:
-    return score_dir(tmp_path / "after", rows(en="rrrrrrrw", de="rrrrrrrr", sw="rr-r--ww"))
+    """Where a run of one round keeps those of its last."""
+    return score_dir(tmp_path / AFTER, LAST)
+
+
+def stage_of(
+    tmp_path: Path, biases: Selection | None = None, teachers: Selection = NO_BIASES, **sections: Any
+) -> Stage:
+    """The evaluation of the run in which the scores lie, with its selection and, if any are given, its biases."""
+    stage = Stage(evaluate, "evaluate", make_config(tmp_path, **sections))
+    write_selection(stage.layout.selection(1), teachers, {})
+    if biases is not None:
+        write_selection(stage.layout.calibration, biases, {})
+    return stage
+
+
+def metrics_of(config: Config, before: Path, after: Path, calibration: Selection | None = None) -> dict[str, Any]:
+    """The metrics without a selection."""
+    return compare(config, before, after, None, calibration)[0].as_json()
 
 
 def test_metrics_by_hand(tmp_path: Path, before: Path, after: Path) -> None:
-    teachers = select_dir(tmp_path / "select", {})
-    metrics = evaluate(make_config(), before, after, teachers, tmp_path / "out")
+    evaluation, num_groups = compare(make_config(tmp_path), before, after, NO_BIASES, None)
+    assert num_groups == 8
+    metrics = evaluation.as_json()
     assert set(metrics) == {
         "source_language", "teachers", "students", "languages", "average", "gap", "std", "worst"
     }  # fmt: skip
@@ -126,14 +157,23 @@ def test_metrics_by_hand(tmp_path: Path, before: Path, after: Path) -> None:
     }
 
 
-def test_what_is_written_is_what_is_returned(tmp_path: Path, before: Path, after: Path) -> None:
-    config, out = make_config(), tmp_path / "out"
-    metrics = evaluate(config, before, after, None, out)
-    assert json.loads((out / "metrics.json").read_text()) == metrics
+def test_without_a_selection_nobody_teaches_and_no_language_has_a_score(
+    tmp_path: Path, before: Path, after: Path
+) -> None:
+    metrics = metrics_of(make_config(tmp_path), before, after)
     assert (metrics["teachers"], metrics["students"]) == ([], [])
     assert {row["score"] for row in metrics["languages"].values()} == {None}
-    manifest = load_manifest(out, "evaluation")
-    assert manifest.fingerprint == fingerprint(config, before, after, None)
+
+
+def test_what_is_written_is_what_is_compared(tmp_path: Path, before: Path, after: Path) -> None:
+    stage, out = stage_of(tmp_path), tmp_path / "run/evaluation"
+    assert stage.outputs == [Output(out, "evaluation")]
+    runner.run_stage(stage)
+    evaluation, _ = compare(stage.config, before, after, NO_BIASES, None)
+    assert json.loads((out / METRICS).read_text()) == evaluation.as_json()
+    assert read_evaluation(out) == evaluation
+    manifest = stage.outputs[0].manifest()
+    assert manifest.fingerprint == stage.fingerprint(stage.outputs[0])
     assert manifest.details == {"num_groups": 8}
     assert list(manifest.files) == ["metrics.json"]
     assert not (out / "started.json").exists()
@@ -142,44 +182,75 @@ def test_what_is_written_is_what_is_returned(tmp_path: Path, before: Path, after
 def test_a_complete_evaluation_is_not_made_again_and_another_one_is_refused(
     tmp_path: Path, before: Path, after: Path
 ) -> None:
-    out = tmp_path / "out"
-    metrics = evaluate(make_config(), before, after, None, out)
-    written = (out / "metrics.json").stat().st_mtime_ns
-    assert evaluate(make_config(), before, after, None, out) == metrics
-    assert (out / "metrics.json").stat().st_mtime_ns == written
+    stage, out = stage_of(tmp_path), tmp_path / "run/evaluation"
+    runner.run_stage(stage)
+    evaluation = read_evaluation(out)
+    written = (out / METRICS).stat().st_mtime_ns
+    runner.run_stage(stage)
+    assert read_evaluation(out) == evaluation
+    assert (out / METRICS).stat().st_mtime_ns == written
     with pytest.raises(UserError, match=r"evaluate.num_resamples: 2000 -> 50"):
-        evaluate(make_config(evaluate={"num_resamples": 50}), before, after, None, out)
-    (out / "metrics.json").write_text((out / "metrics.json").read_text().replace("0.875", "0.975"))
+        runner.run_stage(stage_of(tmp_path, evaluate={"num_resamples": 50}))
+    runner.run_stage(stage_of(tmp_path, evaluate={"alpha": 0.01}))  # only the report's wording: complete all the same
+    assert (out / METRICS).stat().st_mtime_ns == written
+    (out / METRICS).write_text((out / METRICS).read_text().replace("0.875", "0.975"))
     with pytest.raises(UserError, match=r"metrics\.json"):
-        evaluate(make_config(), before, after, None, out)
+        read_evaluation(out)
 
 
-def test_the_fingerprint_holds_what_the_metrics_depend_on(tmp_path: Path, before: Path, after: Path) -> None:
-    teachers = select_dir(tmp_path / "select", {})
-    base = fingerprint(make_config(), before, after, teachers)
+def test_the_fingerprint_holds_what_the_metrics_depend_on(tmp_path: Path) -> None:
+    def fingerprint(
+        name: str,
+        scored: tuple[list[Row], list[Row]] = (FIRST, LAST),
+        teachers: Selection = NO_BIASES,
+        biases: Selection | None = None,
+        **sections: Any,
+    ) -> dict[str, Any]:
+        """Of a run in a directory of its own."""
+        for place, rows_of_place in zip((BEFORE, AFTER), scored, strict=True):
+            score_dir(tmp_path / name / place, rows_of_place)
+        stage = stage_of(tmp_path / name, biases, teachers, **sections)
+        return stage.fingerprint(stage.outputs[0])
+
+    base = fingerprint("base")
+    task = make_config(tmp_path).task.model_dump() | {"template": "Say: {text}"}
+    assert fingerprint("equal", task=task, evaluate={"alpha": 0.01}) == base
+    calibrated = {"evaluate": {"calibrate": True}}
     others = [
-        fingerprint(make_config(seed=4), before, after, teachers),
-        fingerprint(make_config(), before, after, teachers, teachers),
-        fingerprint(make_config(data={"directory": "x", "source_language": "de"}), before, after, teachers),
-        fingerprint(make_config(), after, after, teachers),
-        fingerprint(make_config(), before, before, teachers),
-        fingerprint(make_config(), before, after, None),
-        fingerprint(make_config(), before, after, select_dir(tmp_path / "other", {"en": [0.0, 1.0]})),
+        fingerprint("seed", seed=4),
+        fingerprint("source", data={"directory": "x", "source_language": "de"}),
+        fingerprint("resamples", evaluate={"num_resamples": 50}),
+        fingerprint("twice-last", (LAST, LAST)),
+        fingerprint("twice-first", (FIRST, FIRST)),
+        fingerprint("teachers", teachers=selection_of({"en": [0.0, 1.0]})),
+        fingerprint("calibrated", biases=NO_BIASES, **calibrated),
+        fingerprint("biases", biases=selection_of({"en": [0.0, 1.0]}), **calibrated),
+        fingerprint("no-rounds", biases=NO_BIASES, rounds=0, **calibrated),
     ]
     assert all(other != base for other in others)
-    assert base == fingerprint(make_config(task=make_config().task), before, after, teachers)
-    with pytest.raises(UserError, match="not complete"):
-        fingerprint(make_config(), before, tmp_path / "absent", None)
-    with pytest.raises(UserError, match="not complete"):
-        fingerprint(make_config(), before, after, tmp_path / "absent")
+    assert len({json.dumps(other) for other in others}) == len(others)
+    assert (base["biases"], others[-1]["teachers"]) == (None, None)
+
+
+@pytest.mark.parametrize("missing", [BEFORE, AFTER, "run/round1/selection", "run/calibration"])
+def test_an_evaluation_waits_for_all_that_it_reads(tmp_path: Path, before: Path, after: Path, missing: str) -> None:
+    stage = stage_of(tmp_path, NO_BIASES, evaluate={"calibrate": True})
+    assert {output.directory for output in stage.inputs} >= {tmp_path / missing}
+    assert all(output.exists for output in stage.inputs)
+    (tmp_path / missing / "manifest.json").unlink()
+    with pytest.raises(NotReady, match=rf"{missing}: not complete"):
+        stage.fingerprint(stage.outputs[0])
+    with pytest.raises(NotReady, match=rf"{missing}: not complete"):
+        stage.run(None)
+    assert not stage.outputs[0].directory.exists()
 
 
 def test_rows_are_joined_by_key_whatever_their_order_and_shards(tmp_path: Path, before: Path, after: Path) -> None:
-    shuffled = rows(en="rrrrrrrw", de="rrrrrrrr", sw="rr-r--ww")
+    shuffled = list(LAST)
     np.random.default_rng(0).shuffle(shuffled)  # type: ignore[arg-type]
     other = score_dir(tmp_path / "shuffled", shuffled[:9], shuffled[9:])
-    expected = evaluate(make_config(), before, after, None, tmp_path / "one")
-    assert evaluate(make_config(), before, other, None, tmp_path / "two") == expected
+    config = make_config(tmp_path)
+    assert metrics_of(config, before, other) == metrics_of(config, before, after)
 
 
 def test_answers_are_the_argmax_with_ties_to_the_lowest_index_and_any_number_of_candidates(tmp_path: Path) -> None:
@@ -191,21 +262,29 @@ def test_answers_are_the_argmax_with_ties_to_the_lowest_index_and_any_number_of_
         ("g1", "de", [0.2, 0.5, 0.3], 1),
     ]
     directory = score_dir(tmp_path / "scores", scored)
-    metrics = evaluate(make_config(), directory, directory, None, tmp_path / "out")
+    metrics = metrics_of(make_config(tmp_path), directory, directory)
     assert {language: row["after"] for language, row in metrics["languages"].items()} == {"en": 0.5, "de": 1.0}
     assert metrics["average"]["ci95"] == [0.0, 0.0]
 
 
 def test_biases_calibrate_the_answers_after_and_only_those(tmp_path: Path) -> None:
     directory = score_dir(tmp_path / "scores", [("g0", "en", RIGHT, 0), ("g0", "de", [0.4, 0.6], 0)])
-    teachers = select_dir(tmp_path / "select", {"en": [0.0, 0.0], "de": [1.0, 0.0]})
-    calibrated = evaluate(
-        make_config(evaluate={"calibrate": True}), directory, directory, None, tmp_path / "with", bias_dir=teachers
-    )
+    biases = selection_of({"en": [0.0, 0.0], "de": [1.0, 0.0]})
+    calibrated = metrics_of(make_config(tmp_path, evaluate={"calibrate": True}), directory, directory, biases)
     assert (calibrated["languages"]["de"]["before"], calibrated["languages"]["de"]["after"]) == (0.0, 1.0)
     assert (calibrated["languages"]["en"]["before"], calibrated["languages"]["en"]["after"]) == (1.0, 1.0)
-    plain = evaluate(make_config(), directory, directory, teachers, tmp_path / "without")
-    assert plain["languages"]["de"]["after"] == 0.0
+    plain, _ = compare(make_config(tmp_path), directory, directory, biases, None)
+    assert plain.languages["de"].after == 0.0
+
+
+def test_the_stage_reads_the_biases_of_calibrate_and_the_teachers_of_the_first_round(tmp_path: Path) -> None:
+    for place in (BEFORE, AFTER):
+        score_dir(tmp_path / place, [("g0", "en", RIGHT, 0), ("g0", "de", [0.4, 0.6], 0)])
+    biases = selection_of({"en": [0.0, 0.0], "de": [1.0, 0.0]}).model_copy(update={"teachers": ["de"]})
+    stage = stage_of(tmp_path, biases, evaluate={"calibrate": True})
+    stage.run(None)
+    found = read_evaluation(stage.outputs[0].directory)
+    assert (found.teachers, found.languages["de"].before, found.languages["de"].after) == (["en"], 0.0, 1.0)
 
 
 @pytest.mark.parametrize(
@@ -218,17 +297,20 @@ def test_biases_calibrate_the_answers_after_and_only_those(tmp_path: Path) -> No
     ],
 )
 def test_biases_that_do_not_fit_are_errors(
-    tmp_path: Path, before: Path, biases: dict[str, list[float]] | None, message: str
+    tmp_path: Path, before: Path, after: Path, biases: dict[str, list[float]] | None, message: str
 ) -> None:
-    teachers = None if biases is None else select_dir(tmp_path / "select", biases)
+    calibration = None if biases is None else selection_of(biases)
+    stage = stage_of(tmp_path, calibration, evaluate={"calibrate": True})
     with pytest.raises(UserError, match=message):
-        evaluate(make_config(evaluate={"calibrate": True}), before, before, None, tmp_path / "out", bias_dir=teachers)
-    assert not (tmp_path / "out").exists()
+        compare(stage.config, before, after, None, calibration)
+    with pytest.raises(UserError, match="run/calibration: not complete" if biases is None else message):
+        stage.run(None)
+    assert not (tmp_path / "run/evaluation").exists()
 
 
 def replaced(row: int, **changes: Any) -> list[Row]:
-    """The rows of `before` with one of them changed."""
-    scored = rows(en="rrrrrrrr", de="rrwwwwww", sw="rw-w--ww")
+    """The first model's rows with one of them changed."""
+    scored = list(FIRST)
     names = ("key", "language", "probabilities", "label")
     scored[row] = tuple(changes.get(name, value) for name, value in zip(names, scored[row], strict=True))  # type: ignore
     return scored
@@ -237,11 +319,11 @@ def replaced(row: int, **changes: Any) -> list[Row]:
 @pytest.mark.parametrize(
     ("scored", "message"),
     [
-        (rows(en="rrrrrrrr", de="rrwwwwww", sw="rw-w--w-"), r"after: lacks 1 of .*before.* 'g7', language 'sw'"),
-        (rows(en="rrrrrrrr", de="rrwwwwww", sw="rwrw--ww"), r"before: lacks 1 of .*after.* 'g2', language 'sw'"),
-        (rows(en="rrrrrrrr", de="rrwwwwww"), r"after: lacks 5 of .*before"),
-        (replaced(4, label=1), r"after: group 'g1', language 'de': label 1 where .*before has 0"),
-        (replaced(0, label=None), r"after: group 'g0', language 'en': has no label"),
+        (rows(en="rrrrrrrr", de="rrwwwwww", sw="rw-w--w-"), rf"{AFTER}: lacks 1 of .*{BEFORE}.* 'g7', language 'sw'"),
+        (rows(en="rrrrrrrr", de="rrwwwwww", sw="rwrw--ww"), rf"{BEFORE}: lacks 1 of .*{AFTER}.* 'g2', language 'sw'"),
+        (rows(en="rrrrrrrr", de="rrwwwwww"), rf"{AFTER}: lacks 5 of .*{BEFORE}"),
+        (replaced(4, label=1), rf"{AFTER}: group 'g1', language 'de': label 1 where .*{BEFORE} has 0"),
+        (replaced(0, label=None), rf"{AFTER}: group 'g0', language 'en': has no label"),
         (replaced(0, label=2), r"label 2 is not one of its 2 candidates"),
         (replaced(1, language="en"), r"group 'g0', language 'en': is there twice"),
         (replaced(0, probabilities=[float("nan"), 0.5]), r"not numbers \(NaN\)"),
@@ -250,10 +332,10 @@ def replaced(row: int, **changes: Any) -> list[Row]:
 def test_mismatches_are_errors_that_name_the_example(
     tmp_path: Path, before: Path, scored: list[Row], message: str
 ) -> None:
-    after = score_dir(tmp_path / "after", scored)
+    score_dir(tmp_path / AFTER, scored)
     with pytest.raises(UserError, match=message):
-        evaluate(make_config(), before, after, None, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+        stage_of(tmp_path).run(None)
+    assert not (tmp_path / "run/evaluation").exists()
 
 
 def test_a_flipped_byte_or_an_unfinished_directory_is_an_error(tmp_path: Path, before: Path, after: Path) -> None:
@@ -262,14 +344,14 @@ def test_a_flipped_byte_or_an_unfinished_directory_is_an_error(tmp_path: Path, b
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
     with pytest.raises(UserError, match=r"shard-00000.parquet: content differs"):
-        evaluate(make_config(), before, after, None, tmp_path / "out")
+        stage_of(tmp_path).run(None)
     (after / "manifest.json").unlink()
-    with pytest.raises(UserError, match="after: not complete"):
-        evaluate(make_config(), before, after, None, tmp_path / "out")
+    with pytest.raises(UserError, match=f"{AFTER}: not complete"):
+        stage_of(tmp_path).run(None)
 
 
 def test_one_language_has_no_gap(tmp_path: Path) -> None:
     directory = score_dir(tmp_path / "scores", rows(en="rrww"))
-    metrics = evaluate(make_config(), directory, directory, None, tmp_path / "out")
+    metrics = metrics_of(make_config(tmp_path), directory, directory)
     assert metrics["gap"] == {"before": None, "after": None, "ci95": None}
     assert metrics["average"] == {"before": 0.5, "after": 0.5, "ci95": [0.0, 0.0]}

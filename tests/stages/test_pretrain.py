@@ -13,17 +13,9 @@ from transformers import AutoTokenizer
 
 from alsace_dist.config import PretrainConfig
 from alsace_dist.errors import UserError
-from alsace_dist.files.shards import Group
-from alsace_dist.stages.pretrain import (
-    NUM_SENTINELS,
-    SENTINELS,
-    SpanExample,
-    _choose_text,
-    collate_spans,
-    corrupt,
-    make_rows,
-    train_tokenizer,
-)
+from alsace_dist.files.shards import ParallelGroup
+from alsace_dist.models.nano import NUM_SENTINELS, SENTINELS, collate_spans, train_tokenizer
+from alsace_dist.stages.pretrain import SpanExample, _choose_text, corrupt, make_rows
 
 END = 1
 SENTINEL_IDS = list(range(10_000, 10_000 + NUM_SENTINELS))
@@ -209,14 +201,18 @@ def test_few_texts_make_a_smaller_vocabulary() -> None:
 # --- rows ----------------------------------------------------------------------------------------------------------
 
 GROUPS = [
-    Group("g0", None, {"en": {"premise": "The dog", "hypothesis": "A cat"}, "de": {"premise": "a", "hypothesis": "b"}}),
-    Group("g1", 1, {"de": {"hypothesis": "Der Hund", "premise": "Eine Katze"}}),
-    Group("g2", None, {name: {"premise": f"{name} p", "hypothesis": f"{name} h"} for name in ("ru", "en", "de")}),
+    ParallelGroup(
+        "g0", None, {"en": {"premise": "The dog", "hypothesis": "A cat"}, "de": {"premise": "a", "hypothesis": "b"}}
+    ),
+    ParallelGroup("g1", 1, {"de": {"hypothesis": "Der Hund", "premise": "Eine Katze"}}),
+    ParallelGroup(
+        "g2", None, {name: {"premise": f"{name} p", "hypothesis": f"{name} h"} for name in ("ru", "en", "de")}
+    ),
 ]
 
 
 def test_languages_with_different_fields_cannot_be_paired(tokenizer: Any) -> None:
-    group = Group("g7", None, {"en": {"a": "one", "b": "two"}, "de": {"a": "eins"}})
+    group = ParallelGroup("g7", None, {"en": {"a": "one", "b": "two"}, "de": {"a": "eins"}})
     with pytest.raises(UserError, match="group 'g7' has other fields in other languages; prepare the data with one"):
         make_rows([group], tokenizer)
 
@@ -256,7 +252,7 @@ def test_a_pair_is_a_field_and_the_same_field_of_a_translation(tokenizer: Any) -
 
 
 def test_both_halves_of_a_long_pair_fit_in(tokenizer: Any) -> None:
-    group = Group("g", None, {"de": {"text": "Der Hund " * 50}, "en": {"text": "The cat " * 50}})
+    group = ParallelGroup("g", None, {"de": {"text": "Der Hund " * 50}, "en": {"text": "The cat " * 50}})
     row = make_rows([group], tokenizer)[0]
     section = PretrainConfig(concatenate=1.0, max_tokens=20)
     for seed in range(4):

@@ -38,14 +38,14 @@ def score_bytes(directory: Path) -> dict[str, bytes]:
 @pytest.fixture(scope="module")
 def one_rank(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("scoring") / "one"
-    tiny.alsace("score", str(make_run(world, directory, engine={"num_processes": 1})))
+    tiny.do("score", make_run(world, directory, engine={"num_processes": 1}))
     return directory
 
 
-@pytest.mark.parametrize("num_ranks", [2, 4])
+@pytest.mark.parametrize("num_ranks", [2, 3])
 def test_any_number_of_ranks_gives_the_same_bytes(world: Path, tmp_path: Path, one_rank: Path, num_ranks: int) -> None:
-    """45 groups do not divide evenly into shards of 16; of 4 ranks at least one gets none of the 3 shards."""
-    tiny.alsace("score", str(make_run(world, tmp_path / "x", engine={"num_processes": num_ranks})))
+    """45 groups do not divide evenly into shards of 16; of 3 ranks one gets none of the test split's 2 shards."""
+    tiny.do("score", make_run(world, tmp_path / "x", engine={"num_processes": num_ranks}))
     assert score_bytes(tmp_path / "x") == score_bytes(one_rank)
     assert len(score_bytes(one_rank)) == 3 + 2
 
@@ -90,7 +90,7 @@ def test_zero_3_agrees_with_zero_0_and_gives_the_same_bytes_on_any_number_of_ran
     """Three ranks under ZeRO-3: one of them has fewer forwards to run than the others."""
     for stage, ranks in ((0, 2), (3, 1), (3, 3)):
         engine = {"num_processes": ranks, "zero_stage": stage, "dtype": dtype}
-        tiny.alsace("score", str(make_run(world, tmp_path / f"{stage}-{ranks}", engine=engine)))
+        tiny.do("score", make_run(world, tmp_path / f"{stage}-{ranks}", engine=engine))
     assert score_bytes(tmp_path / "3-1") == score_bytes(tmp_path / "3-3")
     plain, sharded = (read_scores(tmp_path / name / "run/scores/unlabeled") for name in ("0-2", "3-3"))
     assert plain.keys == sharded.keys
@@ -111,7 +111,7 @@ def test_a_rank_killed_while_scoring_costs_nothing_but_time(
         tiny.kill_one(tiny.ranks_of(process))
         process.wait(timeout=60)
         assert time.monotonic() - start < 60
-    tiny.alsace("score", str(config))
+    tiny.do("score", config)
     if zero_stage == 2:
         assert score_bytes(tmp_path / "x") == score_bytes(one_rank)
     else:
@@ -138,19 +138,19 @@ def test_one_rank_that_is_asked_to_stop_stops_all_and_nothing_is_lost(world: Pat
         assert process.wait(timeout=60) == EXIT_STOPPED
     assert 0 < len(list(scores.glob("*.parquet"))) < 150
     assert not (scores / "manifest.json").exists()
-    tiny.alsace("score", str(config))
-    tiny.alsace("score", str(make("y")))
+    tiny.do("score", config)
+    tiny.do("score", make("y"))
     assert score_bytes(tmp_path / "x") == score_bytes(tmp_path / "y")
 
 
 def test_finished_shards_are_not_scored_again(world: Path, tmp_path: Path, one_rank: Path) -> None:
     config = make_run(world, tmp_path / "x", engine={"num_processes": 1})
-    tiny.alsace("score", str(config))
+    tiny.do("score", config)
     directory = tmp_path / "x/run/scores/unlabeled"
     (directory / "manifest.json").rename(directory / "started.json")
     (directory / "000001.parquet").unlink()
     times = {path.name: path.stat().st_mtime_ns for path in directory.glob("*.parquet")}
-    tiny.alsace("score", str(config))
+    tiny.do("score", config)
     again = {path.name: path.stat().st_mtime_ns for path in directory.glob("*.parquet")}
     assert times.items() <= again.items()
     assert score_bytes(tmp_path / "x") == score_bytes(one_rank)
@@ -158,7 +158,7 @@ def test_finished_shards_are_not_scored_again(world: Path, tmp_path: Path, one_r
 
 def test_another_dataset_under_the_same_scores_is_refused(world: Path, tmp_path: Path) -> None:
     config = make_run(world, tmp_path / "x", engine={"num_processes": 1})
-    tiny.alsace("score", str(config))
+    tiny.do("score", config)
     before = score_bytes(tmp_path / "x")
     shutil.rmtree(tmp_path / "x/data/unlabeled")
     shutil.copytree(tmp_path / "x/data/test", tmp_path / "x/data/unlabeled")

@@ -1,6 +1,5 @@
 """Teacher selection: every rule, its errors, and the whole stage on real score files."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,13 +8,20 @@ import numpy as np
 import pytest
 import yaml
 
+from alsace_dist import runner
 from alsace_dist.config import Config, SelectConfig
 from alsace_dist.config_file import load_config
-from alsace_dist.errors import UserError
-from alsace_dist.files.manifest import is_complete, load_manifest, read_json, verify_files, write_manifest
-from alsace_dist.files.scores import KIND, Scores, read_scores, write_scores
-from alsace_dist.method import languages
-from alsace_dist.stages.select import TEACHERS, choose_teachers, fingerprint, select
+from alsace_dist.errors import NotReady, UserError
+from alsace_dist.files import scores as score_files
+from alsace_dist.files.manifest import load_manifest, verify_files, write_manifest
+from alsace_dist.files.scores import Scores, write_scores
+from alsace_dist.files.selection import KIND, TEACHERS, read_selection
+from alsace_dist.method.calibration import calibrate, marginal_biases
+from alsace_dist.method.selection import choose_teachers, language_scores
+from alsace_dist.method.targets import targets
+from alsace_dist.stages import select
+from alsace_dist.stages.base import Output, Stage
+from alsace_dist.stages.select import make_selection
 
 SCORES = {"sw": 0.40, "en": 0.80, "de": 0.75, "th": 0.45, "fr": 0.75}
 Rows = list[tuple[str, str, list[float], int | None]]
@@ -29,6 +35,7 @@ def make_config(tmp_path: Path, source_language: str = "en", **sections: Any) ->
         "model": {"path": "/model"},
     }
     path = tmp_path / "config.yaml"
+    tmp_path.mkdir(exist_ok=True)
     path.write_text(yaml.safe_dump(value | sections), encoding="utf-8")
     return load_config(path)
 
@@ -40,14 +47,16 @@ def make_scores(directory: Path, shards: Sequence[Rows]) -> Path:
         path = directory / f"{number:06d}.parquet"
         write_scores(path, Scores([r[0] for r in rows], [r[1] for r in rows], log_probs, [r[3] for r in rows]), {})
         files.append(path)
-    write_manifest(directory, KIND, {"model": "m"}, files)
+    write_manifest(directory, score_files.KIND, {"model": "m"}, files)
     return directory
 
 
-def run(config: Config, scores: Path, directory: Path) -> dict[str, Any]:
-    value = select(config, scores, directory, fingerprint(config, scores))
-    assert read_json(directory / TEACHERS) == json.loads(json.dumps(value))
-    return value
+def stage_of(tmp_path: Path, shards: Sequence[Rows] | None, **sections: Any) -> Stage:
+    """The first round's selection in a run of its own, whose unlabeled groups have these scores; None: none yet."""
+    stage = Stage(select, "select", make_config(tmp_path, **sections), round=1)
+    if shards is not None:
+        make_scores(stage.inputs[0].directory, shards)
+    return stage
 
 
 # --- rules ---------------------------------------------------------------------------------------------------------
@@ -106,36 +115,61 @@ BY_HAND = {"de": (0.8 + 0.7) / 2, "en": (0.9 + 0.8 + 0.9) / 3, "sw": (0.4 + 0.4 
 
 def test_the_papers_selection_by_hand(tmp_path: Path) -> None:
     config = make_config(tmp_path, method="paper")
-    scores = make_scores(tmp_path / "scores", SHARDS)
-    value = run(config, scores, tmp_path / "selection")
-    assert value["rule"] == "threshold"
-    assert value["teachers"] == ["en", "de"]
-    assert value["students"] == ["sw"]
-    assert value["scores"] == pytest.approx(BY_HAND, abs=1e-6)
-    assert value["weights"] == {"en": 0.5, "de": 0.5}
-    assert value["biases"] == {}
-    assert value["threshold"] == pytest.approx(1 / 3)
+    found = make_selection(config, make_scores(tmp_path / "scores", SHARDS))
+    assert found.rule == "threshold"
+    assert found.num_groups == 4
+    assert found.teachers == ["en", "de"]
+    assert found.students == ["sw"]
+    assert found.scores == pytest.approx(BY_HAND, abs=1e-6)
+    assert found.weights == {"en": 0.5, "de": 0.5}
+    assert found.biases == {}
+    assert found.threshold == pytest.approx(1 / 3)
     exponentials = {language: np.exp(score) for language, score in BY_HAND.items()}
     expected = {language: one / sum(exponentials.values()) for language, one in exponentials.items()}
-    assert value["normalised_scores"] == pytest.approx(expected, abs=1e-6)
+    assert found.normalised_scores == pytest.approx(expected, abs=1e-6)
     # g0: two for sw, one for each teacher; g1: one each; g2: en teaches sw; g3: no teacher.
-    assert value["num_pairs"] == {"others": 4 + 2 + 1, "ensemble": 3 + 2 + 2, "anchor": 3 + 2 + 2}
+    assert found.num_pairs == {"others": 4 + 2 + 1, "ensemble": 3 + 2 + 2, "anchor": 3 + 2 + 2}
 
 
 def test_a_finished_selection_is_complete_and_bound_to_its_settings(tmp_path: Path) -> None:
-    config = make_config(tmp_path)
-    scores = make_scores(tmp_path / "scores", SHARDS)
-    directory = tmp_path / "selection"
-    run(config, scores, directory)
-    verify_files(directory, load_manifest(directory, "selection"))
-    assert is_complete(directory, "selection", fingerprint(config, scores))
-    assert sorted(path.name for path in directory.iterdir()) == ["manifest.json", TEACHERS]
-    other = make_config(tmp_path, select={"beta": 3.0})
+    stage = stage_of(tmp_path, SHARDS)
+    output = Output(tmp_path / "run/round1/selection", KIND)
+    assert stage.outputs == [output]
+    assert stage.state() == "to do"
+    runner.run_stage(stage)
+    verify_files(output.directory, output.manifest())
+    assert stage.is_complete() and stage.state() == "complete"
+    assert output.manifest().fingerprint == stage.fingerprint(output)
+    assert read_selection(output.directory) == make_selection(stage.config, stage.inputs[0].directory)
+    assert sorted(path.name for path in output.directory.iterdir()) == ["manifest.json", TEACHERS]
     with pytest.raises(UserError, match=r"made with other settings \(select\.beta: 12\.0 -> 3\.0\)"):
-        is_complete(directory, "selection", fingerprint(other, scores))
-    rescored = make_scores(tmp_path / "rescored", [SHARDS[0]])
+        stage_of(tmp_path, None, select={"beta": 3.0}).is_complete()
     with pytest.raises(UserError, match=r"made with other settings \(scores: "):
-        is_complete(directory, "selection", fingerprint(config, rescored))
+        stage_of(tmp_path, [SHARDS[0]]).is_complete()  # scored again
+
+
+def test_a_complete_selection_is_not_made_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stage = stage_of(tmp_path, SHARDS)
+    runner.run_stage(stage)
+    before = (stage.outputs[0].directory / TEACHERS).stat().st_mtime_ns
+    runner.run_stage(stage)
+    assert (stage.outputs[0].directory / TEACHERS).stat().st_mtime_ns == before
+    assert capsys.readouterr().err.splitlines() == ["select round 1", "select round 1: complete, skipped"]
+
+
+def test_each_round_selects_from_the_scores_of_the_round_before_and_calibrate_from_the_last(tmp_path: Path) -> None:
+    config = make_config(tmp_path, rounds=2, evaluate={"calibrate": True})
+    rounds = [Stage(select, "select", config, round=1), Stage(select, "select", config, round=2)]
+    calibrate_stage = Stage(select, "calibrate", config, round=2)
+    for number, shards in enumerate((SHARDS, [SHARDS[0]], [SHARDS[0][:3]])):
+        place = tmp_path / "run" / (f"round{number}" if number else "") / "scores/unlabeled"
+        make_scores(place, shards)
+    for stage, name, num_groups in zip(
+        [*rounds, calibrate_stage], ("round1/selection", "round2/selection", "calibration"), (4, 2, 1), strict=True
+    ):
+        stage.run(None)
+        assert read_selection(tmp_path / "run" / name).num_groups == num_groups
+        assert load_manifest(tmp_path / "run" / name, KIND).fingerprint == stage.fingerprint(stage.outputs[0])
 
 
 def biased_shards(num_groups: int = 200) -> list[Rows]:
@@ -157,51 +191,54 @@ def biased_shards(num_groups: int = 200) -> list[Rows]:
 
 def test_calibration_takes_the_crown_from_languages_that_are_only_confident(tmp_path: Path) -> None:
     scores = make_scores(tmp_path / "scores", biased_shards())
-    paper = run(make_config(tmp_path, method="paper"), scores, tmp_path / "paper")
-    assert sorted(paper["teachers"]) == ["xh", "yo", "zu"]
-    better = run(make_config(tmp_path), scores, tmp_path / "better")
-    assert better["teachers"][:2] == ["en", "de"] and len(better["teachers"]) == 5 and better["students"] == []
-    assert better["biases"]["xh"][0] < -1 and better["biases"]["en"] == [0, 0]
-    assert better["weights"]["en"] > better["weights"]["de"] > 2 * better["weights"]["xh"]
-    assert sum(better["weights"].values()) == pytest.approx(1)
-    ratio = np.exp(12.0 * (better["scores"]["en"] - better["scores"]["de"]))
-    assert better["weights"]["en"] / better["weights"]["de"] == pytest.approx(ratio)
-    assert better["threshold"] is None
+    paper = make_selection(make_config(tmp_path, method="paper"), scores)
+    assert sorted(paper.teachers) == ["xh", "yo", "zu"]
+    better = make_selection(make_config(tmp_path), scores)
+    assert better.teachers[:2] == ["en", "de"] and len(better.teachers) == 5 and better.students == []
+    assert better.biases["xh"][0] < -1 and better.biases["en"] == [0, 0]
+    assert better.weights["en"] > better.weights["de"] > 2 * better.weights["xh"]
+    assert sum(better.weights.values()) == pytest.approx(1)
+    ratio = np.exp(12.0 * (better.scores["en"] - better.scores["de"]))
+    assert better.weights["en"] / better.weights["de"] == pytest.approx(ratio)
+    assert better.threshold is None
 
 
 def test_parts_of_the_section_reach_the_arithmetic(tmp_path: Path) -> None:
     """Each setting gives what the function that it stands for gives, and not what the default gives."""
     scores = make_scores(tmp_path / "scores", biased_shards(50))
-    default = run(make_config(tmp_path, select={"vote": "hard"}), scores, tmp_path / "default")
+
+    def scores_under(**section: Any) -> dict[str, float]:
+        return make_selection(make_config(tmp_path, select={"vote": "hard"} | section), scores).scores
+
+    default = scores_under()
     groups: dict[str, dict[str, np.ndarray]] = {}
     for key, language, row, _ in (row for rows in biased_shards(50) for row in rows):
         groups.setdefault(key, {})[language] = np.log(np.array(row, dtype=np.float32))
     rows = list(groups.values())
-    calibrated = [languages.calibrate(g, languages.marginal_biases(rows, "en")) for g in rows]
-    pooled = [languages.calibrate(g, languages.marginal_biases(rows, None)) for g in rows]
+    calibrated = [calibrate(group, marginal_biases(rows, "en")) for group in rows]
+    pooled = [calibrate(group, marginal_biases(rows, None)) for group in rows]
     for section, expected in (
-        ({"vote": "soft"}, languages.language_scores(calibrated, soft=True)),
-        ({"vote": "source"}, languages.language_scores(calibrated, source="en")),
-        ({"score": "agreement"}, languages.language_scores(calibrated, agreement=True)),
-        ({"leave_one_out": True}, languages.language_scores(calibrated, leave_one_out=True)),
-        ({"reference": "pooled"}, languages.language_scores(pooled)),
-        ({"calibration": "none"}, languages.language_scores(rows)),
+        ({"vote": "soft"}, language_scores(calibrated, soft=True)),
+        ({"vote": "source"}, language_scores(calibrated, source_language="en")),
+        ({"score": "agreement"}, language_scores(calibrated, agreement=True)),
+        ({"leave_one_out": True}, language_scores(calibrated, leave_one_out=True)),
+        ({"reference": "pooled"}, language_scores(pooled)),
+        ({"calibration": "none"}, language_scores(rows)),
     ):
-        found = run(make_config(tmp_path, select={"vote": "hard"} | section), scores, tmp_path / str(section))
-        assert found["scores"] == pytest.approx(expected, abs=1e-6), section
-        assert found["scores"] != pytest.approx(default["scores"], abs=1e-6), section
+        found = scores_under(**section)
+        assert found == pytest.approx(expected, abs=1e-6), section
+        assert found != pytest.approx(default, abs=1e-6), section
 
 
 @pytest.mark.parametrize("method", ["paper", "calibrated"])
 def test_labels_in_the_score_files_change_nothing(tmp_path: Path, method: str) -> None:
-    config = make_config(tmp_path, method=method)
     labels: list[Any] = [None, 0, 1]
     written = set()
-    for number, label in enumerate(labels):
+    for label in labels:
         shards = [[(key, language, row, label) for key, language, row, _ in rows] for rows in SHARDS]
-        scores = make_scores(tmp_path / f"scores{number}", shards)
-        run(config, scores, tmp_path / f"selection{number}")
-        written.add((tmp_path / f"selection{number}" / TEACHERS).read_bytes())
+        stage = stage_of(tmp_path / str(label), shards, method=method)
+        stage.run(None)
+        written.add((stage.outputs[0].directory / TEACHERS).read_bytes())
     assert len(written) == 1
 
 
@@ -217,50 +254,44 @@ def test_num_pairs_count_what_the_loss_sums_over(tmp_path: Path) -> None:
     ]
     scores = make_scores(tmp_path / "scores", [rows[:50], rows[50:]])
     for teachers in (["en", "cc"], ["bb"], names):
-        config = make_config(tmp_path, select={"rule": "explicit", "teachers": teachers})
-        value = run(config, scores, tmp_path / "-".join(teachers))
+        found = make_selection(make_config(tmp_path, select={"rule": "explicit", "teachers": teachers}), scores)
         others = sum(a != b for group in groups for a in group if a in teachers for b in group)
         once = sum(len(group) for group in groups if set(group) & set(teachers))
-        assert value["num_pairs"] == {"others": others, "ensemble": once, "anchor": once}
-        for mode, expected in value["num_pairs"].items():
-            found = [
-                languages.targets({language: np.log([0.5, 0.5]) for language in group}, value["weights"], mode)
-                for group in groups
-            ]
-            assert sum(target.weight for one in found for target in one.values()) == expected
+        assert found.num_pairs == {"others": others, "ensemble": once, "anchor": once}
+        for mode, expected in found.num_pairs.items():
+            made = [targets(dict.fromkeys(group, np.log([0.5, 0.5])), found.weights, mode) for group in groups]
+            assert sum(target.weight for one in made for target in one.values()) == expected
 
 
-def test_what_cannot_be_selected_from(tmp_path: Path) -> None:
-    directory = tmp_path / "selection"
-    config = make_config(tmp_path)
-    with pytest.raises(UserError, match=r"scores: not complete \(manifest.json is missing\)"):
-        fingerprint(config, tmp_path / "scores")
-    empty = make_scores(tmp_path / "empty", [[]])
-    with pytest.raises(UserError, match=r"empty: holds no scores; unlabeled groups are needed"):
-        run(config, empty, directory)
-    scores = make_scores(tmp_path / "scores", SHARDS)
-    with pytest.raises(UserError, match=r"has no scores in the source language 'fi'; check data\.source_language"):
-        run(make_config(tmp_path, source_language="fi"), scores, directory)
-    uneven = make_scores(tmp_path / "uneven", [[("g9", "en", [0.2, 0.3, 0.5], None), *SHARDS[0]]])
-    with pytest.raises(UserError, match=r"^select\.calibration: .* found \[2, 3\] of them; set it to none$"):
-        run(config, uneven, directory)
-    with pytest.raises(UserError, match=r"^select\.top_k: 4 asked for, there are 3 languages"):
-        run(make_config(tmp_path, select={"rule": "top_k", "top_k": 4}), scores, directory)
-    assert not directory.exists()
-    plain = run(make_config(tmp_path, method="paper"), uneven, directory)
-    assert plain["scores"] == pytest.approx({"de": 0.75, "en": (0.5 + 0.9 + 0.8) / 3, "sw": 0.4}, abs=1e-6)
+UNEVEN: list[Rows] = [[("g9", "en", [0.2, 0.3, 0.5], None), *SHARDS[0]]]
 
 
-def test_num_groups_takes_whole_shards_until_there_are_enough(tmp_path: Path) -> None:
-    directory = tmp_path / "scores"
-    paths = []
-    for shard in range(3):
-        keys = [f"g{shard}{number}" for number in range(4)]
-        path = directory / f"00000{shard}.parquet"
-        rows = [np.log(np.array([0.5, 0.5], dtype=np.float32))] * 4
-        write_scores(path, Scores(keys, ["en"] * 4, rows, [None] * 4), {})
-        paths.append(path)
-    write_manifest(directory, KIND, {}, paths)
-    assert [len(read_scores(directory, number).keys) for number in (1, 4, 5, 12, None)] == [4, 4, 8, 12, 12]
-    with pytest.raises(UserError, match=r"select\.num_groups: 13 asked for, .* has 12; lower it"):
-        read_scores(directory, 13)
+@pytest.mark.parametrize(
+    ("shards", "sections", "words"),
+    [
+        ([[]], {}, r"unlabeled: holds no scores; unlabeled groups are needed"),
+        (SHARDS, {"source_language": "fi"}, r"has no scores in the source language 'fi'; check data\.source_language"),
+        (UNEVEN, {}, r"^select\.calibration: .* found \[2, 3\] of them; set it to none$"),
+        (SHARDS, {"select": {"rule": "top_k", "top_k": 4}}, r"^select\.top_k: 4 asked for, there are 3 languages"),
+        ([[("g0", "en", [float("nan"), 0.5], None)]], {}, r"unlabeled: holds scores that are no numbers"),
+    ],
+)
+def test_what_cannot_be_selected_from(tmp_path: Path, shards: list[Rows], sections: dict[str, Any], words: str) -> None:
+    stage = stage_of(tmp_path, shards, **sections)
+    with pytest.raises(UserError, match=words):
+        stage.run(None)
+    assert not stage.outputs[0].directory.exists()
+
+
+def test_a_selection_waits_for_its_scores(tmp_path: Path) -> None:
+    stage = stage_of(tmp_path, None)
+    for ask in (lambda: stage.fingerprint(stage.outputs[0]), stage.is_complete, lambda: stage.run(None)):
+        with pytest.raises(NotReady, match=r"scores/unlabeled: not complete \(manifest.json is missing\)"):
+            ask()
+    assert stage.state() == "to do"
+    assert not stage.outputs[0].directory.exists()
+
+
+def test_without_calibration_groups_may_differ_in_their_candidates(tmp_path: Path) -> None:
+    plain = make_selection(make_config(tmp_path, method="paper"), make_scores(tmp_path / "uneven", UNEVEN))
+    assert plain.scores == pytest.approx({"de": 0.75, "en": (0.5 + 0.9 + 0.8) / 3, "sw": 0.4}, abs=1e-6)

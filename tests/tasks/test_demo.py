@@ -7,43 +7,50 @@ from collections.abc import Hashable
 from functools import cache
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import yaml
 
-from alsace_dist.tasks import demo as demo_corpus
+from alsace_dist import tasks
+from alsace_dist.config import InputConfig
+from alsace_dist.errors import UserError
+from alsace_dist.tasks import demo
 from alsace_dist.tasks.demo import LABELS, LANGUAGES, MAX_GROUPS, NOBODY, SLOTS, generate_groups
 
-LEXICON_PATH = Path(demo_corpus.__file__).with_name("demo_lexicon.yaml")
+LEXICON_PATH = Path(demo.__file__).with_name("demo_lexicon.yaml")
 LEXICON = yaml.safe_load(LEXICON_PATH.read_text(encoding="utf-8"))
 SCRIPTS = {"ru": "CYRILLIC", "hi": "DEVANAGARI", "zh": "CJK UNIFIED"}
 NUM_GROUPS = 12_000
 NUM_READ = 6000
 
+Group = dict[str, Any]
+Event = dict[str, str | None]
+
 
 @pytest.fixture(scope="module")
-def groups():
+def groups() -> list[Group]:
     return list(generate_groups(NUM_GROUPS, seed=0))
 
 
 @pytest.fixture(scope="module")
-def events(groups):
+def events(groups: list[Group]) -> list[tuple[Event, Event]]:
     """The concepts behind the English sentences of the first groups: premise and hypothesis."""
     english = [group["texts"]["en"] for group in groups[:NUM_READ]]
     return [(read_english(en["premise"]), read_english(en["hypothesis"])) for en in english]
 
 
 @pytest.fixture(scope="module")
-def labels(groups):
+def labels(groups: list[Group]) -> list[str]:
     return [group["label"] for group in groups[:NUM_READ]]
 
 
-def forms(phrase):
+def forms(phrase: Any) -> list[str]:
     return list(phrase.values()) if isinstance(phrase, dict) else [phrase]
 
 
-def words_of(slot, concept):
+def words_of(slot: str, concept: str | None) -> dict[str, Any]:
     """What the lexicon has for a concept, for nobody, or for a slot left open (None): language -> phrase."""
     if concept == NOBODY:
         return LEXICON[NOBODY]
@@ -51,7 +58,7 @@ def words_of(slot, concept):
 
 
 @cache
-def english_sentence():
+def english_sentence() -> tuple[re.Pattern[str], dict[str, dict[str, str]]]:
     """A pattern of every English sentence, and the concepts that its phrases name."""
     names = {slot: {words["en"]: concept for concept, words in LEXICON[slot].items()} for slot in SLOTS}
     names["subject"]["nobody"] = NOBODY
@@ -64,7 +71,7 @@ def english_sentence():
     return re.compile(pattern), names
 
 
-def read_english(text):
+def read_english(text: str) -> Event:
     """The concept in each slot, None where it is left open; fails on any other sentence."""
     pattern, names = english_sentence()
     match = pattern.fullmatch(text[0].lower() + text[1:])
@@ -73,7 +80,7 @@ def read_english(text):
     return {slot: names[slot].get(match[slot]) for slot in SLOTS}
 
 
-def label_of(premise, hypothesis):
+def label_of(premise: Event, hypothesis: Event) -> str:
     """The label by the meaning of the words alone: what each of them also is."""
     if hypothesis["subject"] == NOBODY:
         return "contradiction"
@@ -92,12 +99,12 @@ def label_of(premise, hypothesis):
     return max(verdicts, key=LABELS.index)
 
 
-def test_same_seed_same_groups_and_a_longer_run_begins_with_a_shorter(groups):
+def test_same_seed_same_groups_and_a_longer_run_begins_with_a_shorter(groups: list[Group]) -> None:
     assert list(generate_groups(500, seed=0)) == groups[:500]
     assert list(generate_groups(50, seed=1)) != groups[:50]
 
 
-def test_shape(groups):
+def test_shape(groups: list[Group]) -> None:
     assert len(groups) == NUM_GROUPS
     assert groups[0]["id"] == "demo-000001"
     assert len({group["id"] for group in groups}) == NUM_GROUPS
@@ -107,13 +114,13 @@ def test_shape(groups):
         assert all(tuple(texts) == ("premise", "hypothesis") for texts in group["texts"].values())
 
 
-def test_pairs_are_distinct_in_every_language(groups):
+def test_pairs_are_distinct_in_every_language(groups: list[Group]) -> None:
     for language in LANGUAGES:
         pairs = {tuple(group["texts"][language].values()) for group in groups}
         assert len(pairs) == NUM_GROUPS, language
 
 
-def test_labels_are_balanced(groups):
+def test_labels_are_balanced(groups: list[Group]) -> None:
     for start in range(0, NUM_GROUPS, 3):
         assert {group["label"] for group in groups[start : start + 3]} == set(LABELS)
     # In a fixed order, the position of a group would give its label away.
@@ -122,18 +129,33 @@ def test_labels_are_balanced(groups):
 
 
 @pytest.mark.parametrize("num_groups", [-1, MAX_GROUPS + 1])
-def test_impossible_numbers_are_refused_at_once(num_groups):
+def test_impossible_numbers_are_refused_at_once(num_groups: int) -> None:
     with pytest.raises(ValueError, match=f"not {num_groups}$"):
         generate_groups(num_groups, seed=0)
 
 
-def test_the_most_and_none_are_allowed():
+def test_the_most_and_none_are_allowed() -> None:
     assert len(list(islice(generate_groups(MAX_GROUPS, seed=7), 100))) == 100
     assert list(generate_groups(0, seed=7)) == []
 
 
+def test_it_is_a_published_dataset_that_reads_no_files(groups: list[Group]) -> None:
+    """Its groups are those of the input's number and the run's seed; too many are refused under the key's name."""
+    dataset = tasks.dataset("demo")
+    one = InputConfig(kind="demo", num_groups=50)
+    assert "demo" in tasks.published()
+    assert dataset.files(one) == []
+    assert set(dataset.SETTINGS) == {"num_groups"}
+    assert list(dataset.records(one, 0)) == groups[:50]
+    assert list(dataset.records(one, 1)) == list(generate_groups(50, seed=1))
+    with pytest.raises(
+        UserError, match=rf"^data\.inputs\.num_groups: .* 0 to {MAX_GROUPS} groups, not {MAX_GROUPS + 1}$"
+    ):
+        dataset.records(InputConfig(kind="demo", num_groups=MAX_GROUPS + 1), 0)
+
+
 @pytest.mark.parametrize("language", LANGUAGES)
-def test_sentences_are_whole(groups, language):
+def test_sentences_are_whole(groups: list[Group], language: str) -> None:
     end = {"hi": "।", "zh": "。"}.get(language, ".")
     for group in groups:
         premise, hypothesis = group["texts"][language].values()
@@ -147,7 +169,7 @@ def test_sentences_are_whole(groups, language):
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
-def test_letters_are_of_the_script_of_the_language(groups, language):
+def test_letters_are_of_the_script_of_the_language(groups: list[Group], language: str) -> None:
     texts = [text for group in groups[:3000] for text in group["texts"][language].values()]
     letters = {char for char in "".join(texts) if char.isalpha()}
     script = SCRIPTS.get(language, "LATIN")
@@ -158,7 +180,7 @@ def test_letters_are_of_the_script_of_the_language(groups, language):
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
-def test_no_two_concepts_of_a_slot_look_alike(language):
+def test_no_two_concepts_of_a_slot_look_alike(language: str) -> None:
     for slot in SLOTS:
         concepts = [*LEXICON[slot], *([None] if slot in LEXICON["left_open"] else [])]
         concepts += [NOBODY] if slot == "subject" else []
@@ -167,7 +189,7 @@ def test_no_two_concepts_of_a_slot_look_alike(language):
         assert [phrase for phrase, count in Counter(phrases).items() if count > 1] == [], slot
 
 
-def test_lexicon_says_every_word_in_every_language():
+def test_lexicon_says_every_word_in_every_language() -> None:
     for slot in SLOTS:
         for concept, words in LEXICON[slot].items():
             assert set(words) - {"is_a", "antonym", "case", "gender"} == set(LANGUAGES), concept
@@ -180,7 +202,7 @@ def test_lexicon_says_every_word_in_every_language():
         assert sorted(re.findall(r"{(\w+)}", pattern)) == sorted(SLOTS), language
 
 
-def test_lexicon_is_coherent():
+def test_lexicon_is_coherent() -> None:
     for slot in ("subject", "object", "place"):
         kinds = [words["is_a"] for words in LEXICON[slot].values() if "is_a" in words]
         assert set(kinds) == {concept for concept, words in LEXICON[slot].items() if "is_a" not in words}
@@ -192,7 +214,7 @@ def test_lexicon_is_coherent():
         assert LEXICON["verb"][words["antonym"]]["antonym"] == verb
 
 
-def test_lexicon_has_the_forms_that_sentences_ask_for():
+def test_lexicon_has_the_forms_that_sentences_ask_for() -> None:
     for verb, words in LEXICON["verb"].items():
         assert words["case"] in ("bare", "acc"), verb
         for language in LANGUAGES:
@@ -214,7 +236,7 @@ def test_lexicon_has_the_forms_that_sentences_ask_for():
             assert words.get("gender", "f") == "f"
 
 
-def test_all_words_are_used(events):
+def test_all_words_are_used(events: list[tuple[Event, Event]]) -> None:
     used = defaultdict(set)
     for pair in events:
         for slot in SLOTS:
@@ -228,7 +250,9 @@ def test_all_words_are_used(events):
         assert used[slot] == expected
 
 
-def test_labels_follow_from_the_words(groups, events, labels):
+def test_labels_follow_from_the_words(
+    groups: list[Group], events: list[tuple[Event, Event]], labels: list[str]
+) -> None:
     wrong = [
         group["texts"]["en"]
         for group, (premise, hypothesis), label in zip(groups, events, labels, strict=False)
@@ -237,7 +261,7 @@ def test_labels_follow_from_the_words(groups, events, labels):
     assert wrong == []
 
 
-def test_natural_cues_are_there_and_not_everywhere(events, labels):
+def test_natural_cues_are_there_and_not_everywhere(events: list[tuple[Event, Event]], labels: list[str]) -> None:
     nobody = Counter(label for (_, after), label in zip(events, labels, strict=True) if after["subject"] == NOBODY)
     assert set(nobody) == {"contradiction"}
     assert 0.1 < nobody["contradiction"] / labels.count("contradiction") < 0.5
@@ -255,7 +279,7 @@ def test_natural_cues_are_there_and_not_everywhere(events, labels):
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
-def test_all_languages_say_the_same(groups, events, language):
+def test_all_languages_say_the_same(groups: list[Group], events: list[tuple[Event, Event]], language: str) -> None:
     """Taking the phrase of every slot out of a sentence leaves nothing but marks."""
     for group, pair in zip(groups[:3000], events, strict=False):
         for text, event in zip(group["texts"][language].values(), pair, strict=True):
@@ -269,7 +293,7 @@ def test_all_languages_say_the_same(groups, events, language):
             assert rest.strip(" .।。") == "", (text, event)
 
 
-def event(**concepts):
+def event(**concepts: str) -> Event:
     return dict.fromkeys(SLOTS) | concepts
 
 
@@ -356,9 +380,9 @@ HAND_WRITTEN = {
 
 
 @pytest.mark.parametrize("case", HAND_WRITTEN)
-def test_sentences_read_as_written_by_hand(case):
+def test_sentences_read_as_written_by_hand(case: str) -> None:
     told, expected = HAND_WRITTEN[case]
-    assert {language: demo_corpus._sentence(told, language) for language in LANGUAGES} == expected
+    assert {language: demo._sentence(told, language) for language in LANGUAGES} == expected
 
 
 def naive_bayes_accuracy(features: list[list[Hashable]], labels: list[str]) -> float:
@@ -380,13 +404,15 @@ def naive_bayes_accuracy(features: list[list[Hashable]], labels: list[str]) -> f
 
 # The hypotheses of SNLI alone give 0.67 of its labels (Gururangan et al., 2018).
 @pytest.mark.parametrize(("side", "limit"), [("premise", 0.47), ("hypothesis", 0.67)])
-def test_one_sentence_alone_does_not_give_the_label(events, labels, side, limit):
+def test_one_sentence_alone_does_not_give_the_label(
+    events: list[tuple[Event, Event]], labels: list[str], side: str, limit: float
+) -> None:
     one = [pair[side == "hypothesis"] for pair in events]
     words = [[(slot, concept) for slot, concept in event.items()] for event in one]
     assert naive_bayes_accuracy(words, labels) < limit
 
 
-def test_the_changed_words_of_both_sentences_do(events, labels):
+def test_the_changed_words_of_both_sentences_do(events: list[tuple[Event, Event]], labels: list[str]) -> None:
     # Also shows that the classifier above can learn.
     changes = [[(s, before[s], after[s]) for s in SLOTS if before[s] != after[s]] for before, after in events]
     assert naive_bayes_accuracy(changes, labels) > 0.85

@@ -16,7 +16,7 @@ import tiny
 import torch
 
 from alsace_dist.errors import EXIT_STOPPED
-from alsace_dist.monitor.scalars import read_metrics
+from alsace_dist.monitor.scalars import read_scalars
 
 
 def make_run(world: Path, directory: Path, **sections: Any) -> Path:
@@ -26,7 +26,7 @@ def make_run(world: Path, directory: Path, **sections: Any) -> Path:
 
 
 def losses(directory: Path) -> list[tuple[int, float]]:
-    rows = read_metrics(directory / "run/finetune/metrics.jsonl")
+    rows = read_scalars(directory / "run/finetune/metrics.jsonl")
     return [(row["step"], row["loss"]) for row in rows]
 
 
@@ -34,7 +34,7 @@ def losses(directory: Path) -> list[tuple[int, float]]:
 def undisturbed(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Twelve steps on two ranks under ZeRO-2, a checkpoint every four."""
     directory = tmp_path_factory.mktemp("training") / "undisturbed"
-    tiny.alsace("finetune", str(make_run(world, directory)))
+    tiny.do("finetune", make_run(world, directory))
     return directory
 
 
@@ -77,10 +77,20 @@ def test_ranks_with_unequal_numbers_of_micro_batches_train_the_same(
 ) -> None:
     """Of the 10 examples of a step 4, 3 and 3 go to three ranks: two micro-batches of at most 3, and one, and one."""
     settings = {"num_processes": 3, "zero_stage": zero_stage, "dtype": dtype}
-    tiny.alsace("finetune", str(make_run(world, tmp_path / "x", engine=settings, finetune={"micro_batch_size": 3})))
+    tiny.do("finetune", make_run(world, tmp_path / "x", engine=settings, finetune={"micro_batch_size": 3}))
     got, wanted = losses(tmp_path / "x"), losses(undisturbed)
     tolerance = 2e-4 if dtype == "fp32" else 0.02
     assert [loss for _, loss in got] == pytest.approx([loss for _, loss in wanted], rel=tolerance)
+
+
+def test_a_frozen_vocabulary_is_exported_as_it_was(world: Path, tmp_path: Path) -> None:
+    config = make_run(world, tmp_path / "x", engine={"zero_stage": 3, "gradient_checkpointing": True})
+    tiny.alsace("finetune", str(config), "--finetune.freeze_vocabulary=true")
+    before, after = tiny.state_of(world / "model"), tiny.state_of(tmp_path / "x/run/finetune/model")
+    assert before.keys() == after.keys()
+    assert torch.equal(after["shared.weight"], before["shared.weight"])
+    assert not torch.equal(after["lm_head.weight"], before["lm_head.weight"])
+    assert losses(tmp_path / "x")[-1][1] < losses(tmp_path / "x")[0][1]
 
 
 def test_a_stop_before_the_ranks_are_ready_is_not_forgotten(world: Path, tmp_path: Path) -> None:
@@ -146,16 +156,15 @@ def test_a_stopped_run_goes_on_with_other_ranks_and_another_zero_stage(
     config = make_run(world, tmp_path / "x", finetune={"num_steps": 40, "checkpoint_every_steps": 1000})
     expected = make_run(world, tmp_path / "y", finetune={"num_steps": 40, "checkpoint_every_steps": 1000})
 
-    def engine(stage: int, ranks: int) -> list[str]:
-        return [f"--engine.zero_stage={stage}", f"--engine.num_processes={ranks}"]
+    def set_engine(path: Path, stage: int, ranks: int) -> Path:
+        value = tiny.yaml.safe_load(path.read_text())
+        value["engine"] |= {"zero_stage": stage, "num_processes": ranks}
+        return tiny.write_config(path, value)
 
-    value = tiny.yaml.safe_load(config.read_text())
-    value["engine"] |= {"zero_stage": first[0], "num_processes": first[1]}
-    tiny.write_config(config, value)
-    stop_after_first_step(config, tmp_path / "x/run")
+    stop_after_first_step(set_engine(config, *first), tmp_path / "x/run")
     (checkpoint,) = (tmp_path / "x/run/finetune/checkpoints").iterdir()
-    tiny.alsace("finetune", str(config), *engine(*second))
-    tiny.alsace("finetune", str(expected), *engine(*first))
+    tiny.do("finetune", set_engine(config, *second))
+    tiny.do("finetune", set_engine(expected, *first))
     got, wanted = losses(tmp_path / "x"), losses(tmp_path / "y")
     assert [step for step, _ in got] == [step for step, _ in wanted] == list(range(1, 41))
     assert 1 <= int(checkpoint.name.removeprefix("step-")) < 40

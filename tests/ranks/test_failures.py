@@ -6,33 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from alsace_dist.cli import _as_readable
-from alsace_dist.errors import EXIT_STOPPED, EXIT_USER_ERROR, Stopped, UserError
-from alsace_dist.ranks import group as runtime
-from alsace_dist.ranks.group import LeadCheck, PeerFailed, RankFailed
-
-
-def test_a_lead_that_is_too_short_is_said_once(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv(runtime.LEAD_SECONDS, "60")
-    check = LeadCheck()
-    check(59.0, "a step and a checkpoint")
-    assert capsys.readouterr().err == ""
-    check(90.0, "a step and a checkpoint")
-    check(95.0, "a step and a checkpoint")
-    assert capsys.readouterr().err == (
-        "warning: a step and a checkpoint took 90 s, but the signal to stop comes 60 s before a job's end: "
-        "set lead_seconds in the site profile to 180, or work is lost\n"
-    )
-
-
-def test_outside_a_job_no_lead_is_too_short(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.delenv(runtime.LEAD_SECONDS, raising=False)
-    LeadCheck()(1e9, "a step")
-    assert capsys.readouterr().err == ""
+from alsace_dist.errors import EXIT_STOPPED, EXIT_USER_ERROR, PeerFailed, RankFailed, Stopped, UserError
+from alsace_dist.ranks import job
+from alsace_dist.ranks.failures import exit_code, is_plain, readable, record_cause
 
 
 @pytest.mark.parametrize(
@@ -55,7 +31,7 @@ def test_outside_a_job_no_lead_is_too_short(
     ids=repr,
 )
 def test_exit_codes(error: BaseException, code: int) -> None:
-    assert runtime.exit_code(_as_readable(error)) == code
+    assert exit_code(readable(error)) == code
 
 
 def test_out_of_memory_is_told_with_what_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -64,22 +40,22 @@ def test_out_of_memory_is_told_with_what_was_asked_for(monkeypatch: pytest.Monke
     error = torch.OutOfMemoryError(
         "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 80 GiB"
     )
-    told = _as_readable(error)
-    assert runtime.is_plain(told)
+    told = readable(error)
+    assert is_plain(told)
     assert str(told).startswith("rank 3: out of memory (tried to allocate 2.00 GiB); lower micro_batch_size")
-    assert str(_as_readable(MemoryError())).startswith("rank 3: out of memory; lower")
+    assert str(readable(MemoryError())).startswith("rank 3: out of memory; lower")
     monkeypatch.delenv("RANK")  # prepare and select have no micro-batches
-    assert str(_as_readable(MemoryError())).startswith("out of memory; give this machine or job more")
+    assert str(readable(MemoryError())).startswith("out of memory; give this machine or job more")
 
 
 def test_the_cause_of_a_job_is_the_first_that_a_rank_has_of_its_own(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setenv(runtime.ATTEMPT_DIR, str(tmp_path))
+    monkeypatch.setenv(job.ATTEMPT_DIR, str(tmp_path))
     monkeypatch.delenv("RANK", raising=False)
     for node, error in enumerate([PeerFailed("rank 3 failed"), ValueError("two\nlines"), UserError("later")]):
-        monkeypatch.setenv(runtime.NODE_RANK, str(node))
-        runtime.record_cause(error)
+        monkeypatch.setenv(job.NODE_RANK, str(node))
+        record_cause(error)
     causes = sorted(tmp_path.glob("cause-*"))  # as the job script sorts them
     assert [path.read_text() for path in causes[:2]] == ["ValueError: two lines\n", "later\n"]
     assert [path.name.split("-")[3:] for path in causes] == [["1", "node1"], ["2", "node2"], ["1", "node0"]]
