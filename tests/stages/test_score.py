@@ -48,6 +48,7 @@ def test_any_number_of_ranks_gives_the_same_bytes(world: Path, tmp_path: Path, o
     tiny.do("score", make_run(world, tmp_path / "x", engine={"num_processes": num_ranks}))
     assert score_bytes(tmp_path / "x") == score_bytes(one_rank)
     assert len(score_bytes(one_rank)) == 3 + 2
+    assert not list((tmp_path / "x/run").rglob("progress.json"))  # whichever rank has drawn the last shard
 
 
 LAUNCHERS = {
