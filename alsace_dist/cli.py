@@ -62,7 +62,7 @@ def run(config: str, *, dry_run: bool = False, debug: bool = False, **overrides:
 
 
 def prepare(config: str, *, on_bad: str = "", debug: bool = False, **overrides: Any) -> None:
-    """Turn source data into shards.
+    """Turn inputs into shards.
 
     Args:
         config: the run's YAML.

@@ -146,7 +146,7 @@ class DataConfig(Section):
     splits: dict[Split, Annotated[float, Field(gt=0, le=1e12)]] = {}
     """Share (below 1) or number (from 1) of the groups of undivided inputs that each split gets, by hash of the id."""
     withhold_labels: list[Split] = ["pretrain", "unlabeled"]
-    """Splits that are written without labels, whatever the source says."""
+    """Splits that are written without labels, whatever the inputs say."""
     source_language: str = "en"
     """The language that has labels."""
     languages: list[str] | None = None

@@ -15,7 +15,7 @@ from alsace_dist.config import Config, EngineConfig, Split, TrainConfig
 from alsace_dist.data.rows import answers_of
 from alsace_dist.data.stream import CanonicalOrder
 from alsace_dist.errors import UserError
-from alsace_dist.files.layout import Layout, data_url
+from alsace_dist.files.layout import MODEL, Layout, data_url
 from alsace_dist.files.shards import Dataset, open_dataset
 from alsace_dist.stages import distill, finetune, pretrain, score
 from alsace_dist.stages.base import Stage, TrainingStageModule
@@ -95,7 +95,7 @@ def _model(config: Config) -> tuple["type[Family]", Any, int | None, list[str]]:
 
     distinct = {answer for answers in config.task.answers().values() for answer in answers}
     if config.model.nano:
-        directory = Layout(Path(config.run_dir)).pretrain / "model"
+        directory = Layout(Path(config.run_dir)).pretrain / MODEL
         if (directory / "config.json").exists():
             return MT5, MT5.load_config(directory), len(distinct), []
         note = "The nano model's vocabulary is as configured; sentinels and answers are added to its tokenizer."

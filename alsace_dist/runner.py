@@ -15,7 +15,7 @@ from alsace_dist.config import Config
 from alsace_dist.errors import NotReady, RankFailed, UserError
 from alsace_dist.files.evaluation import KIND as EVALUATION
 from alsace_dist.files.evaluation import read_evaluation
-from alsace_dist.files.layout import Layout
+from alsace_dist.files.layout import MODEL, Layout
 from alsace_dist.ranks import group, job, launcher
 from alsace_dist.ranks.group import Ranks
 from alsace_dist.stages.base import Output, Stage, model_after
@@ -86,7 +86,7 @@ def report(config: Config) -> None:
     details = {
         "report": layout.run / "report.html",
         "numbers": layout.run / "report.json",
-        "model": model.directory / "model" if model else config.model.path,
+        "model": model.directory / MODEL if model else config.model.path,
         "config": layout.config,
         "TensorBoard": f"tensorboard --logdir {layout.run / 'tensorboard'}",
     }

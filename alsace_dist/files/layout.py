@@ -6,6 +6,9 @@ from pathlib import Path
 from alsace_dist.config import Config
 
 CONFIG_FILE = "config.yaml"
+MODEL = "model"  # below the directory of a stage that trains one
+# Kinds of the manifests of stages whose outputs have no format of their own: prepared splits, and trained models.
+DATA, PRETRAIN, FINETUNE, DISTILL = "data", "pretrain", "finetune", "distill"
 
 
 def data_url(config: Config, split: str) -> str:

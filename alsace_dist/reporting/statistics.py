@@ -18,7 +18,7 @@ MAX_CELLS = 1 << 20
 class Summary:
     """How accuracy spreads over languages.
 
-    ``gap``: accuracy(source) - mean accuracy(others), None without the source language or without others.
+    ``gap``: accuracy(source language) - mean accuracy(others), None without the source language or without others.
     ``std``: population standard deviation over languages (they are all there are, not a sample).
     """
 
@@ -89,14 +89,14 @@ def paired_bootstrap(
     before: np.ndarray,
     after: np.ndarray,
     present: np.ndarray,
-    source: int | None,
+    source_column: int | None,
     num_resamples: int,
     rng: np.random.Generator,
 ) -> BootstrapIntervals:
     """Percentile intervals (Efron 1979) for the change of the macro average and of the gap.
 
     ``before``, ``after``, ``present``: bool [N groups, T languages]; outcomes count only where ``present``.
-    ``source``: column of the source language, None if it is not among them.
+    ``source_column``: column of the source language, None if it is not among them.
 
     A parallel group is drawn with all its languages (cluster bootstrap), because translations of one example are right
     or wrong together. A language that a resample happens to miss is left out of that resample's means.
@@ -121,12 +121,12 @@ def paired_bootstrap(
     drawn = counts > 0
     change = np.where(drawn, sums[:, :num_languages] / np.where(drawn, counts, 1.0), 0.0)  # of accuracy, [resamples, T]
     average = _interval(change.sum(axis=1) / drawn.sum(axis=1))
-    if source is None or num_languages == 1:
+    if source_column is None or num_languages == 1:
         return BootstrapIntervals(average, None)
-    others = np.arange(num_languages) != source
+    others = np.arange(num_languages) != source_column
     num_others = drawn[:, others].sum(axis=1)
-    defined = drawn[:, source] & (num_others > 0)
-    gap = change[defined, source] - change[defined][:, others].sum(axis=1) / num_others[defined]
+    defined = drawn[:, source_column] & (num_others > 0)
+    gap = change[defined, source_column] - change[defined][:, others].sum(axis=1) / num_others[defined]
     return BootstrapIntervals(average, _interval(gap) if len(gap) else None)
 
 

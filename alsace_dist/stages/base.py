@@ -15,7 +15,7 @@ from alsace_dist import __version__
 from alsace_dist.config import NOT_IN_FINGERPRINT, Config, EngineConfig, Split, TrainConfig
 from alsace_dist.errors import NotReady, UserError
 from alsace_dist.files import manifest
-from alsace_dist.files.layout import Layout
+from alsace_dist.files.layout import DATA, DISTILL, FINETUNE, MODEL, PRETRAIN, Layout
 from alsace_dist.files.manifest import Manifest
 from alsace_dist.files.shards import Dataset
 from alsace_dist.ranks.group import Ranks
@@ -171,10 +171,10 @@ def model_after(config: Config, layout: Layout, round_: int) -> Output | None:
     ``round_``: 0: before any round of distillation; -1: before finetuning.
     """
     if round_ > 0:
-        return Output(layout.distill(round_), "distill")
+        return Output(layout.distill(round_), DISTILL)
     if round_ == 0 and config.finetune:
-        return Output(layout.finetune, "finetune")
-    return Output(layout.pretrain, "pretrain") if config.model.nano else None
+        return Output(layout.finetune, FINETUNE)
+    return Output(layout.pretrain, PRETRAIN) if config.model.nano else None
 
 
 def model_inputs(stage: Stage, round_: int) -> list[Output]:
@@ -200,7 +200,7 @@ def checked_model(stage: Stage, round_: int, ranks: Ranks) -> Path:
     if (output := model_after(stage.config, stage.layout, round_)) is None:
         return _given_model(stage.config)
     ranks.main_first(lambda: manifest.verify_files(output.directory, output.manifest()))
-    return output.directory / "model"
+    return output.directory / MODEL
 
 
 def _given_model(config: Config) -> Path:
@@ -215,7 +215,7 @@ def _given_model(config: Config) -> Path:
 
 def data_inputs(stage: Stage) -> list[Output]:
     """Prepared data as a declared input; nothing if it lies in ``data.directory``, where nobody prepares it."""
-    return [] if stage.config.data.directory is not None else [Output(stage.layout.data, "data")]
+    return [] if stage.config.data.directory is not None else [Output(stage.layout.data, DATA)]
 
 
 def only(outputs: Sequence[Output]) -> Output:

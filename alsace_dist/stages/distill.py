@@ -13,7 +13,7 @@ from alsace_dist.config import Config, DistillConfig, EngineConfig, Split
 from alsace_dist.data.rows import EncodedRow, Example, answers_of
 from alsace_dist.errors import UserError
 from alsace_dist.files import scores as score_files
-from alsace_dist.files.layout import data_url
+from alsace_dist.files.layout import DISTILL, data_url
 from alsace_dist.files.manifest import load_manifest
 from alsace_dist.files.selection import KIND as SELECTION
 from alsace_dist.files.selection import read_selection
@@ -32,7 +32,7 @@ from alsace_dist.stages.base import (
     training_fingerprint,
 )
 
-KIND = "distill"
+KIND = DISTILL
 ON_RANKS = True
 SPLIT: Split = "unlabeled"
 

@@ -7,7 +7,7 @@ import numpy as np
 from alsace_dist.config import Config, EngineConfig, FinetuneConfig, Split
 from alsace_dist.data.rows import EncodedRow, Example, answers_of
 from alsace_dist.errors import UserError
-from alsace_dist.files.layout import data_url
+from alsace_dist.files.layout import FINETUNE, data_url
 from alsace_dist.files.shards import Dataset, open_dataset
 from alsace_dist.ranks.group import Ranks
 from alsace_dist.stages.base import (
@@ -21,7 +21,7 @@ from alsace_dist.stages.base import (
     training_fingerprint,
 )
 
-KIND = "finetune"
+KIND = FINETUNE
 ON_RANKS = True
 SPLIT: Split = "labeled"
 START = -1  # the round of the model that finetuning starts from

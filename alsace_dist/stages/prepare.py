@@ -1,4 +1,4 @@
-"""Prepare: source data -> validated, divided shards of parallel groups.
+"""Prepare: inputs -> validated, divided shards of parallel groups.
 
 Every record is read before anything is written, so that all that is wrong can be said at once; the groups are
 held in memory meanwhile (a few kilobytes each: a million groups of short texts take a few gigabytes).
@@ -21,12 +21,13 @@ from alsace_dist.data.config_check import check_languages
 from alsace_dist.data.inputs import check_inputs, contents, read_groups
 from alsace_dist.data.records import BAD_RECORDS, BadRecords, Place, RecordRow, is_unicode, whole
 from alsace_dist.errors import UserError
+from alsace_dist.files.layout import DATA
 from alsace_dist.files.manifest import MANIFEST, begin, digest_bytes, digest_json, write_manifest
 from alsace_dist.files.shards import Dataset, ParallelGroup, write_dataset
 from alsace_dist.ranks.group import Ranks
 from alsace_dist.stages.base import Output, Stage, only
 
-KIND = "data"
+KIND = DATA
 ON_RANKS = False
 # Splits take undivided groups in this order, so that asking for more training data leaves the test groups as they are.
 SPLITS: tuple[Split, ...] = ("test", "labeled", "unlabeled", "pretrain")

@@ -15,7 +15,7 @@ from alsace_dist import __version__
 from alsace_dist.config import NOT_IN_FINGERPRINT, Config, EngineConfig, PretrainConfig, Split
 from alsace_dist.errors import UserError
 from alsace_dist.files import manifest
-from alsace_dist.files.layout import data_url
+from alsace_dist.files.layout import PRETRAIN, data_url
 from alsace_dist.files.shards import Dataset, ParallelGroup, open_dataset, read_shard
 from alsace_dist.ranks.group import Ranks
 from alsace_dist.stages.base import Output, Stage, data_inputs, only, run_training
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from alsace_dist.models.nano import NanoModel
     from alsace_dist.training.losses import MicroBatch
 
-KIND = "pretrain"
+KIND = PRETRAIN
 ON_RANKS = True
 SPLIT: Split = "pretrain"
 

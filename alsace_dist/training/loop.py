@@ -14,6 +14,7 @@ import torch
 from alsace_dist.config import EngineConfig, TrainConfig
 from alsace_dist.data.stream import PASS_COST, REDUCTION_COST, CanonicalOrder, TrainStream, micro_batches
 from alsace_dist.errors import Stopped
+from alsace_dist.files.layout import MODEL
 from alsace_dist.models.family import TrainableModel
 from alsace_dist.monitor.training import TrainingMonitor
 from alsace_dist.ranks.group import Ranks
@@ -128,7 +129,7 @@ def drop_checkpoints(directory: Path) -> None:
 
 def model_files(directory: Path) -> list[Path]:
     """The files of a finished training's model, for its manifest."""
-    return sorted(path for path in (directory / "model").iterdir() if path.is_file())
+    return sorted(path for path in (directory / MODEL).iterdir() if path.is_file())
 
 
 def _start(training: Training, ranks: Ranks) -> tuple[TrainEngine, int]:
@@ -172,7 +173,7 @@ def _enough_for_all_ranks(
 
 
 def _export(training: Training, engine: TrainEngine) -> None:
-    model = training.directory / "model"
+    model = training.directory / MODEL
     if engine.ranks.is_main:
         shutil.rmtree(model, ignore_errors=True)  # a start that was killed while exporting may have left files
     export(model, engine, training.model)
