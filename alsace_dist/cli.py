@@ -1,16 +1,17 @@
-"""The command ``alsace``: one thin function per command, read by fire. ``alsace COMMAND --help`` shows its flags."""
+"""The command ``alsace``: one thin function per command. ``alsace COMMAND --help`` shows what a command takes."""
 
-import functools
-import inspect
 import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from importlib import resources
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+from alsace_dist import streams
+from alsace_dist.arguments import Command, parse
 from alsace_dist.errors import Stopped, UserError
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ def demo(*, run_dir: str = "runs/demo", debug: bool = False, **overrides: Any) -
         debug: show tracebacks.
         overrides: settings of the demo's config by dotted name, such as --distill.num_epochs=2.
     """
-    path = Path(__file__).parent / "tasks/demo.yaml"
+    path = Path(__file__).parent / "presets/demo.yaml"
     run(str(path), debug=debug, **{"run_dir": run_dir} | overrides)
     tool = Path(sys.argv[0])  # the program as it was called: a virtual environment need not be on the PATH
     alsace, board = (tool, tool.with_name("tensorboard")) if tool.name == "alsace" else ("alsace", "tensorboard")
@@ -48,14 +49,18 @@ def run(config: str, *, dry_run: bool = False, debug: bool = False, **overrides:
         overrides: settings by dotted name, such as --distill.learning_rate=3e-5.
     """
     from alsace_dist import pipeline, runner
+    from alsace_dist.cluster.submit import write_config
+    from alsace_dist.ranks import failures
 
+    if failures.in_group():
+        raise UserError("run starts its ranks itself: call it without torchrun, or unset RANK and WORLD_SIZE")
     loaded = _load(config, overrides)
     found = pipeline.stages(loaded)
     if dry_run:
         for stage in found:
             print(f"{stage.state():<9} {stage.name}")
         return
-    pipeline.write_config(loaded, Path(config), found)
+    write_config(loaded, Path(config), found)
     for stage in found:
         runner.run_stage(stage, debug)
     runner.report(loaded)
@@ -170,19 +175,18 @@ def calibrate(config: str, *, variant: str = "", debug: bool = False, **override
     _single("calibrate", config, overrides, debug, None, variant)
 
 
-def plan(config: str, *, num_processes: str = "auto", debug: bool = False, **overrides: Any) -> None:
+def plan(config: str, *, num_processes: int = 0, debug: bool = False, **overrides: Any) -> None:
     """Say how many parameters the model has and what memory its states take per rank, without loading it.
 
     Args:
         config: the run's YAML.
-        num_processes: ranks over all nodes; auto: as many as would run here.
+        num_processes: ranks over all nodes; default: as many as would run here.
         debug: show tracebacks.
         overrides: settings by dotted name.
     """
     from alsace_dist import plan as planning
 
-    num_ranks = None if num_processes == "auto" else _whole_number("num_processes", num_processes)
-    planning.print_plan(_load(config, overrides), num_ranks)
+    planning.print_plan(_load(config, overrides), num_processes or None)
 
 
 def doctor(config: str = "", *, cluster: str = "", nodes: int = 0, debug: bool = False, **overrides: Any) -> None:
@@ -221,6 +225,7 @@ def submit(
     cluster: str,
     nodes: int = 0,
     stages: str = "",
+    after: str = "",
     dry_run: bool = False,
     debug: bool = False,
     **overrides: Any,
@@ -232,13 +237,14 @@ def submit(
         cluster: the site profile, a YAML as in slurm/clusters.
         nodes: nodes of the stages that compute on ranks; default: what the profile says.
         stages: comma-separated commands to submit, such as score,select,distill; default: all.
+        after: ids of Slurm jobs, comma-separated, that must have succeeded before the first one starts.
         dry_run: write the job scripts and submit nothing.
         debug: show tracebacks.
         overrides: settings of the config by dotted name.
     """
     from alsace_dist.cluster.submit import submit as submit_run
 
-    submit_run(_load(config, overrides), Path(config), cluster, nodes, stages, dry_run)
+    submit_run(_load(config, overrides), Path(config), cluster, nodes, stages, dry_run, after)
 
 
 def status(run: str, *, lines: int = 5, debug: bool = False) -> None:
@@ -254,6 +260,18 @@ def status(run: str, *, lines: int = 5, debug: bool = False) -> None:
     print_status(_of_run(run), lines)
 
 
+def init(task: str) -> None:
+    """Print a commented config to start from.
+
+    Args:
+        task: classification, xnli or demo; for yours: > my.yaml, then change what is marked.
+    """
+    found = {"classification": "classification", "xnli": "xnli-mt5-large", "xnli-xxl": "xnli-mt5-xxl", "demo": "demo"}
+    if task not in found:
+        raise UserError(f"init: {task!r} is not there; there are {', '.join(found)}")
+    print((resources.files("alsace_dist.presets") / f"{found[task]}.yaml").read_text(encoding="utf-8"), end="")
+
+
 def cancel(run: str, *, debug: bool = False) -> None:
     """Cancel what a run has in Slurm's queue.
 
@@ -266,50 +284,65 @@ def cancel(run: str, *, debug: bool = False) -> None:
     cancel_run(Path(run))
 
 
-COMMANDS: dict[str, Callable[..., None]] = {
-    "demo": demo,
-    "run": run,
-    "prepare": prepare,
-    "pretrain-nano": pretrain_nano,
-    "finetune": finetune,
-    "score": score,
-    "select": select,
-    "distill": distill,
-    "calibrate": calibrate,
-    "evaluate": evaluate,
-    "report": report,
-    "submit": submit,
-    "status": status,
-    "cancel": cancel,
-    "plan": plan,
-    "doctor": doctor,
+def completion(shell: str) -> None:
+    """Print a script that completes commands and flags: eval "$(alsace completion bash)", or zsh.
+
+    Args:
+        shell: bash or zsh.
+    """
+    from fire import completion as fire_completion
+
+    if shell not in ("bash", "zsh"):
+        raise UserError(f"completion: {shell!r} is not supported; use bash or zsh")
+    script = fire_completion.Script("alsace", {name: {} for name in COMMANDS}, shell="bash")
+    print(("autoload -U +X bashcompinit && bashcompinit\n" if shell == "zsh" else "") + script)
+
+
+_CLUSTER = "--cluster=slurm/clusters/generic.yaml"
+COMMANDS: dict[str, Command] = {
+    command.name: command
+    for command in (
+        Command("demo", demo, "alsace demo"),
+        Command("init", init, "alsace init xnli > xnli.yaml"),
+        Command("run", run, "alsace run configs/classification.yaml"),
+        Command("prepare", prepare, "alsace prepare CONFIG.yaml --on-bad=skip"),
+        Command("pretrain-nano", pretrain_nano, "alsace pretrain-nano configs/demo.yaml"),
+        Command("finetune", finetune, "alsace finetune CONFIG.yaml --finetune.num_epochs=5"),
+        Command("score", score, "alsace score CONFIG.yaml --round=0"),
+        Command("select", select, "alsace select CONFIG.yaml --round=1"),
+        Command("distill", distill, "alsace distill CONFIG.yaml --round=1 --variant=paper"),
+        Command("calibrate", calibrate, "alsace calibrate CONFIG.yaml"),
+        Command("evaluate", evaluate, "alsace evaluate CONFIG.yaml"),
+        Command("report", report, "alsace report runs/demo"),
+        Command("submit", submit, f"alsace submit CONFIG.yaml {_CLUSTER} --nodes=4"),
+        Command("status", status, "alsace status runs/xnli"),
+        Command("cancel", cancel, "alsace cancel runs/xnli"),
+        Command("plan", plan, "alsace plan configs/xnli-mt5-large.yaml --num-processes=8"),
+        Command("doctor", doctor, f"alsace doctor CONFIG.yaml {_CLUSTER} --nodes=4"),
+        Command("completion", completion, "alsace completion bash"),
+    )
 }
 
 
 def main() -> None:
     """Entry point. A person's mistake ends with one line on stderr and a non-zero exit code."""
-    import fire
-    import fire.parser
-
-    # Let fire hand over all values as text: it would read 1e-3 in a name as a number, and drop what follows a '#'.
-    fire.parser.DefaultParseValue = str
-    debug = any(argument in ("--debug", "--debug=True", "--debug=true") for argument in sys.argv)
+    streams.make_steady()
+    words = sys.argv[1:]
+    debug = any(word in ("--debug", "--debug=True", "--debug=true") for word in words)
     _stop_on_signals()
-    command = sys.argv[1:]
-    if len(command) > 1 and {"--help", "-h"} & set(command[1:]):
-        # Commands accept any --flag as an override, so fire would swallow --help; put it behind fire's `--`.
-        command = [command[0], "--", "--help"]
     error: BaseException | None = None
-    # fire complains of arguments that it has no use for only after it has called the command: so let it choose the
-    # command, and call that afterwards.
-    chosen: list[Callable[[], None]] = []
     try:
-        fire.Fire({name: _chooser(function, chosen) for name, function in COMMANDS.items()}, command, "alsace")
-        for call in chosen:
-            call()
+        parse(words, COMMANDS, _settings)()
     except (Exception, KeyboardInterrupt) as caught:
         error = caught
     _leave(error, debug)
+
+
+def _settings() -> list[str]:
+    """Names of the config's keys and sections."""
+    from alsace_dist.config import Config
+
+    return list(Config.model_fields)
 
 
 def _stop_on_signals() -> None:
@@ -318,34 +351,17 @@ def _stop_on_signals() -> None:
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
-    for number in (signal.SIGTERM, signal.SIGUSR2):
-        signal.signal(number, interrupt)
-
-
-def _chooser(function: Callable[..., None], chosen: list[Callable[[], None]]) -> Callable[..., None]:
-    """The command as fire sees it: a function that notes the call, with its flags as typed."""
-
-    @functools.wraps(function)
-    def choose(*arguments: str, **flags: str) -> None:
-        defaults = {name: one.default for name, one in inspect.signature(function).parameters.items()}
-        # Fire writes _ for - in the name of a flag, but a language or a variant may have a - in its own.
-        typed = [argument.removeprefix("--").partition("=")[0] for argument in sys.argv[2:]]
-        spelling = {name.replace("-", "_"): name for name in typed if "." in name}
-        values: dict[str, Any] = {spelling.get(name, name): text for name, text in flags.items()}
-        for name in flags.keys() & defaults.keys():
-            if isinstance(defaults[name], bool):
-                values[name] = _is_true(name, flags[name])
-            elif isinstance(defaults[name], int):
-                values[name] = _whole_number(name, flags[name])
-        chosen.append(functools.partial(function, *arguments, **values))
-
-    return choose
+    for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup lets SIGHUP be ignored
+            signal.signal(number, interrupt)
 
 
 def _leave(error: BaseException | None, debug: bool) -> None:
     """End the process: exit code 0, or what is to be said of the error and its exit code."""
     from alsace_dist.ranks import failures
 
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)  # one more Ctrl-C must not cut off the last words and the exit code
     code = 0
     if error is not None:
         shown = failures.readable(error)
@@ -359,7 +375,7 @@ def _leave(error: BaseException | None, debug: bool) -> None:
         # The launcher prints the error that came first, once, as the last line.
         if failures.ERROR_DIR not in os.environ:
             prefix = "" if isinstance(shown, Stopped) else "error: "
-            print(f"{prefix}{shown}", file=sys.stderr)
+            print(f"{prefix}{' '.join(str(shown).split())}", file=sys.stderr)  # one line, whatever a name holds
             failures.record_cause(shown)
     sys.stdout.flush()
     sys.stderr.flush()
@@ -395,6 +411,7 @@ def _single(
     ``round_``: None for a stage that there is once, whatever its round.
     """
     from alsace_dist import pipeline, runner
+    from alsace_dist.cluster.submit import write_config
     from alsace_dist.ranks import failures
 
     config = _load(path, overrides)
@@ -413,20 +430,6 @@ def _single(
         for stage in matching:
             runner.run_as_rank(stage)
         return
-    pipeline.write_config(config, Path(path), found)
+    write_config(config, Path(path), found)
     for stage in matching:
         runner.run_stage(stage, debug)
-
-
-def _is_true(name: str, text: str) -> bool:
-    """A flag's value; fire makes True of ``--flag``."""
-    if text.lower() in ("true", "false"):
-        return text.lower() == "true"
-    raise UserError(f"--{name}={text}: give true or false, or nothing")
-
-
-def _whole_number(name: str, text: str) -> int:
-    try:
-        return int(text)
-    except ValueError:
-        raise UserError(f"--{name}={text}: give a whole number") from None

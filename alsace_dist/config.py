@@ -13,7 +13,24 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
 Count = Annotated[int, Field(ge=1, le=10**9)]
 Seconds = Annotated[float, Field(gt=0.0, le=1e6)]
-Location = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]  # of files; ~ as shells read it
+
+
+def _is_location(text: str) -> str:
+    if not text.strip():
+        raise ValueError("must name a place, and is blank")
+    if "\0" in text or not text.isprintable():
+        raise ValueError(f"{text!a} holds a character that no path should; rename it")
+    return os.path.expanduser(text)  # noqa: PTH111 (a URL keeps its slashes); ~ as shells read it
+
+
+def _is_local(text: str) -> str:
+    if "://" in text or "::" in text:
+        raise ValueError(f"{text!r} is a URL; a run is written to a directory of this machine's disks")
+    return text
+
+
+Location = Annotated[str, Field(min_length=1), AfterValidator(_is_location)]  # of files or a store
+LocalDirectory = Annotated[Location, AfterValidator(_is_local)]
 
 
 class Section(BaseModel):
@@ -51,15 +68,17 @@ class TaskConfig(Section):
     """Candidate answers, one per label; or a mapping language -> answers, with a `default`. Empty: the labels."""
     decoder_prefix: str = ""
     """Text that the decoder has already produced before the answer, such as the sentinel <extra_id_0>."""
-    max_tokens: Count = 256
-    """Longest prompt in tokens; longer ones are cut at the end and counted."""
+    max_tokens: Annotated[int, Field(ge=2, le=100_000)] = 256
+    """Longest prompt in tokens; in longer ones the texts are cut, the longest first, and counted."""
 
     @field_validator("labels", mode="before")
     @classmethod
     def _labels_as_text(cls, value: Any) -> Any:
         """YAML reads true and 1 as what they are; data spells them as text."""
-        if not isinstance(value, list):
-            return value
+        if not isinstance(value, list):  # a set has no order, and the order of labels counts
+            raise ValueError(f"must be a list, in the order that answers have, not a {type(value).__name__}")
+        if bad := [label for label in value if not isinstance(label, str | int | float)]:
+            raise ValueError(f"holds {bad[0]!r}, which is no name; write each label as the data spells it")
         return [str(label).lower() if isinstance(label, bool) else str(label) for label in value]
 
     @model_validator(mode="after")
@@ -104,8 +123,9 @@ class TaskConfig(Section):
 class ColumnsConfig(Section):
     """Which columns of a table or a Hugging Face dataset hold what."""
 
-    id: str = "id"
-    """Column with the group's id; in a Hugging Face dataset without it, the row number is the id."""
+    id: str | None = "id"
+    """Column with the group's id; null: the row's number is the id, in every file anew, so that row N of each
+    language's file is one group. A Hugging Face dataset without the column has row numbers anyway."""
     language: str = "language"
     """Column with the language (long form: one row per group and language)."""
     label: str | None = "label"
@@ -121,7 +141,10 @@ class InputConfig(Section):
     """jsonl (plain or .gz), table (Parquet or CSV in long form), huggingface (through `datasets`), or the name of a
     published dataset: demo (generated)."""
     path: Annotated[str, AfterValidator(os.path.expanduser)] = ""
-    """File, or glob pattern of files; for huggingface a hub name or a local path."""
+    """File, or glob pattern of files, or for tables a path with {language} in it, such as xnli/test.{language}.tsv, a
+    file per language; for huggingface a hub name or a local path."""
+    name: Annotated[str, Field(pattern=r"^[^/\s]*$")] = ""
+    """Put before the ids of this input, as NAME/ID: for inputs whose ids start anew."""
     split: Split | None = None
     """All groups of this input go to that split; null: divided as `data.splits` says."""
     columns: ColumnsConfig = ColumnsConfig()
@@ -156,20 +179,28 @@ class DataConfig(Section):
     some languages than of others."""
     groups_per_shard: Count = 256
     """Parallel groups per shard."""
+    missing: list[str] = []
+    """Texts that stand for a missing translation, such as [NS] in PAWS-X: that language is missing in that group."""
     on_bad: Literal["stop", "skip"] = "stop"
     """What to do with bad records: stop and list them all, or skip and count them in the manifest."""
+    max_skipped: Fraction = 0.2
+    """Most that on_bad: skip may leave out, as a share of the records of a split, or of a label in it."""
+    min_parallel: Fraction = 0.1
+    """Least share of the unlabeled and test groups that must have two languages or more."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         if (self.directory is None) == (not self.inputs):
             raise ValueError("give either inputs or directory")
         if self.directory is not None:
-            for name in ("splits", "withhold_labels", "languages", "exposure", "groups_per_shard", "on_bad"):
+            for name in ("splits", "withhold_labels", "languages", "exposure", "groups_per_shard", "on_bad", "missing"):
                 if getattr(self, name) != type(self).model_fields[name].default:
                     raise ValueError(f"{name} says how inputs are prepared, and there are none; remove it")
         wanted = {one.split for one in self.inputs} | self.splits.keys()
         if self.exposure and "pretrain" not in wanted:
             raise ValueError("exposure thins out the pretrain split, and nothing goes there; remove it")
+        if self.languages is not None and len(set(self.languages)) != len(self.languages):
+            raise ValueError("languages holds a language twice; remove one")
         if self.languages is not None and self.source_language not in self.languages:
             raise ValueError(f"languages must hold the source_language {self.source_language!r}")
         if any(one.split is None for one in self.inputs) and not self.splits:
@@ -218,34 +249,25 @@ class ModelConfig(Section):
         return self
 
 
-# Sections and settings of DeepSpeed that this config does not make itself ("DeepSpeed Configuration JSON" in its
-# documentation).
-DEEPSPEED_KEYS = (
-    "zero_optimization",
-    "zero_allow_untested_optimizer",
-    "zero_force_ds_cpu_optimizer",
-    "communication_data_type",
-    "seq_parallel_communication_data_type",
-    "data_types",
-    "prescale_gradients",
-    "gradient_predivide_factor",
-    "sparse_gradients",
-    "amp",
-    "aio",
-    "compile",
-    "tensor_parallel",
-    "activation_checkpointing",
-    "flops_profiler",
-    "comms_logger",
-    "steps_per_print",
-    "wall_clock_breakdown",
-    "memory_breakdown",
-    "dump_state",
-    "csv_monitor",
-    "wandb",
-    "comet",
-    "tensorboard",
-)
+# Raw settings of DeepSpeed that may be given: they change speed, memory or what is printed, and no result. ("DeepSpeed
+# Configuration JSON" in its documentation.) DeepSpeed passes over keys that it does not know in silence, and some that
+# it knows change the mathematics: gradient_allreduce_op: sum doubles the gradient with two ranks.
+DEEPSPEED_KEYS = {
+    "zero_optimization": dict,
+    "zero_allow_untested_optimizer": bool,
+    "zero_force_ds_cpu_optimizer": bool,
+    "communication_data_type": str,
+    "data_types": dict,
+    "aio": dict,
+    "activation_checkpointing": dict,
+    "flops_profiler": dict,
+    "comms_logger": dict,
+    "timers": dict,
+    "steps_per_print": int,
+    "wall_clock_breakdown": bool,
+    "memory_breakdown": bool,
+    "dump_state": bool,
+}
 
 
 class EngineConfig(Section):
@@ -270,7 +292,7 @@ class EngineConfig(Section):
     """Longest time without a step or a scored batch, checkpoints included, before a rank counts as hung: then all
     ranks write their stacks, say who is behind, and end. auto: half of timeout_seconds; null: never."""
     deepspeed: dict[str, Any] = {}
-    """Raw DeepSpeed settings, merged last over the ones that this config makes; DeepSpeed validates them."""
+    """Raw DeepSpeed settings, merged last over those that this config makes: such as change speed, memory or logs."""
 
     @field_validator("dtype", mode="before")
     @classmethod
@@ -291,12 +313,17 @@ class EngineConfig(Section):
         owned |= {"scheduler", "fp16", "bf16", "checkpoint", "gradient_clipping", "managed_gradient_accumulation"}
         if clash := sorted(owned & self.deepspeed.keys()):
             raise ValueError(f"deepspeed.{clash[0]} is set from this config's own keys; remove it")
-        for key in self.deepspeed:  # DeepSpeed itself passes over unknown keys
-            if key not in DEEPSPEED_KEYS and (meant := difflib.get_close_matches(key, DEEPSPEED_KEYS, 1, 0.8)):
-                raise ValueError(f"deepspeed.{key}: no such setting of DeepSpeed; {meant[0]} is meant?")
+        for key, value in self.deepspeed.items():
+            if key not in DEEPSPEED_KEYS:
+                meant = difflib.get_close_matches(key, DEEPSPEED_KEYS, 1, 0.8)
+                hint = f"{meant[0]} is meant?" if meant else f"there are {', '.join(DEEPSPEED_KEYS)}"
+                raise ValueError(f"deepspeed.{key}: not a setting that may be given here; {hint}")
+            if not isinstance(value, DEEPSPEED_KEYS[key]):
+                kind = {dict: "a mapping", bool: "true or false", int: "a whole number", str: "text"}[
+                    DEEPSPEED_KEYS[key]
+                ]
+                raise ValueError(f"deepspeed.{key} must be {kind}, not {value!r}")
         zero = self.deepspeed.get("zero_optimization", {})
-        if not isinstance(zero, dict):
-            raise ValueError("deepspeed.zero_optimization must be a mapping")
         if "stage" in zero:
             raise ValueError("deepspeed.zero_optimization.stage: use engine.zero_stage")
         return self
@@ -334,7 +361,7 @@ class TrainConfig(Section):
     """Decoupled weight decay."""
     max_gradient_norm: Annotated[float, Field(ge=0)] = 1.0
     """Gradients are clipped to this global norm; 0: not clipped."""
-    dropout: Fraction = 0.0
+    dropout: Annotated[float, Field(ge=0.0, le=0.9)] = 0.0
     """Dropout rate. Above 0 the loss depends on how a batch is split over ranks."""
     freeze_vocabulary: bool = False
     """Keep the embedding matrix fixed (21 % of mT5-large's parameters, 14 % of XL's)."""
@@ -383,7 +410,7 @@ class FinetuneConfig(TrainConfig):
     """Stage 0: learn the task from the source language's labels."""
 
     num_epochs: Positive | None = 3.0
-    learning_rate: Positive = 1e-3
+    learning_rate: Positive = 1e-4
     num_examples: Count | None = None
     """Few-shot: this many labeled groups, the first in shard order; null: all."""
 
@@ -461,7 +488,7 @@ class DistillConfig(TrainConfig):
     """Stage 2: cross-lingual self-distillation from frozen teacher distributions."""
 
     num_epochs: Positive | None = 3.0
-    learning_rate: Positive = 5e-4
+    learning_rate: Positive = 5e-5
     targets: Literal["others", "ensemble", "anchor"] | None = None
     """What teachers learn from: the other teachers (the paper), the ensemble with themselves included, or their own
     frozen distribution. Students always learn from the teachers. Null: as `method` says."""
@@ -496,7 +523,7 @@ METHODS: dict[str, dict[str, dict[str, str]]] = {
 class Config(Section):
     """A run."""
 
-    run_dir: Location
+    run_dir: LocalDirectory
     """Directory of the run's outputs."""
     seed: Annotated[int, Field(ge=0, le=2**63 - 1)] = 0
     """Seed of splits, order, initial weights and resampling."""

@@ -10,7 +10,10 @@ from pydantic import ValidationError
 
 from alsace_dist.config import METHODS, OPTION_OF, Config, Section
 from alsace_dist.errors import UserError
+from alsace_dist.reading import MAX_DEPTH, depth_of, read_text, shorten
 
+MAX_YAML_BYTES = 4 << 20
+MAX_ALIASES = 30  # one of eight aliases within another has 16 million values
 SectionType = TypeVar("SectionType", bound=Section)
 
 
@@ -52,13 +55,29 @@ def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
 def read_yaml(file: Path, remedy: str) -> dict[str, Any]:
     """A YAML file that holds a mapping. Raises ``UserError``; ``remedy``: what to do if there is no such file."""
     try:
-        value = yaml.load(file.read_text(encoding="utf-8"), _Loader)
+        text = read_text(file, "give the path of a YAML file", MAX_YAML_BYTES)
     except FileNotFoundError:
         raise UserError(f"{file}: no such file; {remedy}") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{file}: cannot be read as YAML: {' '.join(str(error).split())}") from None
+    except OSError as error:
+        raise UserError(
+            f"{file}: cannot be read ({error.strerror or error}); correct the path or its permissions"
+        ) from None
+    value = _parse(text, f"{file}: ")
     if not isinstance(value, dict):
         raise UserError(f"{file}: must be a mapping of keys to values")
+    return value
+
+
+def _parse(text: str, prefix: str) -> Any:
+    """YAML of bounded depth, without aliases that multiply. Raises ``UserError``."""
+    try:
+        value = yaml.load(text, _Loader)
+    except RecursionError:
+        raise UserError(f"{prefix}nested too deeply; a config needs no more than {MAX_DEPTH} levels") from None
+    except (yaml.YAMLError, ValueError, TypeError, AttributeError, OverflowError, KeyError) as error:
+        raise UserError(f"{prefix}cannot be read as YAML: {shorten(error, 200)}") from None
+    if depth_of(value) > MAX_DEPTH:
+        raise UserError(f"{prefix}nested more than {MAX_DEPTH} deep, or within itself; write it flatter")
     return value
 
 
@@ -79,6 +98,16 @@ class _Loader(yaml.SafeLoader):
                 raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", node.start_mark)
         return super().construct_mapping(node, deep)
 
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """Count what aliases stand for: nine that refer to nine others nine times are a billion."""
+        if self.check_event(yaml.AliasEvent):
+            self.num_aliases = getattr(self, "num_aliases", 0) + 1
+            if self.num_aliases > MAX_ALIASES:
+                mark = self.peek_event().start_mark
+                raise yaml.composer.ComposerError(None, None, f"more than {MAX_ALIASES} aliases", mark)
+        node: yaml.Node | None = super().compose_node(parent, index)
+        return node
+
 
 # These patterns take no more words for numbers and truth values than PyYAML's resolver does, so that what PyYAML writes
 # is read back unchanged.
@@ -95,12 +124,14 @@ def parse_value(text: str) -> Any:
     """An override's value as YAML would read it; what is not YAML stays text, and so does what only looks like a
     mapping: ``a: b``, or a template's ``{text}``."""
     try:
-        value = yaml.load(text, _Loader)
-    except yaml.YAMLError:
+        value = _parse(text, "")
+    except UserError:
         return text
-    if not isinstance(value, dict) or (text.lstrip().startswith("{") and (not value or any(value.values()))):
+    if not isinstance(value, dict):
         return value
-    return text
+    is_flow = text.lstrip().startswith("{")
+    is_template = bool(value) and ":" not in text and all(one is None for one in value.values())
+    return value if is_flow and not is_template else text
 
 
 def _nest(dotted: str, value: Any) -> dict[str, Any]:
@@ -138,7 +169,7 @@ def _problems(error: ValidationError, value: Any, model: type[Section]) -> Itera
         elif row["type"] == "missing":
             message = "is needed and missing; add it (docs/ says what it holds)"
         elif row["type"] != "value_error":
-            message = f"{message}, not {row['input']!r}"
+            message = f"{message}, not {shorten(repr(row['input']))}"
         yield f"{key}: {message}" if key else message
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from alsace_dist.config import Config
-from alsace_dist.config_file import config_text, load_config, variant
+from alsace_dist.config_file import config_text, load_config, read_yaml, variant
 from alsace_dist.data.config_check import check_prepared
 from alsace_dist.data.inputs import check_inputs
 from alsace_dist.errors import UserError
@@ -109,16 +109,32 @@ def write_config(config: Config, yaml_path: Path, found: list[Stage]) -> None:
     Raises ``UserError`` if the run holds outputs of other settings, or if ``yaml_path`` is a person's file that would
     be written over.
     """
-    path, text = Layout(Path(config.run_dir)).config, config_text(config)
-    if path.exists():
-        old = path.read_bytes()
-        if old == text.encode():
+    layout, text = Layout(Path(config.run_dir)), config_text(config)
+    claim_run(layout)
+    if layout.config.exists():
+        if layout.config.read_bytes() == text.encode():
             return
-        if path.samefile(yaml_path) and old != config_text(load_config(yaml_path)).encode():
-            raise UserError(f"{yaml_path}: lies where the run's resolved config goes; move it out of run_dir")
         for stage in found:
             _refuse_other_settings(stage)
-    write_text(path, text)
+    write_text(layout.config, text)
+
+
+def claim_run(layout: Layout) -> None:
+    """Make sure that the files which lie in the run directory itself are this program's to write over.
+
+    The mark is a resolved ``config.yaml``, the first file of every run. Raises ``UserError`` that names a file of
+    somebody else's.
+    """
+    if layout.config.exists():
+        value = read_yaml(layout.config, "")
+        if not Config.model_fields.keys() <= value.keys():
+            raise UserError(f"{layout.config}: lies where the run's resolved config goes; move it out of run_dir")
+        return
+    for path in layout.files:
+        if path.exists():
+            raise UserError(
+                f"{path}: is not alsace_dist's, and would be written over; move it, or choose another run_dir"
+            )
 
 
 def _refuse_other_settings(stage: Stage) -> None:

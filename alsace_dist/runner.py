@@ -12,10 +12,11 @@ from pathlib import Path
 
 from alsace_dist import pipeline
 from alsace_dist.config import Config
+from alsace_dist.data import audit
 from alsace_dist.errors import NotReady, RankFailed, UserError
 from alsace_dist.files.evaluation import KIND as EVALUATION
 from alsace_dist.files.evaluation import read_evaluation
-from alsace_dist.files.layout import MODEL, Layout
+from alsace_dist.files.layout import DATA, MODEL, Layout
 from alsace_dist.ranks import group, job, launcher
 from alsace_dist.ranks.group import Ranks
 from alsace_dist.stages.base import Output, Stage, model_after
@@ -31,7 +32,12 @@ def run_stage(stage: Stage, debug: bool = False) -> None:
         return
     if stage.on_ranks:
         arguments = [stage.command, str(stage.layout.config), *stage.flags, *(["--debug"] if debug else [])]
+        launcher.check_room(stage.config.engine)
         launcher.launch(arguments, launcher.num_local_processes(stage.config.engine), debug)
+        if job.num_nodes() == 1 and not stage.is_complete():  # of several nodes, a slow disk may not show it yet
+            raise RankFailed(
+                f"{stage.name}: its ranks ended without an error and without a result; see their output above"
+            )
         return
     print(stage.name, file=sys.stderr)
     with alone(stage.lock, stage.name):
@@ -90,11 +96,20 @@ def report(config: Config) -> None:
         "config": layout.config,
         "TensorBoard": f"tensorboard --logdir {layout.run / 'tensorboard'}",
     }
-    write_report(layout.run, evaluations, details, alpha=config.evaluate.alpha)
+    write_report(layout.run, evaluations, details, alpha=config.evaluate.alpha, data=_data_lines(layout))
     console = Console()
     print_summary(next(iter(evaluations.values())), console, alpha=config.evaluate.alpha)
     for name, value in details.items():
         console.print(f"{name:<12} {value}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _data_lines(layout: Layout) -> list[str]:
+    """What the audit has found in the data that this run has prepared; nothing for data prepared elsewhere."""
+    output = Output(layout.data, DATA)
+    details = output.manifest().details if output.exists else {}
+    skipped = [f"left out: {number:,} records with {kind}" for kind, number in details.get("bad_records", {}).items()]
+    missing = [f"{language}: {number:,} texts missing" for language, number in details.get("num_missing", {}).items()]
+    return [*(audit.lines(details["audit"]) if "audit" in details else []), *skipped, *missing]
 
 
 @contextmanager

@@ -148,7 +148,7 @@ def test_yaml_snippets_are_valid(snippet: str, tmp_path: Path) -> None:
 
 
 def test_the_first_example_can_be_prepared_as_it_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert len(SNIPPETS) == 4
+    assert len(SNIPPETS) == 5
     monkeypatch.chdir(tmp_path)
     Path("reviews.jsonl").write_text(blocks("data.md", "json")[0], encoding="utf-8")
     Path("run.yaml").write_text(yaml.safe_dump(BASE) + SNIPPETS[0], encoding="utf-8")
@@ -183,7 +183,7 @@ def test_the_architecture_tells_the_layers_that_the_test_holds() -> None:
 
 
 def test_every_kind_of_bad_record_is_documented() -> None:
-    readers = ["data/inputs.py", "data/tables.py", "data/hub.py", "stages/prepare.py"]
+    readers = ["data/inputs.py", "data/records.py", "data/tables.py", "data/hub.py", "stages/prepare.py"]
     source = "".join((ROOT / "alsace_dist" / name).read_text() for name in readers)
     kinds = set(re.findall(r"bad\.add\(\s*[\w.\[\]]+,\s*\"([^\"]+)\"", source))
     assert len(kinds) > 10

@@ -91,15 +91,28 @@ def test_a_deleted_stage_is_made_again_the_same(finished: Path) -> None:
     ("arguments", "words"),
     [
         (["run", "{dir}/absent.yaml"], "absent.yaml: no such file"),
-        (["run", "{dir}/c.yaml", "--distil.rate=1"], "distil: unknown key"),
+        (
+            ["run", "{dir}/c.yaml", "--distil.rate=1"],
+            "--distil.rate is no flag of run and no setting; did you mean --distill?",
+        ),
         (["distill", "{dir}/c.yaml", "--round=7"], "has no stage 'distill' with round 7"),
         (["score", "{dir}/c.yaml", "--variant=other"], "--variant=other"),
         (["report", "{dir}"], "give the directory of a run"),
-        (["plan", "{dir}/c.yaml", "--num-processes=all"], "--num_processes=all: give a whole number"),
+        (["plan", "{dir}/c.yaml", "--num-processes=all"], "--num-processes=all: give a whole number"),
         (["score", "{dir}/c.yaml", "--round=one"], "--round=one: give a whole number"),
-        (["doctor", "--foo=3"], "--foo: no flag of doctor"),
+        (["doctor", "--foo=3"], "doctor: --foo is no flag of doctor"),
+        (["rnu", "{dir}/c.yaml"], "'rnu' is no command; did you mean run?"),
+        (["run"], "run: needs CONFIG; for example: alsace run"),
+        (["run", "{dir}/c.yaml", "--debgu"], "did you mean --debug?"),
+        (["run", "{dir}/c.yaml", "--dry-run", "--dry-run"], "--dry-run is given twice"),
+        (["run", "{dir}/c.yaml", "--seed"], "--seed needs a value"),
+        (["run", "{dir}/c.yaml", "--", "--interactive"], "'--' is no flag"),
+        (["__class__"], "'__class__' is no command"),
+        (["cancel", "/nowhere"], "/nowhere: is not the directory of a run"),
+        (["init", "xnil"], "init: 'xnil' is not there"),
+        (["submit", "{dir}/c.yaml"], "submit: needs --cluster=..."),
         (["run", "{dir}/c.yaml", "--distill.learning-rate=1"], "distill.learning-rate: unknown key"),
-        (["run", "{dir}/c.yaml", "--dry-run=maybe"], "--dry_run=maybe: give true or false"),
+        (["run", "{dir}/c.yaml", "--dry-run=maybe"], "--dry-run=maybe: give true or false"),
     ],
 )
 def test_a_mistake_is_one_line(finished: Path, arguments: list[str], words: str) -> None:
@@ -114,7 +127,7 @@ def test_words_that_no_command_knows_start_nothing(world: Path, tmp_path: Path) 
     path = tiny.write_config(tmp_path / "c.yaml", tiny.make_config(world, run_dir=str(tmp_path / "run")))
     failed = tiny.alsace("run", str(path), "dry-run", check=False)
     assert failed.returncode == 2
-    assert "Could not consume arg: dry-run" in failed.stderr
+    assert "run: 'dry-run' is one word too many" in failed.stderr
     assert not (tmp_path / "run").exists()
 
 
@@ -140,12 +153,62 @@ def test_keys_are_taken_as_they_are_typed(world: Path, tmp_path: Path) -> None:
     assert resolved["variants"] == {"my-v": {"rounds": 2}, "new-v": {"rounds": 3}}
 
 
+def test_falsy_mappings_on_the_command_line_are_mappings(world: Path, tmp_path: Path) -> None:
+    value = tiny.make_config(world, run_dir=str(tmp_path / "run"))
+    path = tiny.write_config(tmp_path / "c.yaml", value)
+    tiny.alsace("prepare", str(path), "--evaluate={calibrate: false}", "--variants={}")
+    resolved = tiny.yaml.safe_load((tmp_path / "run/config.yaml").read_text())
+    assert resolved["evaluate"]["calibrate"] is False and resolved["variants"] == {}
+
+
+def test_version_init_and_completion(tmp_path: Path) -> None:
+    assert tiny.alsace("--version").stdout.startswith("alsace_dist ")
+    for task in ("classification", "xnli", "demo"):
+        (tmp_path / f"{task}.yaml").write_text(tiny.alsace("init", task).stdout)
+        assert tiny.yaml.safe_load((tmp_path / f"{task}.yaml").read_text())["task"]["labels"]
+    for shell in ("bash", "zsh"):
+        assert "pretrain-nano" in tiny.alsace("completion", shell).stdout
+
+
+@pytest.mark.parametrize(
+    ("place", "content"),
+    [
+        ("data/test/000099.tar", "theirs"),
+        ("finetune/model/model.safetensors", "theirs"),
+        ("report.md", "theirs"),
+        ("bad-records.txt", "theirs"),
+        ("config.yaml", "run_dir: elsewhere\n"),
+        ("scores/test/000000.parquet", "theirs"),
+    ],
+)
+def test_what_a_person_has_put_into_the_run_directory_is_left_alone(
+    world: Path, tmp_path: Path, place: str, content: str
+) -> None:
+    """Never remove or write over what this program has not marked as its own."""
+    path = tiny.write_config(tmp_path / "c.yaml", tiny.make_config(world, run_dir=str(tmp_path / "run")))
+    theirs = tmp_path / "run" / place
+    theirs.parent.mkdir(parents=True)
+    theirs.write_text(content)
+    failed = tiny.alsace("run", str(path), check=False)
+    assert failed.returncode == 2, failed.stderr
+    last = failed.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: ") and str(tmp_path / "run") in last and "Traceback" not in failed.stderr
+    assert theirs.read_text() == content
+
+
+@pytest.mark.parametrize("run_dir", [" ", "s3://bucket/run"])
+def test_a_run_is_written_to_a_directory(world: Path, tmp_path: Path, run_dir: str) -> None:
+    path = tiny.write_config(tmp_path / "c.yaml", tiny.make_config(world, run_dir=run_dir))
+    failed = tiny.alsace("prepare", str(path), check=False)
+    assert failed.returncode == 2 and "run_dir: " in failed.stderr
+
+
 @pytest.mark.parametrize("command", ["doctor", "demo", "run", "submit"])
 def test_help_is_all_that_it_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str) -> None:
     monkeypatch.chdir(tmp_path)
     done = tiny.alsace(command, "--help")
-    assert f"alsace {command}" in done.stderr + done.stdout
-    assert "--debug" in done.stderr + done.stdout
+    assert f"alsace {command}" in done.stdout and "example: " in done.stdout
+    assert "--debug" in done.stdout and done.stderr == ""
     assert list(tmp_path.iterdir()) == []
 
 

@@ -87,7 +87,7 @@ class SmallConfig(Section):
     memory: Line | None = None
     """Memory as Slurm writes it, such as 16G; null: the partition's default."""
     sbatch: list[Option] | None = None
-    """Further options of sbatch for them, such as none if the others' ask for GPUs; null: those of the others."""
+    """Further options of sbatch for them; null: those of the others without what names nodes or asks for GPUs."""
 
 
 class SiteProfile(Section):
@@ -112,7 +112,10 @@ class SiteProfile(Section):
     nodes: Count = 1
     """Nodes of the stages that compute on ranks; `alsace submit --nodes` wins."""
     gpus_per_node: Annotated[int, Field(ge=0)] = 0
-    """GPUs of each node."""
+    """GPUs of each node that a job gets."""
+    gpus_as: Literal["gpus-per-node", "gres", "none"] = "gpus-per-node"
+    """How sbatch is asked for them: --gpus-per-node; gres: --gres=gpu:...; none: not at all, for nodes come with theirs
+    or `sbatch` below asks."""
     gpu_type: Line | None = None
     """Kind of GPU, as the cluster names it."""
     ranks_per_node: Count | None = None
@@ -129,6 +132,8 @@ class SiteProfile(Section):
     """What stages of one task without GPUs ask for."""
     modules: list[Line] = []
     """Environment modules to load."""
+    purge_modules: bool = True
+    """Unload the submitter's modules before: false where that unloads what a site needs, such as Slurm's own."""
     venv: File | None = None
     """Virtual environment to activate: its directory."""
     conda: Line | None = None
@@ -194,6 +199,12 @@ class SiteProfile(Section):
             )
         if self.gpu_type and not self.gpus_per_node:
             raise ValueError("gpu_type needs gpus_per_node")
+        asking = next((line for line in self.sbatch if asks_for_gpus(line)), None)
+        if asking and (not self.gpus_per_node or self.gpus_as != "none"):
+            raise ValueError(
+                f"sbatch: {asking} asks for GPUs; say how many a node has in gpus_per_node, and gpus_as: gres for "
+                "--gres=gpu:..., or gpus_as: none to leave the asking to sbatch"
+            )
         if self.mail_type and not self.mail_user:
             raise ValueError("mail_type needs mail_user")
         if self.venv and self.conda:
@@ -205,6 +216,25 @@ class SiteProfile(Section):
     def time_of(self, stage: str) -> str:
         """Time limit of a stage's job."""
         return self.time if isinstance(self.time, str) else self.time.get(stage, self.time["default"])
+
+
+# Options that only the jobs of many nodes get: the others would be refused with several nodes for one task.
+NAMING_NODES = {"--nodelist", "--nodefile", "--contiguous", "--switches"}
+_GPU_OPTION = re.compile(r"--(gpus|gpus-per-[a-z]+|gpu-bind|gpu-freq|mem-per-gpu|cpus-per-gpu|ntasks-per-gpu)(=.*)?")
+_GPU_REQUEST = re.compile(r"--(gpus|gpus-per-task|gpus-per-socket|ntasks-per-gpu)(=.*)?")
+_GPU_RESOURCE = re.compile(r"--(gres|tres-per-[a-z]+)=(.*[,/:])?gpu([:=,].*)?")
+
+
+def asks_for_gpus(line: str) -> bool:
+    """Whether an option of sbatch asks for GPUs."""
+    return bool(_GPU_REQUEST.fullmatch(line) or _GPU_RESOURCE.fullmatch(line))
+
+
+def is_for_small(line: str) -> bool:
+    """Whether an option of sbatch also suits a job of one task without GPUs."""
+    return line.partition("=")[0] not in NAMING_NODES and not (
+        _GPU_OPTION.fullmatch(line) or _GPU_RESOURCE.fullmatch(line)
+    )
 
 
 # Options that the scripts set themselves: a second one would win or lose by its place.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from alsace_dist.cluster.profile import SiteProfile
+from alsace_dist.cluster.profile import SiteProfile, is_for_small
 from alsace_dist.config import Config
 from alsace_dist.errors import UserError
 from alsace_dist.files.layout import Layout
@@ -167,7 +167,15 @@ def _options(
             yield _option("mem", profile.small.memory)
     else:
         yield from _options_of_many(profile, num_nodes, num_ranks, num_tasks)
-    raw = profile.small.sbatch if is_small and profile.small.sbatch is not None else profile.sbatch
+    raw = profile.sbatch
+    if is_small:
+        own = profile.small.sbatch
+        raw = own if own is not None else [line for line in profile.sbatch if is_for_small(line)]
+    elif profile.gpus_per_node and profile.gpus_as == "gres":
+        # One option for all generic resources, for of two the last would win.
+        others = [line.removeprefix("--gres=") for line in raw if line.startswith("--gres=")]
+        yield _option("gres", ",".join([f"gpu:{_gpus(profile)}", *others]))
+        raw = [line for line in raw if not line.startswith("--gres=")]
     yield from (
         name if not equals else _option(name.removeprefix("--"), value)
         for name, equals, value in (line.partition("=") for line in raw)
@@ -179,14 +187,17 @@ def _options_of_many(profile: SiteProfile, num_nodes: int, num_ranks: int, num_t
     yield f"--ntasks-per-node={num_tasks}"
     cpus = profile.cpus_per_node or (8 * profile.gpus_per_node or num_ranks)
     yield f"--cpus-per-task={max(1, cpus // num_tasks)}"
-    if profile.gpus_per_node:
-        kind = f"{profile.gpu_type}:" if profile.gpu_type else ""
-        yield _option("gpus-per-node", f"{kind}{profile.gpus_per_node}")
+    if profile.gpus_per_node and profile.gpus_as == "gpus-per-node":
+        yield _option("gpus-per-node", _gpus(profile))
     for name, value in {"mem": profile.memory, "constraint": profile.constraint}.items():
         if value is not None:
             yield _option(name, value)
     if profile.exclusive:
         yield "--exclusive"
+
+
+def _gpus(profile: SiteProfile) -> str:
+    return f"{profile.gpu_type}:{profile.gpus_per_node}" if profile.gpu_type else str(profile.gpus_per_node)
 
 
 def _srun_options(profile: SiteProfile) -> list[str]:

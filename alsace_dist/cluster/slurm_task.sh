@@ -14,7 +14,16 @@ if [[ -z ${MASTER_ADDR:-} ]]; then
     MASTER_ADDR=$SLURM_LAUNCH_NODE_IPADDR
   fi
 fi
+# Arithmetic would run what stands in brackets in a variable: only digits come to it.
+[[ $SLURM_JOB_ID =~ ^[0-9]+$ ]] || { echo "error: SLURM_JOB_ID is not a number" >&2; exit 2; }
 export MASTER_ADDR MASTER_PORT="${MASTER_PORT:-$((10000 + SLURM_JOB_ID % 20000))}"
+
+# What ranks other than 0 print and the cause of a failure go there, and by it alsace knows that this is a job: in one
+# of `alsace submit` it is given, in an allocation of a person's it lies where srun was called.
+if [[ -z ${ALSACE_ATTEMPT_DIR:-} ]]; then
+  export ALSACE_ATTEMPT_DIR="$PWD/slurm-$SLURM_JOB_ID"
+  mkdir -p -- "$ALSACE_ATTEMPT_DIR"
+fi
 
 # Threads of a rank (engine.num_threads has the last word), and scratch space on the node itself.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"

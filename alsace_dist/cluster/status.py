@@ -1,5 +1,6 @@
 """How a submitted run stands: every stage in words, from its outputs, from Slurm, and from what its job left behind."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -62,7 +63,7 @@ def _state(job: Job, run: Path, row: queue.Submitted | None, found: queue.JobSta
         return "done"
     if row is None:
         return "done" if job.stage is None and (run / "report.json").exists() else "to do"
-    cause = cause_of(run, row.job_id)
+    cause = cause_of(run, row.job_id) or _last_error(Path(row.log), row.job_id)
     if found is None:
         if job.stage is None and (run / "report.json").exists():
             return "done"
@@ -78,8 +79,39 @@ def _state(job: Job, run: Path, row: queue.Submitted | None, found: queue.JobSta
     if found.state == "CANCELLED":
         if found.reason == "DependencyNeverSatisfied" and blocker:
             return f"cancelled: {blocker} has not succeeded"
+        if found.reason == "DependencyNeverSatisfied":
+            return "cancelled: the job that it was to follow has not succeeded"
         return "cancelled"
-    return f"failed: {cause or found.state.lower()}"
+    return f"failed: {_why(found, cause)}"
+
+
+def _why(found: queue.JobState, cause: str) -> str:
+    """The cause that the job has left, and what Slurm says of its end where that says more than that it failed."""
+    said = [found.state.lower().replace("_", " ")] if found.state != "FAILED" else []
+    said += [found.reason] if found.reason not in ("", "NonZeroExitCode") else []
+    code, _, number = found.exit_code.partition(":")
+    if number not in ("", "0"):
+        said.append(f"ended by signal {number}")
+    elif not cause and code not in ("", "0"):
+        said.append(f"exit code {code}")
+    words = ", ".join(said) or "no reason"
+    if cause:
+        return f"{cause} (Slurm: {words})" if said else cause
+    return f"Slurm says: {words}; its log says no more"
+
+
+def _last_error(log: Path, job_id: str) -> str:
+    """The last ``error:`` line of a job's last start in its log; empty if there is none.
+
+    Every start begins with a line that names its job, so an error of an earlier job is not taken for this one's.
+    """
+    found = ""
+    for line in reversed(tail(log)):
+        if line.startswith("== "):
+            return found if re.search(rf": job {job_id}[_,]", line) else ""
+        if not found and line.startswith(("error: ", "slurmstepd: error: ")):
+            found = line.removeprefix("slurmstepd: ").removeprefix("error: ").strip()
+    return ""
 
 
 def cause_of(run: Path, job_id: str) -> str:

@@ -1,5 +1,6 @@
 """Submit a run to a cluster: which of its stages become jobs, in which order; and cancel, and check the nodes."""
 
+import shlex
 import sys
 from pathlib import Path
 
@@ -12,25 +13,44 @@ from alsace_dist.config import Config
 from alsace_dist.config_file import config_text
 from alsace_dist.errors import UserError
 from alsace_dist.files.layout import Layout
+from alsace_dist.ranks.job import attempt_directory
 from alsace_dist.stages.base import Stage
 
 
-def submit(config: Config, yaml_path: Path, cluster: str, num_nodes: int, only: str, dry_run: bool) -> None:
+def submit(
+    config: Config, yaml_path: Path, cluster: str, num_nodes: int, only: str, dry_run: bool, after: str = ""
+) -> None:
     """Write the scripts of the stages that are not complete and submit them as a chain.
 
     ``yaml_path``: the YAML that the config was read from; ``cluster``: the site profile; ``num_nodes``: 0 as the
-    profile says; ``only``: comma-separated commands.
+    profile says; ``only``: comma-separated commands; ``after``: comma-separated ids of jobs that the first one waits
+    for.
 
-    Raises ``UserError`` if the run has jobs in the queue, holds outputs of other settings, or Slurm refuses.
+    Raises ``UserError`` if the run has jobs in the queue or is being submitted, holds outputs of other settings, or
+    Slurm refuses.
     """
     profile = load_profile(cluster)
     num_nodes = _num_nodes(profile, num_nodes)
     commands = [part for part in only.split(",") if part]
     if unknown := [command for command in commands if command not in JOB_COMMANDS]:
         raise UserError(f"--stages: no {unknown[0]!r}; there are {', '.join(JOB_COMMANDS)}")
+    pipeline.claim_run(Layout(Path(config.run_dir)))  # before the lock is written into somebody else's directory
+    with queue.alone(Path(config.run_dir)):
+        _submit(config, yaml_path, profile, num_nodes, commands, dry_run, after)
+
+
+def _submit(
+    config: Config,
+    yaml_path: Path,
+    profile: SiteProfile,
+    num_nodes: int,
+    commands: list[str],
+    dry_run: bool,
+    after: str,
+) -> None:
     found = pipeline.stages(config)
     run = Path(config.run_dir)
-    _write_config(config, yaml_path, found, is_only_reading=dry_run)
+    write_config(config, yaml_path, found, is_only_reading=dry_run)
     jobs = [job for job in scripts.jobs_of(config, found) if not commands or job.command in commands]
     complete = [job for job in jobs if _is_complete(job)]
     for job in complete:
@@ -45,18 +65,18 @@ def submit(config: Config, yaml_path: Path, cluster: str, num_nodes: int, only: 
             print(f"{written[job.name]}   {job.name}")
         print("nothing is submitted; each script can be given to sbatch by hand, in this order")
         return
-    if any(job.tasks == "ranks" for job in todo):
-        queue.check_num_nodes(num_nodes, profile.partition)
-    done = queue.submit(run, [(job.name, written[job.name]) for job in todo])
+    queue.check_scripts([written[job.name] for job in todo])
+    ids = queue.check_after(after) if after else []
+    done = queue.submit(run, [(job.name, written[job.name]) for job in todo], ids)
     width = max(len(row.job_id) for row in done)
     for row in done:
         print(f"{row.job_id:>{width}}  {row.name:<28} log: {row.log}")
     print(
         f"""
 Each job starts when the one before has succeeded.
-  alsace status {run}     how far it is
-  alsace cancel {run}     cancel what is left
-  tensorboard --logdir {run / "tensorboard"}     the curves"""
+  alsace status {shlex.quote(str(run))}     how far it is
+  alsace cancel {shlex.quote(str(run))}     cancel what is left
+  tensorboard --logdir {shlex.quote(str(run / "tensorboard"))}     the curves"""
     )
 
 
@@ -67,10 +87,10 @@ def check_cluster(config: Config, yaml_path: Path, cluster: str, num_nodes: int)
     """
     profile = load_profile(cluster)
     num_nodes = _num_nodes(profile, num_nodes)
-    _write_config(config, yaml_path, pipeline.stages(config), is_only_reading=True)
-    queue.check_num_nodes(num_nodes, profile.partition)
+    write_config(config, yaml_path, pipeline.stages(config))
     job = scripts.doctor_job(config)
     script = scripts.write_scripts(config, profile, [job], num_nodes)[job.name]
+    queue.check_scripts([script])
     log = script.parent / "logs" / f"{script.stem}.log"
     log.unlink(missing_ok=True)  # an earlier check has left its log
     job_id = queue.sbatch(script)
@@ -95,13 +115,23 @@ def _num_nodes(profile: SiteProfile, given: int) -> int:
     return given or profile.nodes
 
 
-def _write_config(config: Config, yaml_path: Path, found: list[Stage], is_only_reading: bool) -> None:
-    """Write the resolved config, but not one with other settings under jobs that are still to read it."""
+def write_config(config: Config, yaml_path: Path, found: list[Stage], is_only_reading: bool = True) -> None:
+    """Write the resolved config, but not one with other settings under jobs that are still to read it.
+
+    ``is_only_reading``: the config is all that is written, so that jobs in the queue do not matter if it says the same.
+    """
     run = Path(config.run_dir)
     path = Layout(run).config
-    is_same = path.exists() and path.read_text(encoding="utf-8") == config_text(config)
-    if not (is_only_reading and is_same):
-        queue.refuse_if_alive(run)
+    is_same = path.exists() and path.read_bytes() == config_text(config).encode()
+    in_job = attempt_directory() is not None  # one of those jobs, under a program that knows new settings
+    if not (is_only_reading and (is_same or in_job)):
+        try:
+            queue.refuse_if_alive(run)
+        except queue.NoSlurm as error:
+            if not is_only_reading:
+                raise
+            listed = Layout(run).slurm / "jobs.json"
+            raise queue.NoSlurm(f"{error}; if the run has no jobs in the queue any more, remove {listed}") from None
     pipeline.write_config(config, yaml_path, found)
 
 
@@ -145,6 +175,8 @@ def _is_complete(job: Job) -> bool:
 
 def cancel(run: Path) -> None:
     """Cancel what a run has in the queue, and say what that was."""
+    if not Layout(run).config.exists():
+        raise UserError(f"{run}: is not the directory of a run; give the run_dir of one")
     gone = queue.cancel(run)
     for row in gone:
         print(f"{row.job_id}  {row.name}: cancelled")

@@ -7,7 +7,7 @@ from typing import Any
 
 from alsace_dist.config import InputConfig, TaskConfig
 from alsace_dist.data.records import RecordRow, input_files
-from alsace_dist.data.tables import cells_of_tables, row_of_cells, wanted_columns
+from alsace_dist.data.tables import ROW_NUMBER, cells_of_tables, row_of_cells, wanted_columns
 from alsace_dist.errors import UserError
 
 
@@ -49,7 +49,7 @@ def read_huggingface(one: InputConfig, task: TaskConfig) -> Iterator[RecordRow]:
         tables = dataset.select_columns(wanted).with_format("arrow").iter(1000)
         for place, cells in cells_of_tables(tables, where):
             # Row numbers alone would collide: the splits of one dataset are different inputs.
-            cells.setdefault(one.columns.id, f"{name}/{one.hub_split or 'train'}/{place.number}")
+            cells.setdefault(one.columns.id or ROW_NUMBER, f"{name}/{one.hub_split or 'train'}/{place.number}")
             named = cells[one.columns.language] if language is None else language
             row = row_of_cells(place, cells, one, task, named)
             yield row._replace(label=_class_name(row.label, names)) if isinstance(label, datasets.ClassLabel) else row

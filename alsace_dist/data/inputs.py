@@ -65,8 +65,14 @@ def check_inputs(config: Config) -> None:
 
 
 def read_groups(one: InputConfig, config: Config, bad: BadRecords) -> Groups:
-    """The groups of one input, each as its rows (at least one)."""
-    return kind_of(one).read(one, config.task, config.seed, bad)
+    """The groups of one input, each as its rows (at least one). Raises ``UserError`` if it holds none."""
+    num_before, is_empty = len(bad.problems), True
+    for rows in kind_of(one).read(one, config.task, config.seed, bad):
+        is_empty = False
+        named = [row._replace(key=f"{one.name}/{row.key}") if one.name and row.key else row for row in rows]
+        yield named
+    if is_empty and len(bad.problems) == num_before:
+        raise UserError(f"data.inputs: {one.path or one.kind}: holds no records; correct the path, or remove the input")
 
 
 def contents(config: Config) -> dict[str, Any]:
@@ -95,6 +101,8 @@ def _lines_of_jsonl(path: Path, bad: BadRecords) -> Iterator[list[RecordRow]]:
             place = Place(str(path), number)
             if not line.strip():
                 continue
+            if number == 1:
+                _check_first_line(path, line)
             try:
                 text = line.rstrip().decode("utf-8-sig" if number == 1 else "utf-8")
                 record = json.loads(text, object_pairs_hook=_object_of_distinct_keys)
@@ -106,6 +114,19 @@ def _lines_of_jsonl(path: Path, bad: BadRecords) -> Iterator[list[RecordRow]]:
                 bad.add(place, "broken JSON", str(error))
             else:
                 yield from _rows_of_record(record, place, bad)
+
+
+def _check_first_line(path: Path, line: bytes) -> None:
+    """Raises ``UserError`` for the ways in which JSON is no JSONL as a whole."""
+    if line[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        raise UserError(f"{path}: is UTF-16; save it as UTF-8")
+    first = line.strip().removeprefix(b"\xef\xbb\xbf")
+    if first[:1] == b"[":
+        raise UserError(f"{path}: is one JSON array; JSONL has one object a line (jq -c '.[]' makes that of it)")
+    if first == b"{":
+        raise UserError(
+            f"{path}: has an object over several lines; JSONL has one object a line (jq -c . makes that of it)"
+        )
 
 
 def _object_of_distinct_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -167,15 +188,20 @@ def _published(name: str) -> InputKind:
             return _hashed(files)
         return {f"{name} of {one.num_groups}": {"sha256": digest_json(list(dataset.records(one, seed)))}}
 
-    return InputKind(dataset.SETTINGS, read, dataset.files, content)
+    return InputKind(dataset.SETTINGS | {"name"}, read, dataset.files, content)
 
 
 KINDS: dict[str, InputKind] = {
-    "jsonl": InputKind(frozenset({"path"}), _read_jsonl, input_files, lambda one, seed: _hashed(input_files(one))),
+    "jsonl": InputKind(
+        frozenset({"path", "name"}), _read_jsonl, input_files, lambda one, seed: _hashed(input_files(one))
+    ),
     "table": InputKind(
-        frozenset({"path", "columns"}), _read_tables, input_files, lambda one, seed: _hashed(input_files(one))
+        frozenset({"path", "name", "columns"}), _read_tables, input_files, lambda one, seed: _hashed(input_files(one))
     ),
     "huggingface": InputKind(
-        frozenset({"path", "columns", "subsets", "hub_split", "revision"}), _read_hub, hub.local_files, _content_of_hub
+        frozenset({"path", "name", "columns", "subsets", "hub_split", "revision"}),
+        _read_hub,
+        hub.local_files,
+        _content_of_hub,
     ),
 }

@@ -112,7 +112,11 @@ def input_files(one: InputConfig) -> list[Path]:
     Raises ``UserError`` if there is none.
     """
     path = Path(one.path)
-    names = [one.path] if path.exists() else sorted(glob.glob(one.path, recursive=True))  # noqa: PTH207 (may be absolute)
+    pattern = one.path.replace("{language}", "*")
+    names = [one.path] if path.exists() else sorted(glob.glob(pattern, recursive=True))  # noqa: PTH207 (may be absolute)
+    for name in names:
+        if Path(name).exists() and not (Path(name).is_file() or Path(name).is_dir()):
+            raise UserError(f"data.inputs.path: {name}: is a pipe or a device, no file; correct the path")
     if files := [Path(name) for name in names if Path(name).is_file()]:
         if broken := [str(file) for file in files if not is_unicode(str(file))]:
             raise UserError(f"data.inputs.path: {broken[0]!a}: the file's name is not UTF-8; rename it")

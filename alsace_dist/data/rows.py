@@ -12,7 +12,9 @@ import numpy as np
 
 from alsace_dist.config import TaskConfig
 from alsace_dist.files.shards import ParallelGroup
-from alsace_dist.tasks.base import candidates, for_language, prompt
+from alsace_dist.tasks.base import Part, candidates, for_language, prompt
+
+__all__ = ["Part"]  # models take it from here, for they do not know tasks
 
 
 @dataclass(frozen=True)
@@ -21,13 +23,14 @@ class Answers:
 
     ``fixed``: language -> the candidates of every row, of the languages that are to be encoded. ``every``: all
     candidates of the task, whatever the language. ``decoder_prefix``: text that the decoder has produced before the
-    answer. ``max_tokens``: longest prompt.
+    answer. ``templates``: all prompt templates. ``max_tokens``: longest prompt.
     """
 
     fixed: Mapping[str, tuple[str, ...]]
     every: tuple[str, ...]
     decoder_prefix: str
     max_tokens: int
+    templates: tuple[str, ...] = ()
 
     @property
     def num_candidates(self) -> int:
@@ -39,7 +42,7 @@ def answers_of(task: TaskConfig, languages: Iterable[str]) -> Answers:
     """The answers of a task in these languages. Raises ``UserError`` for a language without answers."""
     fixed = {language: tuple(for_language(task.answers(), language, "verbalizers")) for language in languages}
     every = tuple(answer for answers in task.answers().values() for answer in answers)
-    return Answers(fixed, every, task.decoder_prefix, task.max_tokens)
+    return Answers(fixed, every, task.decoder_prefix, task.max_tokens, tuple(task.templates().values()))
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,7 @@ class Row:
     key: str
     language: str
     label: int | None
-    prompt: str
+    prompt: tuple[Part, ...]
     candidates: tuple[str, ...]
 
 

@@ -1,32 +1,63 @@
 """Tables in long form, a row per group and language: CSV and Parquet; and the columns of any table."""
 
 import csv
+import fnmatch
 import io
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from alsace_dist.config import InputConfig, TaskConfig
-from alsace_dist.data.records import BadRecords, Place, RecordRow, input_files, key_of, open_bytes, whole
+from alsace_dist.data.records import (
+    BadRecords,
+    Place,
+    RecordRow,
+    input_files,
+    is_unicode,
+    key_of,
+    open_bytes,
+    whole,
+)
 from alsace_dist.errors import UserError
 
 Cells = dict[str, Any]
+ROW_NUMBER = "\0row number"  # no column has this name
 
 
 def read_tables(one: InputConfig, task: TaskConfig, bad: BadRecords) -> Iterator[RecordRow]:
-    """Rows of Parquet and CSV files in long form; the rows of a group may stand in several files of one input."""
+    """Rows of Parquet, CSV and TSV files in long form; the rows of a group may stand in several files of one input.
+
+    A path with ``{language}`` in it names a file per language, which then needs no column for it.
+    """
     for path in input_files(one):
-        if path.suffix == ".parquet":
-            rows = _read_parquet(path, one, task)
-        elif path.name.endswith((".csv", ".csv.gz")):
-            rows = _read_csv(path, one, task, bad)
+        language = language_of_file(one.path, path)
+        name = path.name.lower().removesuffix(".gz")
+        if name.endswith(".parquet"):
+            rows = _read_parquet(path, one, task, language is None)
+        elif name.endswith((".csv", ".tsv")):
+            rows = _read_csv(path, one, task, bad, "\t" if name.endswith(".tsv") else ",", language is None)
         else:
-            raise UserError(f"{path}: kind table reads .parquet, .csv and .csv.gz; convert it or correct the path")
+            raise UserError(
+                f"{path}: kind table reads .parquet, .csv and .tsv (.gz, too); convert it or correct the path"
+            )
         for place, cells in rows:
-            yield row_of_cells(place, cells, one, task, cells[one.columns.language])
+            named = cells[one.columns.language] if language is None else language
+            yield row_of_cells(place, cells, one, task, named)
 
 
-def _read_csv(path: Path, one: InputConfig, task: TaskConfig, bad: BadRecords) -> Iterator[tuple[Place, Cells]]:
+def language_of_file(pattern: str, path: Path) -> str | None:
+    """What stands in a file's name where the pattern says ``{language}``; None if it does not."""
+    if "{language}" not in pattern:
+        return None
+    first, *others = (fnmatch.translate(part)[4:-3] for part in str(Path(pattern)).split("{language}"))
+    match = re.fullmatch(first + "(?P<language>[^/]+?)" + "(?P=language)".join(others), str(path))
+    return match["language"] if match else None
+
+
+def _read_csv(
+    path: Path, one: InputConfig, task: TaskConfig, bad: BadRecords, delimiter: str, with_language: bool
+) -> Iterator[tuple[Place, Cells]]:
     with open_bytes(path) as file:
         # Bytes that are not UTF-8 become lone surrogates, which the checks of texts report with their line.
         text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
@@ -38,20 +69,24 @@ def _read_csv(path: Path, one: InputConfig, task: TaskConfig, bad: BadRecords) -
                 lines.append(line)
                 yield line
 
-        reader = csv.reader(remembered(), strict=True)
+        reader = csv.reader(remembered(), strict=True, delimiter=delimiter)
         header = next(reader, [])
         if not header:
             raise UserError(f"{path}: holds nothing; restore the file, or remove it from data.inputs")
-        wanted_columns(str(path), header, one, task, with_language=True)
+        _check_header(path, header, delimiter)
+        with_id = one.columns.id is not None
+        wanted_columns(str(path), header, one, task, with_language=with_language, with_id=with_id)
 
         def note_key(values: list[str]) -> None:
-            number = header.index(one.columns.id)
+            number = header.index(one.columns.id) if one.columns.id is not None else len(values)
             if number < len(values) and (key := key_of(whole(values[number]))):
                 bad.broken_keys.add(key)
 
+        number = 0
         while True:
             lines.clear()
             place = Place(str(path), reader.line_num + 1)
+            number += 1
             try:
                 values = next(reader)
             except StopIteration:
@@ -61,24 +96,44 @@ def _read_csv(path: Path, one: InputConfig, task: TaskConfig, bad: BadRecords) -
                     bad.add(place, "open quote", "never closed; it takes in all that follows")
                 else:
                     bad.add(place, "broken row", str(error))
-                    note_key(next(csv.reader(lines)))
+                    note_key(next(csv.reader(lines, delimiter=delimiter)))
                 continue
-            if len(values) == len(header):
+            if any(len(line.rstrip("\r\n").split(delimiter)) == len(header) > 1 for line in lines[1:-1] or lines[1:]):
+                bad.add(
+                    place, "open quote", f"takes in {len(lines) - 1} lines that look like rows; double it or remove it"
+                )
+            elif len(values) == len(header):
                 cells = dict(zip(header, values, strict=True))
-                yield place, cells | {one.columns.id: whole(cells[one.columns.id])}
+                if one.columns.id is None:
+                    yield place, cells | {ROW_NUMBER: str(number)}
+                else:
+                    yield place, cells | {one.columns.id: whole(cells[one.columns.id])}
             elif values:
                 bad.add(place, "broken row", f"{len(values)} cells under {len(header)} columns")
                 note_key(values)
 
 
-def _read_parquet(path: Path, one: InputConfig, task: TaskConfig) -> Iterator[tuple[Place, Cells]]:
+def _check_header(path: Path, header: Sequence[str], delimiter: str) -> None:
+    """Raises ``UserError`` if the cells are separated by something else, or the file is no UTF-8."""
+    if any("\0" in name or "\ufffd" in name or not is_unicode(name) for name in header):
+        raise UserError(f"{path}: is no UTF-8 text (UTF-16, as spreadsheets write it?); save it as UTF-8")
+    other = {";": "semicolons", "\t": "tabs", ",": "commas"}
+    if len(header) == 1 and (found := next((mark for mark in other if mark != delimiter and mark in header[0]), None)):
+        ending = "a name that ends in .tsv" if found == "\t" else "commas, as .csv, or with tabs, as .tsv"
+        raise UserError(f"{path}: its cells are separated by {other[found]}; write it with {ending}")
+
+
+def _read_parquet(path: Path, one: InputConfig, task: TaskConfig, with_language: bool) -> Iterator[tuple[Place, Cells]]:
     import pyarrow
     import pyarrow.parquet
 
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            wanted = wanted_columns(str(path), file.schema_arrow.names, one, task, with_language=True)
-            yield from cells_of_tables(file.iter_batches(columns=wanted), str(path))
+            with_id = one.columns.id is not None
+            names = file.schema_arrow.names
+            wanted = wanted_columns(str(path), names, one, task, with_language=with_language, with_id=with_id)
+            for place, cells in cells_of_tables(file.iter_batches(columns=wanted), str(path)):
+                yield place, cells | ({} if with_id else {ROW_NUMBER: str(place.number)})
     except (OSError, pyarrow.ArrowException) as error:
         raise UserError(
             f"{path}: cannot be read as Parquet ({' '.join(str(error).split())}); restore the file"
@@ -112,7 +167,7 @@ def wanted_columns(
     """The columns to read. Raises ``UserError`` if one is missing or ambiguous."""
     columns = one.columns
     wanted = {f"fields.{field}": columns.fields.get(field, field) for field in task.fields}
-    wanted |= {"id": columns.id} if with_id else {}
+    wanted |= {"id (null: row numbers)": columns.id} if with_id and columns.id is not None else {}
     wanted |= {"language": columns.language} if with_language else {}
     wanted |= {"label (null: no labels)": columns.label} if columns.label is not None else {}
     for option, name in wanted.items():
@@ -126,4 +181,5 @@ def row_of_cells(place: Place, cells: Cells, one: InputConfig, task: TaskConfig,
     columns = one.columns
     label = None if columns.label is None or cells[columns.label] == "" else cells[columns.label]
     fields = {field: cells[columns.fields.get(field, field)] for field in task.fields}
-    return RecordRow(place, key_of(cells[columns.id]), language, label, fields)
+    key = key_of(cells[ROW_NUMBER if columns.id is None else columns.id])
+    return RecordRow(place, key, language, label, fields)

@@ -9,6 +9,7 @@ CONFIG_FILE = "config.yaml"
 MODEL = "model"  # below the directory of a stage that trains one
 # Kinds of the manifests of stages whose outputs have no format of their own: prepared splits, and trained models.
 DATA, PRETRAIN, FINETUNE, DISTILL = "data", "pretrain", "finetune", "distill"
+REPORT_FILES = ("report.md", "report.html", "report.json", "report.svg")
 
 
 def data_url(config: Config, split: str) -> str:
@@ -27,6 +28,11 @@ class Layout:
     def config(self) -> Path:
         """The resolved config."""
         return self.run / CONFIG_FILE
+
+    @property
+    def files(self) -> list[Path]:
+        """What is written into the run's directory itself, beside the resolved config."""
+        return [self.run / name for name in ("bad-records.txt", *REPORT_FILES)]
 
     @property
     def locks(self) -> Path:

@@ -15,11 +15,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from alsace_dist import __version__
+from alsace_dist import __version__, reading
 from alsace_dist.errors import NotReady, UserError
 
 MANIFEST = "manifest.json"
 STARTED = "started.json"
+HANG = "hang"  # directory in which the watchdog of a stage that hangs leaves what it sees
 FORMAT_VERSION = 1
 
 
@@ -65,14 +66,7 @@ RERUN = "delete its directory and run the stage again"
 
 def read_json(path: Path, remedy: str = RERUN) -> Any:
     """Read JSON. Raises ``NotReady`` if the file is missing, ``UserError`` with this ``remedy`` if it is broken."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise NotReady(f"{path}: no such file; run the stage that writes it first") from None
-    except PermissionError:
-        raise  # the file is not broken, and the operating system's message names path and reason
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"{path}: not readable as JSON ({error}); {remedy}") from None
+    return reading.read_json(path, remedy)
 
 
 def digest_bytes(data: bytes) -> str:
@@ -214,17 +208,18 @@ def _shorten(value: Any) -> str:
 def is_complete(directory: Path, kind: str, fingerprint: dict[str, Any]) -> bool:
     """Whether the directory holds exactly this output already.
 
-    Raises ``OtherSettings`` if it holds, finished or begun, the output of another configuration, and says what differs.
+    Raises ``OtherSettings`` if it holds, finished or begun, the output of another configuration, and says what differs;
+    ``UserError`` if the mark in it is not this program's.
     """
     for name in (MANIFEST, STARTED):
         path = directory / name
         if not path.exists():
             continue
         found = read_json(path)
-        if not isinstance(found, dict):
-            raise UserError(f"{path}: broken; delete {directory} and run its stage again")
-        rows = differences(found.get("fingerprint"), json.loads(json.dumps(fingerprint)))
-        if rows or found.get("kind") != kind:
+        if not isinstance(found, dict) or not {"kind", "fingerprint"} <= found.keys():
+            raise UserError(f"{path}: was not written by alsace_dist; choose another run_dir, or move {directory} away")
+        rows = differences(found["fingerprint"], json.loads(json.dumps(fingerprint)))
+        if rows or found["kind"] != kind:
             raise OtherSettings(
                 f"{directory}: made with other settings ({'; '.join(rows[:4]) or 'another kind of stage'}"
                 f"{f'; and {len(rows) - 4} more' if len(rows) > 4 else ''}); "
@@ -238,6 +233,37 @@ def is_complete(directory: Path, kind: str, fingerprint: dict[str, Any]) -> bool
     return False
 
 
+def claim(directory: Path) -> None:
+    """Make sure that a directory is this program's to write into and delete from: empty, or with its mark.
+
+    Every stage comes through here before it removes or writes anything. Raises ``UserError`` that names what somebody
+    else has put there: files without our mark beside them, or a link to another place.
+    """
+    remedy = "it is not alsace_dist's; move it away, or choose another run_dir"
+    if not directory.exists():
+        return
+    if not directory.is_dir():
+        raise UserError(f"{directory}: is no directory; {remedy}")
+    entries = [path for path in sorted(directory.iterdir()) if not _is_passing(path)]
+    if linked := next((path for path in entries if path.is_symlink()), None):
+        raise UserError(f"{linked}: is a link to another place, which would be written over; {remedy}")
+    if entries and not any(_is_mark(directory / name) for name in (MANIFEST, STARTED)):
+        raise UserError(f"{entries[0]}: lies where a stage writes; {remedy}")
+
+
+def _is_passing(path: Path) -> bool:
+    """What a start that was killed may leave before its mark: a temporary file, and the watchdog's directory."""
+    return (path.name[0] == "." and path.suffix == ".tmp") or path.name == HANG
+
+
+def _is_mark(path: Path) -> bool:
+    if not path.exists():
+        return False
+    found = read_json(path)
+    return isinstance(found, dict) and {"kind", "fingerprint"} <= found.keys()
+
+
 def begin(directory: Path, kind: str, fingerprint: dict[str, Any]) -> None:
-    """Mark a directory as work in progress under this fingerprint."""
+    """Claim a directory, and mark it as work in progress under this fingerprint. Raises ``UserError`` as ``claim``."""
+    claim(directory)
     write_json(directory / STARTED, {"kind": kind, "fingerprint": fingerprint})

@@ -3,6 +3,7 @@
 Columns: ``key``, ``language``, ``log_probs`` (list of float32, one per candidate), ``label`` (index or null).
 """
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 
 from alsace_dist.errors import UserError
 from alsace_dist.files.manifest import Manifest, atomic_path, load_manifest, verify_file
+from alsace_dist.reading import check_regular
 
 KIND = "scores"
 
@@ -62,6 +64,8 @@ def read_metadata(path: Path) -> dict[str, str] | None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    if not path.is_file():  # nor a pipe, which would never end
+        return None
     try:
         metadata = pq.read_schema(path).metadata or {}
     except (OSError, pa.ArrowException):
@@ -82,6 +86,10 @@ def read_score_file(path: Path) -> Scores:
 
     remedy = "delete its directory and run `alsace score` again"
     try:
+        check_regular(path, remedy)
+    except FileNotFoundError:
+        raise UserError(f"{path}: not a score file (no such file); {remedy}") from None
+    try:
         table = pq.read_table(path, columns=_schema().names).cast(_schema())
     except PermissionError:
         raise  # the file is not broken, and the operating system's message names path and reason
@@ -92,10 +100,29 @@ def read_score_file(path: Path) -> Scores:
     column = table.column("log_probs").combine_chunks()
     values = column.flatten().to_numpy(zero_copy_only=False)
     lengths = column.value_lengths().to_numpy(zero_copy_only=False)
+    _check_values(path, values, lengths, remedy)
     rows = np.split(values, np.cumsum(lengths)[:-1]) if len(lengths) else []
     return Scores(
         table.column("key").to_pylist(), table.column("language").to_pylist(), rows, table.column("label").to_pylist()
     )
+
+
+def _check_values(path: Path, values: np.ndarray, lengths: np.ndarray, remedy: str) -> None:
+    """Raises ``UserError`` if rows are no log-probabilities over two candidates or more.
+
+    Numbers that are not finite pass: they are a model's, not a file's fault, and the stages say so.
+    """
+    if len(lengths) == 0:
+        return
+    if lengths.min() < 2:
+        raise UserError(f"{path}: row {int(lengths.argmin())} has fewer than two candidates; {remedy}")
+    starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
+    with np.errstate(over="ignore", invalid="ignore"):
+        sums = np.add.reduceat(np.exp(values.astype(np.float64)), starts)
+    wrong = np.isfinite(sums) & (np.abs(sums - 1) > 1e-3)
+    if wrong.any():
+        row = int(wrong.argmax())
+        raise UserError(f"{path}: row {row}: its probabilities add up to {sums[row]:.3g}, not to 1; {remedy}")
 
 
 def read_scores(directory: Path, num_groups: int | None = None) -> Scores:
@@ -114,6 +141,11 @@ def read_scores(directory: Path, num_groups: int | None = None) -> Scores:
         whole.languages.extend(part.languages)
         whole.log_probs.extend(part.log_probs)
         whole.labels.extend(part.labels)
+    pairs = list(zip(whole.keys, whole.languages, strict=True))
+    if len(set(pairs)) != len(pairs):
+        key, language = Counter(pairs).most_common(1)[0][0]
+        place = f"{directory}: group {key!r}, language {language!r}"
+        raise UserError(f"{place}: is there twice; delete the directory and run `alsace score` again")
     if num_groups is not None and len(set(whole.keys)) < num_groups:
         raise UserError(f"select.num_groups: {num_groups} asked for, {directory} has {len(set(whole.keys))}; lower it")
     return whole

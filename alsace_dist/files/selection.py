@@ -4,9 +4,10 @@ Written by stage *select*, and by *calibrate* for the biases alone; read by *dis
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
+from pydantic import model_validator
 
 from alsace_dist.config import Section
 from alsace_dist.config_file import validate
@@ -29,6 +30,18 @@ class Selection(Section):
     weights: dict[str, float]
     biases: dict[str, list[float]]
     num_pairs: dict[str, float]
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not self.teachers or set(self.weights) != set(self.teachers) or set(self.teachers) & set(self.students):
+            raise ValueError("weights must be of the teachers, at least one, and no teacher a student")
+        if min(self.weights.values()) < 0 or abs(sum(self.weights.values()) - 1) > 1e-6:
+            raise ValueError("weights must be 0 or more and add up to 1")
+        if unknown := set(self.teachers) - set(self.scores):
+            raise ValueError(f"teachers: {min(unknown)!r} has no score")
+        if self.num_groups < 1 or min(self.num_pairs.values(), default=0) < 0:
+            raise ValueError("num_groups must be 1 or more, num_pairs 0 or more")
+        return self
 
     def bias_rows(self) -> dict[str, np.ndarray]:
         """Language -> bias per candidate, float64 [K]."""

@@ -16,11 +16,14 @@ from typing import Any
 from urllib.parse import quote, unquote
 
 import fsspec
+from fsspec.core import split_protocol
 
+from alsace_dist import reading
 from alsace_dist.errors import NotReady, UserError
 from alsace_dist.files.manifest import FORMAT_VERSION, MANIFEST, Manifest, atomic_path, digest_bytes, write_manifest
 
 KIND = "dataset"
+MAX_SHARD_BYTES = 8 << 30  # a shard is held in memory whole
 # fsspec has handlers that run code or reach into other files (chained "::" URLs); only plain stores are read.
 ALLOWED_SCHEMES = ("file", "s3", "gs", "gcs", "abfs", "az", "hdfs", "https", "memory")
 
@@ -153,10 +156,13 @@ def _dataset(url: str, manifest: Manifest) -> Dataset:
 
 
 def _read_bytes(url: str) -> bytes:
-    scheme = url.split("://")[0] if "://" in url else "file"
+    protocol, path = split_protocol(url)  # as fsspec itself will read it: "data:..." is a URL, too
+    scheme = protocol or "file"
     if scheme not in ALLOWED_SCHEMES or "::" in url:
         raise UserError(f"{url}: scheme {scheme!r} is not allowed; use one of {', '.join(ALLOWED_SCHEMES)}")
     try:
+        if scheme == "file":
+            reading.check_regular(Path(path), "name a prepared dataset, or restore the file", MAX_SHARD_BYTES)
         with fsspec.open(url, "rb") as file:
             data: bytes = file.read()
     except FileNotFoundError:

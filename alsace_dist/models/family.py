@@ -13,8 +13,9 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from alsace_dist.data.rows import Answers, Candidates, EncodedRow, Row
+from alsace_dist.data.rows import Answers, Candidates, EncodedRow, Part, Row
 from alsace_dist.errors import UserError
+from alsace_dist.models import prompts
 from alsace_dist.models.batches import Inputs
 from alsace_dist.models.weights import load_tokenizer, read_config
 
@@ -86,6 +87,9 @@ class Family(ABC):
         self.config = self.load_config(directory)
         self.tokenizer = load_tokenizer(directory)
         self._encoded: dict[tuple[str, ...], Candidates] = {}
+        self._control = prompts.control_tokens(self.tokenizer)
+        self.check_tokenizer()
+        prompts.check_sentinels(self.tokenizer, answers.templates, answers.decoder_prefix, answers.max_tokens)
 
     @staticmethod
     @abstractmethod
@@ -144,25 +148,37 @@ class Family(ABC):
         """A padded batch, on the CPU."""
 
     def encode(self, rows: Sequence[Row]) -> list[EncodedRow]:
-        """Tokenise prompts, cut at ``max_tokens``, and candidates."""
+        """Tokenise prompts, whose texts are cut where one has more than ``max_tokens``, and candidates."""
         if not rows:
             return []
-        prompts = [row.prompt for row in rows]
+        plain = [
+            [part._replace(content=prompts.as_plain_text(part.content, self._control)) if part.is_text else part
+             for part in row.prompt]
+            for row in rows
+        ]  # fmt: skip
+        texts = ["".join(part.content for part in parts) for parts in plain]
+        encodings = self.tokenizer(texts, return_attention_mask=False, verbose=False).encodings
+        return [self._encoded_row(*one) for one in zip(rows, plain, encodings, strict=True)]
+
+    def _encoded_row(self, row: Row, parts: Sequence[Part], encoding: Any) -> EncodedRow:
         most = self.answers.max_tokens
-        cut = self.tokenizer(prompts, truncation=True, max_length=most, return_attention_mask=False).encodings
-        unknown = self.tokenizer.unk_token_id
-        return [
-            EncodedRow(
-                row.key,
-                row.language,
-                row.label,
-                one.ids,
-                self.candidates(row.candidates, row.language),
-                one.ids.count(unknown),
-                bool(one.overflowing),
+        is_cut = len(encoding.ids) > most
+        ids = (prompts.cut(self.tokenizer, parts, encoding, most) if is_cut else encoding).ids
+        candidates = self.candidates(row.candidates, row.language)
+        num_unknown = ids.count(self.tokenizer.unk_token_id)
+        return EncodedRow(row.key, row.language, row.label, ids, candidates, num_unknown, is_cut)
+
+    def check_tokenizer(self) -> None:
+        """Raises ``UserError`` if the tokenizer's ids go beyond the embedding, or it lacks a token that is needed."""
+        size, most = len(self.tokenizer), int(self.config.vocab_size)
+        remedy = "they are of different models; get a sound checkpoint"
+        if size > most:
+            raise UserError(
+                f"{self.directory}: the tokenizer has {size:,} tokens, the model's embedding {most:,}: {remedy}"
             )
-            for row, one in zip(rows, cut, strict=True)
-        ]
+        for name in ("eos_token_id", "pad_token_id", "unk_token_id"):
+            if getattr(self.tokenizer, name) is None:
+                raise UserError(f"{self.directory}: the tokenizer has no {name.removesuffix('_id')}; {remedy}")
 
     def candidates(self, texts: tuple[str, ...], language: str) -> Candidates:
         """Encoded candidates, the same object for the same texts.

@@ -258,6 +258,11 @@ class MT5(Family):
 
     def __init__(self, directory: Path, answers: Answers) -> None:
         super().__init__(directory, answers)
+        start = self.config.decoder_start_token_id
+        if not isinstance(start, int) or not 0 <= start < self.config.vocab_size:
+            raise UserError(
+                f"{directory / 'config.json'}: decoder_start_token_id is {start!r}, no id of its vocabulary; {SOUND}"
+            )
         # Decide it over all languages of the task: finetuning encodes the source language only, but must train the same
         # form of score that the later scoring pass uses.
         self.is_single_token = bool(answers.fixed) and all(len(self.token_ids(text)) == 1 for text in answers.every)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from alsace_dist.errors import UserError
 from alsace_dist.files.manifest import digest_bytes, digest_json, read_json
+from alsace_dist.reading import check_regular
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 SOUND = "get a sound checkpoint"
@@ -54,6 +55,7 @@ class Weights:
     def _load_torch(self, name: str) -> dict[str, Tensor]:
         if name not in self._torch:
             path = self.directory / name
+            _check_file(path)
             try:
                 # Files in the format from before torch 1.6 are no zip archives and cannot be mapped.
                 mapped = zipfile.is_zipfile(path)
@@ -80,11 +82,20 @@ class Weights:
             found = self._load_torch(name)
             if not isinstance(found, dict) or not isinstance(found.get(key), Tensor):
                 raise self._missing(key)
-            return found[key]
+            return self._checked(key, found[key])
         with _open_safetensors(self.directory / name) as opened:
             if key not in opened.keys():  # noqa: SIM118 (not a mapping)
                 raise self._missing(key)
             tensor: Tensor = opened.get_tensor(key)
+        return self._checked(key, tensor)
+
+    def _checked(self, key: str, tensor: Tensor) -> Tensor:
+        """Raises ``UserError`` for a tensor that is no weight: of whole or complex numbers, or not finite."""
+        where = f"{self.directory / self._files[key]}: {key}"
+        if not tensor.is_floating_point():
+            raise UserError(f"{where} has numbers of kind {str(tensor.dtype).removeprefix('torch.')}; {SOUND}")
+        if not bool(torch.isfinite(tensor).all()):
+            raise UserError(f"{where} holds NaN or infinite numbers: its training has diverged; {SOUND}")
         return tensor
 
     def rows(self, key: str, rows: Sequence[int]) -> Tensor:
@@ -96,7 +107,7 @@ class Weights:
             if key not in opened.keys():  # noqa: SIM118 (not a mapping)
                 raise self._missing(key)
             matrix = opened.get_slice(key)
-            return torch.cat([matrix[row : row + 1] for row in rows])
+            return self._checked(key, torch.cat([matrix[row : row + 1] for row in rows]))
 
     def shape(self, key: str) -> tuple[int, ...]:
         """Shape of one tensor without reading it (safetensors)."""
@@ -109,9 +120,16 @@ class Weights:
             return tuple(opened.get_slice(key).get_shape())
 
 
+def _check_file(path: Path) -> None:
+    """Raises ``UserError`` for a pipe or a device, which would be read for ever; a missing file is for the reader."""
+    if path.exists():
+        check_regular(path, "get the file again")
+
+
 def _open_safetensors(path: Path) -> Any:
     from safetensors import SafetensorError, safe_open
 
+    _check_file(path)
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
@@ -126,6 +144,9 @@ def load_tokenizer(directory: Path) -> Any:
     # Without any of these files, transformers makes an empty tokenizer of the model's type and says nothing.
     if not any((directory / name).exists() for name in ("tokenizer.json", "spiece.model", "sentencepiece.model")):
         raise UserError(f"{directory}: has no usable tokenizer (no tokenizer.json, no spiece.model); {remedy}")
+    for path in directory.iterdir():
+        if path.name.startswith(("tokenizer", "special_tokens")) or path.suffix == ".model":
+            _check_file(path)
     try:
         return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     except Exception as error:  # transformers and tokenizers raise many kinds of errors for broken files

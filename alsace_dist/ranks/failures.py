@@ -40,8 +40,11 @@ _PEER_GONE = (
 
 
 def in_group() -> bool:
-    """Whether this process is a rank that torchrun (or srun with torchrun's variables) started."""
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    """Whether this process is a rank that torchrun (or srun with torchrun's variables) started.
+
+    RANK and WORLD_SIZE alone do not make a group: interactive pods and earlier jobs leave them behind.
+    """
+    return all(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
 
 
 def readable(error: BaseException) -> BaseException:

@@ -4,6 +4,8 @@ import ctypes
 import os
 import signal
 import sys
+import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -12,14 +14,15 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from alsace_dist.config import EngineConfig
-from alsace_dist.errors import PeerFailed, UserError
+from alsace_dist.errors import STOPPED, PeerFailed, RankFailed, Stopped, UserError
 from alsace_dist.ranks import job
 from alsace_dist.ranks.failures import ERROR_DIR
 
 if TYPE_CHECKING:
     import torch
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP)
+JOIN_SECONDS = 300.0  # time for all ranks to load the program and to meet, from a slow shared disk
 _PR_SET_PDEATHSIG = 1
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -4, -8  # malloc.h
 
@@ -33,7 +36,8 @@ class StopFlag:
     def install(self) -> None:
         """Catch the stop signals from now on."""
         for number in STOP_SIGNALS:
-            signal.signal(number, self._on_signal)
+            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup lets SIGHUP be ignored
+                signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self.is_set = True
@@ -149,8 +153,8 @@ def start(engine: EngineConfig) -> Ranks:
     import torch
     import torch.distributed as dist
 
-    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    rank, world_size, local_rank = (_number(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    _number("MASTER_PORT")
     torch.set_num_threads(engine.num_threads)
     if torch.cuda.is_available():
         if local_rank >= torch.cuda.device_count():
@@ -164,9 +168,53 @@ def start(engine: EngineConfig) -> Ranks:
         device = torch.device("cpu")
         _keep_memory()
     timeout = timedelta(seconds=engine.timeout_seconds)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
+    store = _meet(stop, min(JOIN_SECONDS, engine.timeout_seconds))
+    store.set_timeout(timeout)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     control = dist.new_group(backend="gloo", timeout=timeout)
     return Ranks(rank, world_size, local_rank, device, control, stop)
+
+
+def _number(name: str) -> int:
+    text = os.environ.get(name, "0")
+    if not text.isdecimal():
+        raise UserError(f"{name}={text!r} in the environment is no number; torchrun sets it, unset it outside a group")
+    return int(text)
+
+
+def _meet(stop: StopFlag, seconds: float) -> Any:
+    """The store in which all ranks meet. A thread waits for it, so that a stop signal is not left unheard.
+
+    Raises ``UserError`` if they do not meet within some seconds, in a job ``RankFailed``, so that it is requeued;
+    ``Stopped`` if a signal comes first.
+    """
+    from torch.distributed.rendezvous import rendezvous
+
+    found: list[Any] = []
+
+    def wait() -> None:
+        try:
+            found.append(next(iter(rendezvous("env://", timeout=timedelta(seconds=seconds)))))
+        except Exception as error:  # torch raises several kinds; all mean that the ranks have not met
+            found.append(error)
+
+    thread = threading.Thread(target=wait, daemon=True)
+    thread.start()
+    deadline = time.monotonic() + seconds + 30
+    while thread.is_alive() and time.monotonic() < deadline:
+        thread.join(0.1)
+        if stop.is_set:
+            raise Stopped(STOPPED)
+    if found and not isinstance(found[0], Exception):
+        return found[0][0]
+    reason = " ".join(str(found[0]).split("\n")[0].split())[:200] if found else "no answer"
+    kind = RankFailed if job.attempt_directory() else UserError  # a node that is away may be back at the next start
+    raise kind(
+        f"the {os.environ['WORLD_SIZE']} ranks that RANK and WORLD_SIZE speak of have not met at "
+        f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} within {seconds:.0f} s ({reason}); outside a group "
+        "unset RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, inside one see that all ranks start and reach that port"
+    )
 
 
 def finish() -> None:

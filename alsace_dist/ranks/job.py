@@ -18,6 +18,11 @@ def attempt_directory() -> Path | None:
     return Path(os.environ[ATTEMPT_DIR]) if ATTEMPT_DIR in os.environ else None
 
 
+def num_nodes() -> int:
+    """Nodes of this job; outside a job one, whatever an earlier job has left in the environment."""
+    return int(os.environ.get(NUM_NODES, 1)) if attempt_directory() else 1
+
+
 def lead_seconds() -> float:
     """Seconds between the job's stop signal and its end; infinite outside a job."""
     return float(os.environ.get(LEAD_SECONDS, "inf"))

@@ -12,18 +12,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import alsace_dist
 from alsace_dist.config import EngineConfig
 from alsace_dist.errors import EXIT_STOPPED, STOPPED, PeerFailed, RankFailed, Stopped, UserError
+from alsace_dist.ranks import job
 from alsace_dist.ranks.failures import ERROR_DIR
 from alsace_dist.ranks.group import STOP_SIGNALS
-from alsace_dist.ranks.job import NODE_RANK, NUM_NODES, RANKS_PER_NODE
+from alsace_dist.ranks.job import NODE_RANK, RANKS_PER_NODE
 
 RENDEZVOUS_SECONDS = 600  # some nodes load the program slowly from a shared disk
 
 
 def num_local_processes(engine: EngineConfig) -> int:
     """Ranks to start on this machine."""
-    if RANKS_PER_NODE in os.environ:
+    if job.attempt_directory() and RANKS_PER_NODE in os.environ:
         return int(os.environ[RANKS_PER_NODE])
     if engine.num_processes != "auto":
         return engine.num_processes
@@ -32,8 +34,20 @@ def num_local_processes(engine: EngineConfig) -> int:
     return torch.cuda.device_count() or min(4, len(os.sched_getaffinity(0)))
 
 
+def check_room(engine: EngineConfig) -> None:
+    """Raises ``UserError`` for more ranks or threads than this machine can ever hold: a typo would hang it."""
+    num_cores, num_ranks = len(os.sched_getaffinity(0)), num_local_processes(engine)
+    if engine.num_threads > 4 * num_cores:
+        raise UserError(f"engine.num_threads: {engine.num_threads} for a rank, and this machine has {num_cores} cores")
+    if num_ranks > max(16, 4 * num_cores):
+        raise UserError(
+            f"engine.num_processes: {num_ranks} ranks on a machine of {num_cores} cores; each takes a GPU or a core, "
+            "and a gigabyte of memory: ask for fewer"
+        )
+
+
 def launch(arguments: Sequence[str], num_processes: int, debug: bool = False) -> None:
-    """Run ``python -m alsace_dist ARGUMENTS`` as this machine's part of a torchrun group and wait for it.
+    """Run ``alsace ARGUMENTS`` as the ranks of this machine's part of a torchrun group and wait for them.
 
     The group lies on this machine alone, or in a job on several nodes, each of which calls this function. Stop
     signals go on to the ranks, which agree on a point to stop at. Raises ``Stopped`` if they did; if a rank failed,
@@ -56,7 +70,7 @@ def launch(arguments: Sequence[str], num_processes: int, debug: bool = False) ->
 
         def run() -> None:
             try:
-                elastic_launch(settings, sys.executable)("-m", "alsace_dist", *arguments)
+                elastic_launch(settings, sys.executable)(*_program(), *arguments)
             except BaseException as error:  # raised in the main thread
                 outcome.append(error)
 
@@ -78,11 +92,24 @@ def launch(arguments: Sequence[str], num_processes: int, debug: bool = False) ->
             raise Stopped(STOPPED)
 
 
+def _program() -> list[str]:
+    """Arguments of Python that start this very package, and import nothing from the working directory (``-P``)."""
+    root = str(Path(alsace_dist.__file__).parents[1])
+    return ["-P", "-c", f"import sys; sys.path.append({root!r}); from alsace_dist.cli import main; main()"]
+
+
 def _rendezvous() -> dict[str, Any]:
-    """How the machines of a group find each other: in a job at its first node; one alone takes any free port."""
-    num_nodes = int(os.environ.get(NUM_NODES, 1))
+    """How the machines of a group find each other: in a job at its first node; one alone takes any free port.
+
+    On one machine nothing but the loopback interface is needed: a host name that does not resolve, or a
+    GLOO_SOCKET_IFNAME meant for the cluster, must not matter.
+    """
+    num_nodes = job.num_nodes()
     if num_nodes == 1:
-        return {"min_nodes": 1, "max_nodes": 1, "rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0"}
+        if sys.platform == "linux":
+            os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+        place = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "local_addr": "localhost"}
+        return {"min_nodes": 1, "max_nodes": 1, **place}
     return {
         "min_nodes": num_nodes,
         "max_nodes": num_nodes,
@@ -146,7 +173,7 @@ def _explain(error: BaseException, directory: Path, debug: bool) -> Exception:
     if first is None:
         return RankFailed(f"rank {rank} ended with exit code {failure.exitcode}; its output above says why")
     row = first[3]
-    if row["is_secondary"] and NUM_NODES in os.environ:
+    if row["is_secondary"] and job.num_nodes() > 1:
         return PeerFailed(row["message"])  # the rank died on another node, whose launcher says how
     if debug or row["is_defect"]:
         print(row["traceback"], file=sys.stderr)

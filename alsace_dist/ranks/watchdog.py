@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Any, Self, TextIO
 
 from alsace_dist.errors import RankFailed
-from alsace_dist.files.manifest import write_text
+from alsace_dist.files.manifest import HANG, write_text
 from alsace_dist.ranks import failures, job
 from alsace_dist.ranks.group import Ranks
 
@@ -33,7 +33,7 @@ class Watchdog:
     def __init__(self, ranks: Ranks, directory: Path, seconds: float | None) -> None:
         """``directory``: of the stage; in a job everything goes to what the job leaves of this start. Collective."""
         self.ranks, self.seconds = ranks, seconds
-        self.directory = (job.attempt_directory() or directory) / "hang"
+        self.directory = (job.attempt_directory() or directory) / HANG
         self.num_beats, self.last_beat, self.what = 0, time.monotonic(), "the start"
         self._ended, self._is_done = threading.Event(), False
         self._stacks: TextIO | None = None

@@ -1,6 +1,6 @@
 """Stage report: what a person reads of a run: report.md, report.html, report.json, report.svg, and the final table."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -246,13 +246,17 @@ def variants_figure(evaluations: Mapping[str, Evaluation]) -> str:
 
 
 def write_report(
-    run_dir: Path, evaluations: Mapping[str, Evaluation], details: Mapping[str, object], alpha: float = 0.05
+    run_dir: Path,
+    evaluations: Mapping[str, Evaluation],
+    details: Mapping[str, object],
+    alpha: float = 0.05,
+    data: Sequence[str] = (),
 ) -> None:
     """Write report.json, report.md, report.html and report.svg into a run's directory.
 
     ``evaluations``: variant -> its evaluation, the run itself first. report.json holds the keys of the first one's
     metrics.json and, if there are more, theirs under "variants". ``details``: what to show at the end, where
-    things are. ``alpha``: significance level (``evaluate.alpha``).
+    things are. ``alpha``: significance level (``evaluate.alpha``). ``data``: what was found in the data.
     """
     main, *others = evaluations
     numbers = evaluations[main].as_json()
@@ -261,8 +265,8 @@ def write_report(
     figure = main_figure(evaluations[main], alpha)
     title = f"Report of {printable(run_dir.resolve().name)}"
     write_text(run_dir / "report.svg", plots.standalone(figure))
-    write_text(run_dir / "report.md", _markdown(title, evaluations, details, alpha))
-    write_text(run_dir / "report.html", _html(title, figure, evaluations, details, alpha))
+    write_text(run_dir / "report.md", _markdown(title, evaluations, details, alpha, data))
+    write_text(run_dir / "report.html", _html(title, figure, evaluations, details, alpha, data))
     write_json(run_dir / "report.json", numbers)
 
 
@@ -289,7 +293,13 @@ def _detail_rows(details: Mapping[str, object]) -> list[tuple[str, str]]:
     return [(printable(name).replace("_", " "), shown(value)) for name, value in details.items()]
 
 
-def _markdown(title: str, evaluations: Mapping[str, Evaluation], details: Mapping[str, object], alpha: float) -> str:
+def _markdown(
+    title: str,
+    evaluations: Mapping[str, Evaluation],
+    details: Mapping[str, object],
+    alpha: float,
+    data: Sequence[str],
+) -> str:
     evaluation = next(iter(evaluations.values()))
     parts = [f"# {_escape_markdown(title)}", f"**{_escape_markdown(verdict(evaluation, alpha))}**"]
     parts += [_markdown_table(overall_table(evaluation)), "![Accuracy by language, before and after](report.svg)"]
@@ -298,6 +308,8 @@ def _markdown(title: str, evaluations: Mapping[str, Evaluation], details: Mappin
     if len(evaluations) > 1:
         parts += ["## Variants", _markdown_table(variant_table(evaluations, alpha))]
         parts.append(_escape_markdown(VARIANTS_NOTE))
+    if data:
+        parts += ["## Data", "\n".join(f"- {_escape_markdown(printable(line))}" for line in data)]
     parts += ["## How to read this", "\n".join(f"- {_escape_markdown(note)}" for note in _notes(evaluation, alpha))]
     if details:
         rows = [Row([name, value]) for name, value in _detail_rows(details)]
@@ -319,7 +331,12 @@ def _escape_markdown(text: str) -> str:
 
 
 def _html(
-    title: str, figure: str, evaluations: Mapping[str, Evaluation], details: Mapping[str, object], alpha: float
+    title: str,
+    figure: str,
+    evaluations: Mapping[str, Evaluation],
+    details: Mapping[str, object],
+    alpha: float,
+    data: Sequence[str],
 ) -> str:
     from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
@@ -340,6 +357,7 @@ def _html(
         variants_figure=Markup(variants_figure(evaluations)) if several else None,
         variants=variant_table(evaluations, alpha) if several else None,
         variants_note=VARIANTS_NOTE,
+        data=[printable(line) for line in data],
         notes=_notes(evaluation, alpha),
         details=_detail_rows(details),
     )

@@ -11,12 +11,14 @@ import itertools
 import sys
 import unicodedata
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from alsace_dist.config import Config, Split
+from alsace_dist.data import audit
+from alsace_dist.data.audit import Skipped, check_audit, check_spelling
 from alsace_dist.data.config_check import check_languages
 from alsace_dist.data.inputs import check_inputs, contents, read_groups
 from alsace_dist.data.records import BAD_RECORDS, BadRecords, Place, RecordRow, is_unicode, whole
@@ -65,11 +67,11 @@ class Entry(NamedTuple):
 def fingerprint_of(config: Config) -> dict[str, Any]:
     """What the prepared data depends on: settings and the content of the inputs, as JSON.
 
-    ``data.on_bad`` is not part of it: data that is complete with bad records left out is data that a person has
-    accepted, and the stages after it need not be told again. Raises ``UserError`` if an input file is missing.
+    ``data.on_bad`` and the limits are not part of it: data that is complete with bad records left out is data that a
+    person has accepted, and later stages need not be told again. Raises ``UserError`` if an input file is missing.
     """
     return {
-        "data": config.data.model_dump(mode="json", exclude={"on_bad"}),
+        "data": config.data.model_dump(mode="json", exclude={"on_bad", "max_skipped", "min_parallel"}),
         "task": {"fields": config.task.fields, "labels": config.task.labels},
         "seed": config.seed,
         "sources": contents(config),
@@ -88,18 +90,24 @@ def prepare(config: Config, directory: Path) -> dict[str, Dataset]:
     _check_settings(config)
     identity = fingerprint_of(config)
     bad = BadRecords()
-    entries, num_no_language = _read_inputs(config, bad)
+    skipped, num_missing = Skipped(), Counter[str]()
+    entries, num_no_language = _read_inputs(config, bad, skipped, num_missing)
     divided = _divide(entries, config)
-    parts = {
-        split: [entry for entry in part if _fits_split(entry, split, config, bad)] for split, part in divided.items()
-    }
+    parts: dict[str, list[Entry]] = {split: [] for split in divided}
+    for split, part in divided.items():
+        for entry in part:
+            fits = _fits_split(entry, split, config, bad)
+            parts[split] += [entry] if fits else []
+            skipped.count(f"split {split}", "", fits)
     details = {
         "bad_records": bad.counts(),
+        "num_missing": dict(sorted(num_missing.items())),
         "num_no_language": num_no_language,
         "num_left_out": len(entries) - sum(len(part) for part in divided.values()),
     }
     try:
         bad.settle(directory.parent / BAD_RECORDS, config.data.on_bad == "skip")
+        skipped.check(config.data.max_skipped)
         _check_parts(parts, entries, config)
         return _write(parts, config, directory, identity, details)
     except OSError as error:
@@ -132,15 +140,29 @@ def _wanted_splits(config: Config) -> list[Split]:
 # --- reading -------------------------------------------------------------------------------------------------------
 
 
-def _read_inputs(config: Config, bad: BadRecords) -> tuple[list[Entry], int]:
-    """All good groups, and the number of groups of which ``data.languages`` left nothing; the rest goes to ``bad``."""
+def _read_inputs(
+    config: Config, bad: BadRecords, skipped: Skipped, num_missing: Counter[str]
+) -> tuple[list[Entry], int]:
+    """All good groups, and the number of groups of which ``data.languages`` left nothing; the rest goes to ``bad``.
+
+    ``num_missing``: language -> texts that ``data.missing`` says are none; both are counted on the way.
+    """
     entries: list[Entry] = []
     num_no_language = 0
     places: dict[str, Place] = {}
     for one in config.data.inputs:
+        where, num_problems = f"input {one.path or one.kind}", len(bad.problems)
         for rows in read_groups(one, config, bad):
+            present = [row for row in rows if not _is_missing(row, config.data.missing)]
+            num_missing.update(str(row.language) for row in rows if row not in present)
+            if not present:
+                num_no_language += 1
+                continue
+            rows = present
             group = _check_group(rows, config, bad)
             key, place = rows[0].key, rows[0].place
+            label = next((str(row.label) for row in rows if row.label is not None), "")
+            skipped.count(where, label, group is not None)
             if key is not None and key in places:
                 bad.add(place, "duplicate id", f"id {_show(key)} is at {places[key]} already")
                 continue
@@ -154,7 +176,16 @@ def _read_inputs(config: Config, bad: BadRecords) -> tuple[list[Entry], int]:
                 num_no_language += 1
             elif group is not None:
                 entries.append(Entry(group, one.split, place))
+        # Lines that could not be read have made no rows, and are counted by their places.
+        num_places = len({place for place, _, _ in bad.problems[num_problems:]})
+        skipped.bad[where, ""] = max(skipped.bad[where, ""], num_places)
     return entries, num_no_language
+
+
+def _is_missing(row: RecordRow, missing: Collection[str]) -> bool:
+    """Whether one of the texts stands for a missing translation."""
+    texts = row.fields.values() if isinstance(row.fields, dict) else [row.fields]
+    return bool(missing) and any(isinstance(text, str) and text.strip() in missing for text in texts)
 
 
 # --- checking ------------------------------------------------------------------------------------------------------
@@ -301,6 +332,7 @@ def _check_parts(parts: dict[str, list[Entry]], entries: list[Entry], config: Co
     by_split = {split: {name for entry in part for name in entry.group.texts} for split, part in parts.items()}
     if missing := sorted(config.data.exposure.keys() - by_split.get("pretrain", set())):
         raise UserError(f"data.exposure.{missing[0]}: the pretrain split has nothing in that language; remove it")
+    check_spelling(by_split)
     check_languages(config, by_split)
 
 
@@ -325,20 +357,20 @@ def _write(
     import rich.progress
     from rich.console import Console
 
-    (directory / MANIFEST).unlink(missing_ok=True)
+    groups_of = {split: _groups_of(split, part, config) for split, part in parts.items()}
+    found = audit.audit(groups_of, config.task.labels)
+    for line in audit.lines(found):
+        print(line, file=sys.stderr)
+    check_audit(found, config)
     begin(directory, KIND, identity)
+    (directory / MANIFEST).unlink(missing_ok=True)
     written: dict[str, Dataset] = {}
     statistics: dict[str, Any] = {}
-    for split, part in parts.items():
+    for split, groups in groups_of.items():
         target = directory / split
         for pattern in (MANIFEST, "*.tar", ".*.tmp"):  # a killed run may have written more shards
             for stale in target.glob(pattern):
                 stale.unlink()
-        groups = [entry.group for entry in part]
-        if split in config.data.withhold_labels:
-            groups = [replace(group, label=None) for group in groups]
-        if split == "pretrain" and config.data.exposure:
-            groups = _thin_out(groups, config.data.exposure, config.seed)
         shown = rich.progress.track(
             groups, f"writing {split}", console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()
         )
@@ -351,5 +383,15 @@ def _write(
             "num_examples": dict(sorted(Counter(language for group in groups for language in group.texts).items())),
         }
     manifests = [directory / split / MANIFEST for split in parts]
-    write_manifest(directory, KIND, identity, manifests, {"splits": statistics, **details})
+    write_manifest(directory, KIND, identity, manifests, {"splits": statistics, **details, "audit": found})
     return written
+
+
+def _groups_of(split: str, part: list[Entry], config: Config) -> list[ParallelGroup]:
+    """The groups of a split as they are written: without labels that are withheld, and thinned out."""
+    groups = [entry.group for entry in part]
+    if split in config.data.withhold_labels:
+        groups = [replace(group, label=None) for group in groups]
+    if split == "pretrain" and config.data.exposure:
+        groups = _thin_out(groups, config.data.exposure, config.seed)
+    return groups

@@ -1,7 +1,8 @@
 """What every task is: for an example in one language, the prompt and the candidates that the model chooses from."""
 
 from collections.abc import Mapping
-from typing import TypeVar
+from string import Formatter
+from typing import NamedTuple, TypeVar
 
 from alsace_dist.config import TaskConfig
 from alsace_dist.errors import UserError
@@ -9,14 +10,29 @@ from alsace_dist.errors import UserError
 Value = TypeVar("Value")
 
 
-def prompt(task: TaskConfig, language: str, fields: Mapping[str, str]) -> str:
-    """The model's input for one example. Raises ``UserError`` if there is no template or a field is missing."""
-    try:
-        return for_language(task.templates(), language, "template").format_map(fields)
-    except KeyError as error:
-        raise UserError(
-            f"task.fields: an example in {language!r} lacks the field {error}; prepare the data with this task"
-        ) from None
+class Part(NamedTuple):
+    """A piece of a prompt. ``is_text``: whether it is the example's, and not the template's."""
+
+    content: str
+    is_text: bool
+
+
+def prompt(task: TaskConfig, language: str, fields: Mapping[str, str]) -> tuple[Part, ...]:
+    """The model's input for one example, in pieces: only the example's own texts may be cut.
+
+    Raises ``UserError`` if there is no template or a field is missing.
+    """
+    parts: list[Part] = []
+    for literal, name, _, _ in Formatter().parse(for_language(task.templates(), language, "template")):
+        parts += [Part(literal, False)] if literal else []
+        if name is None:
+            continue
+        if name not in fields:
+            raise UserError(
+                f"task.fields: an example in {language!r} lacks the field {name!r}; prepare the data with this task"
+            )
+        parts.append(Part(fields[name], True))
+    return tuple(parts)
 
 
 def candidates(task: TaskConfig, language: str, fields: Mapping[str, str]) -> tuple[str, ...]:

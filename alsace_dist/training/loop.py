@@ -13,7 +13,7 @@ import torch
 
 from alsace_dist.config import EngineConfig, TrainConfig
 from alsace_dist.data.stream import PASS_COST, REDUCTION_COST, CanonicalOrder, TrainStream, micro_batches
-from alsace_dist.errors import Stopped
+from alsace_dist.errors import Stopped, UserError
 from alsace_dist.files.layout import MODEL
 from alsace_dist.models.family import TrainableModel
 from alsace_dist.monitor.training import TrainingMonitor
@@ -26,6 +26,7 @@ from alsace_dist.training.losses import MicroBatch
 from alsace_dist.training.settings import every_backward_is_collective
 
 CHECKPOINTS = "checkpoints"
+MAX_STEPS = 100_000_000
 
 
 class Examples(Protocol):
@@ -78,7 +79,17 @@ def learning_rate(section: TrainConfig, step: int, num_steps: int) -> float:
 
 def num_steps_of(section: TrainConfig, order: CanonicalOrder) -> int:
     """Optimizer steps of a training."""
-    return section.num_steps or order.num_steps(section.num_epochs or 0)
+    if section.global_batch_size > 10 * order.total:
+        raise UserError(
+            f"global_batch_size: {section.global_batch_size:,} for {order.total:,} examples: a step would hold each of "
+            "them more than ten times; lower it"
+        )
+    num_steps = section.num_steps or order.num_steps(min(section.num_epochs or 0, 1e9))
+    if num_steps > MAX_STEPS:
+        raise UserError(
+            f"num_epochs: {section.num_epochs:g} are {num_steps:,} steps, more than anyone waits for; lower it"
+        )
+    return num_steps
 
 
 def run(training: Training, ranks: Ranks) -> int:
@@ -90,6 +101,11 @@ def run(training: Training, ranks: Ranks) -> int:
     order = CanonicalOrder(training.examples.counts, section.global_batch_size, training.seed)
     num_steps = num_steps_of(section, order)
     engine, first = _start(training, ranks)
+    if first > num_steps:
+        raise UserError(
+            f"{directory / CHECKPOINTS}: holds a checkpoint after step {first:,}, and the training has {num_steps:,}; "
+            "it is not of this training: delete it"
+        )
     stream = TrainStream(order, training.examples.load, training.examples.build, ranks.rank, ranks.world_size)
     steps = range(first, num_steps)
     monitor = TrainingMonitor(training.kind, directory, training.tensorboard, section, steps, ranks)

@@ -1,6 +1,7 @@
 """Runs on a real Slurm: submitted, stopped, requeued, killed, and finished with the results of an undisturbed run."""
 
 import json
+import sys
 from pathlib import Path
 
 import tiny
@@ -93,3 +94,17 @@ def test_a_hang_is_found_told_and_requeued(slurm: LocalSlurm, world: Path, tmp_p
     assert "hang: no progress for 5 s" in log(tmp_path, "finetune")
     assert (tmp_path / f"run/slurm/attempts/{job}/0/hang/rank00000.stacks").read_text()
     assert losses(tmp_path) == losses(undisturbed)
+
+
+def test_by_hand_in_an_allocation(slurm: LocalSlurm, world: Path, tmp_path: Path) -> None:
+    """As slurm/README.md says."""
+    config = make_run(world, tmp_path, finetune={"num_steps": 2})
+    task = Path(__file__).parents[2] / "launchers/slurm_task.sh"
+    slurm.client(
+        *("salloc", "--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1"),
+        *("srun", "--kill-on-bad-exit=1", "--cpus-per-task=1", "bash", str(task)),
+        *(sys.executable, "-m", "alsace_dist", "finetune", str(config)),
+        extra={"MASTER_ADDR": "127.0.0.1"} | {name: tiny.environment()[name] for name in ("PYTHONPATH",)},
+    )
+    assert (tmp_path / "run/finetune/manifest.json").exists()
+    assert len(list(tmp_path.glob("slurm-*/rank00001.log"))) == 1  # both nodes are in one group

@@ -2,6 +2,7 @@
 
 import shutil
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -95,3 +96,35 @@ def test_a_run_may_go_on_with_another_number_of_nodes(
     assert [step for step, _ in losses(tmp_path)] == [step for step, _ in losses(undisturbed)]
     expected = [loss for _, loss in losses(undisturbed)]
     assert [loss for _, loss in losses(tmp_path)] == pytest.approx(expected, rel=1e-3, abs=1e-4)
+
+
+def test_a_controller_that_is_away_when_a_rank_dies(
+    slurm: LocalSlurm, world: Path, tmp_path: Path, undisturbed: Path
+) -> None:
+    config = make_run(world, tmp_path, finetune=LONG)
+    submit(config, "--stages=finetune")
+    tiny.wait_for(lambda: any(tmp_path.glob("run/finetune/checkpoints/*/manifest.json")))
+    slurm.stop_controller()
+    rank_of("beta").kill()
+    tiny.wait_for(lambda: "srun: error: alpha: task 0: Exited" in log(tmp_path, "finetune"), seconds=120)
+    time.sleep(30)  # the end of the step, or else the requeue, finds nobody
+    slurm.start_controller()
+    slurm.wait_for_jobs(200)
+    assert "requeued, 1 of at most 5 times" in log(tmp_path, "finetune")
+    assert losses(tmp_path) == losses(undisturbed)
+
+
+def test_a_signal_while_the_users_profile_is_read(
+    slurm: LocalSlurm, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It requeues the job, which succeeds the next time."""
+    text = f"[[ ${{SLURM_RESTART_COUNT:-0}} -gt 0 ]] || {{ touch {tmp_path}/begun; sleep 4; }}\n"
+    (tmp_path / ".bash_profile").write_text(text)
+    config = make_run(world, tmp_path, finetune={"num_steps": 2})
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (job,) = submit(config, "--stages=finetune").values()
+    tiny.wait_for(lambda: (tmp_path / "begun").exists())
+    slurm.client("scancel", "--batch", "--signal=USR2", job)
+    slurm.wait_for_jobs(100)
+    assert "exit code 75, requeued, 1 of at most 5 times" in log(tmp_path, "finetune")
+    assert (tmp_path / "run/finetune/manifest.json").exists()

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,15 @@ def refusal(config: Path, *flags: str, profile: Path = SITE) -> str:
     [
         ({"partition": "nope"}, [], "error: sbatch: sbatch: error: invalid partition specified: nope"),
         ({}, ["--nodes=9"], "--nodes=9: partition main has 2 nodes; ask for fewer"),
-        ({"memory": "9000G"}, [], "Memory specification can not be satisfied"),
+        (
+            {"memory": "9000G"},
+            [],
+            "Requested node configuration is not available; correct the site profile",
+        ),
+        ({"time": "02:00:00"}, [], "time: 02:00:00 is beyond the limit of partition main, 01:00:00; ask for less"),
+        ({"small": {"cpus": 1, "memory": "9000G"}}, [], "asked for (03-select-round-1.sh); nothing is submitted"),
+        ({}, ["--after=x"], "--after=x: 'x' is no job's id"),
+        ({}, ["--after=999999"], "--after=999999: Slurm knows no such job"),
         ({"reservation": "nope"}, [], "reservation is invalid"),
         # The first job is accepted, the second is not.
         (
@@ -48,6 +57,85 @@ def test_what_slurm_refuses_leaves_nothing_in_the_queue(
     assert slurm.jobs() == {} or set(slurm.jobs().values()) == {"COMPLETING"}
     jobs = tmp_path / "run/slurm/jobs.json"
     assert not jobs.exists() or json.loads(jobs.read_text()) == {"jobs": []}
+
+
+def test_nodes_that_are_down_are_waited_for(slurm: LocalSlurm, world: Path, tmp_path: Path) -> None:
+    """Slurm's own check says the same of them as of nodes that are too small."""
+    config = make_run(world, tmp_path)
+    slurm.client("scontrol", "update", "NodeName=beta", "State=DOWN", "Reason=test")
+    try:
+        line = refusal(config, "--stages=finetune", profile=site(tmp_path, memory="9000G"))
+        assert "node configuration is not available" in line
+        submit(config, "--stages=finetune")
+        assert list(slurm.jobs().values()) == ["PENDING"]
+    finally:
+        slurm.client("scontrol", "update", "NodeName=beta", "State=RESUME")
+
+
+def test_what_the_session_says_does_not_reach_the_jobs(
+    slurm: LocalSlurm, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a shell inside another job, of somebody who has set options for sbatch and squeue."""
+    session = {"SLURM_MEM_PER_CPU": "1", "SLURM_EXPORT_ENV": "NONE", "SLURM_NTASKS": "7", "SLURM_CPU_BIND": "none"}
+    for name, value in (session | {"SBATCH_PARTITION": "nope", "SQUEUE_STATES": "FAILED"}).items():
+        monkeypatch.setenv(name, value)
+    config = make_run(world, tmp_path, finetune={"num_steps": 2})
+    submit(config, "--stages=finetune", site=site(tmp_path, memory="8G"))
+    assert "has jobs in the queue" in refusal(config)
+    for name in (*session, "SBATCH_PARTITION", "SQUEUE_STATES"):
+        monkeypatch.delenv(name)
+    slurm.wait_for_jobs(100)
+    assert (tmp_path / "run/finetune/manifest.json").exists(), log(tmp_path, "finetune")
+
+
+def test_of_four_submits_at_once_one_is_accepted(slurm: LocalSlurm, world: Path, tmp_path: Path) -> None:
+    config = make_run(world, tmp_path)
+    with ThreadPoolExecutor(4) as pool:
+        command = ("submit", str(config), f"--cluster={SITE}", "--stages=finetune")
+        done = list(pool.map(lambda _: tiny.alsace(*command, check=False), range(4)))
+    assert sorted(one.returncode for one in done) == [0, 2, 2, 2], [one.stderr for one in done]
+    for one in done:
+        assert (
+            one.returncode == 0 or "being submitted by another" in one.stderr or "has jobs in the queue" in one.stderr
+        )
+    assert len(slurm.jobs()) == 1
+
+
+def test_the_lock_follows_no_link(world: Path, tmp_path: Path) -> None:
+    config = make_run(world, tmp_path)
+    (tmp_path / "run/slurm").mkdir(parents=True)
+    (tmp_path / "run/slurm/submit.lock").symlink_to(tmp_path / "other")
+    assert "submit.lock: is a symbolic link, not the lock that alsace writes; remove it" in refusal(config, "--dry-run")
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_run_may_follow_another_job(slurm: LocalSlurm, world: Path, tmp_path: Path) -> None:
+    config = make_run(world, tmp_path)
+    first = slurm.client("sbatch", "--parsable", "--hold", "--output=/dev/null", "--wrap=exit 1").strip()
+    done = tiny.alsace(
+        "submit", str(config), f"--cluster={SITE}", "--stages=finetune", f"--after={first}", "--run_dir=my run"
+    )
+    assert "alsace status 'my run' " in done.stdout and "--logdir 'my run/tensorboard'" in done.stdout
+    (job,) = (job for job in slurm.jobs() if job != first)
+    assert f"Dependency=afterok:{first}" in slurm.client("scontrol", "show", "job", job)
+    slurm.client("scontrol", "release", first)
+    slurm.wait_for_jobs(60)
+    assert "cancelled: the job that it was to follow has not succeeded" in tiny.alsace("status", "my run").stdout
+    assert "that job has ended (failed), nothing would start after it" in refusal(config, f"--after={first}")
+
+
+def test_a_changed_config_is_not_written_under_jobs_that_wait(slurm: LocalSlurm, world: Path, tmp_path: Path) -> None:
+    config = make_run(world, tmp_path)
+    slurm.client("scontrol", "update", "PartitionName=main", "State=DOWN")
+    try:
+        submit(config, "--stages=finetune")
+        before = Path("run/config.yaml").read_bytes()
+        for command in ("run", "finetune"):
+            done = tiny.alsace(command, str(config), "--finetune.learning_rate=0.5", check=False)
+            assert done.returncode == EXIT_USER_ERROR and "has jobs in the queue" in done.stderr
+        assert Path("run/config.yaml").read_bytes() == before
+    finally:
+        slurm.client("scontrol", "update", "PartitionName=main", "State=UP")
 
 
 def test_a_controller_that_is_down(slurm: LocalSlurm, world: Path, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import pyarrow.parquet
 import pytest
 from data.preparing import EXPECTED, LONG_FORM, by_key, make_config, problems, read_back
 
+from alsace_dist.data.tables import language_of_file
 from alsace_dist.errors import UserError
 from alsace_dist.files.shards import ParallelGroup
 from alsace_dist.stages.prepare import prepare
@@ -130,7 +131,7 @@ def test_bad_rows_of_csv() -> None:
         "a.csv:12: missing id: the id must be a non-empty text or a number",
         "a.csv:13: empty text: en.text",
     ]
-    prepare(make_config(inputs, on_bad="skip"), Path("run/data"))
+    prepare(make_config(inputs, on_bad="skip", max_skipped=1.0), Path("run/data"))
     assert list(by_key("test")) == ["9"]
 
 
@@ -144,20 +145,22 @@ def test_a_broken_row_takes_its_whole_group_with_it() -> None:
         "3,en,x,bad",
     ]
     Path("a.csv").write_text("\n".join(lines))
-    prepare(make_config([{"kind": "table", "path": "a.csv", "split": "test"}], on_bad="skip"), Path("run/data"))
+    inputs = [{"kind": "table", "path": "a.csv", "split": "test"}]
+    prepare(make_config(inputs, on_bad="skip", max_skipped=1.0), Path("run/data"))
     assert list(by_key("test")) == ["3"]
 
 
 def test_the_other_mistakes_of_a_group_with_a_broken_row_are_reported_too() -> None:
     Path("a.csv").write_text("id,language,text,label\n1,en,,good\n1,de,eins,good,more\n2,en,x,bad\n")
-    prepare(make_config([{"kind": "table", "path": "a.csv", "split": "test"}], on_bad="skip"), Path("run/data"))
+    inputs = [{"kind": "table", "path": "a.csv", "split": "test"}]
+    prepare(make_config(inputs, on_bad="skip", max_skipped=1.0), Path("run/data"))
     assert problems() == ["a.csv:2: empty text: en.text", "a.csv:3: broken row: 5 cells under 4 columns"]
     assert list(by_key("test")) == ["2"]
 
 
 def test_an_open_quote_hides_rows_and_is_not_skipped() -> None:
     Path("a.csv").write_text('id,language,text,label\n1,en,one,good\n2,en,"two,good\n3,en,three,good\n')
-    config = make_config([{"kind": "table", "path": "a.csv", "split": "test"}], on_bad="skip")
+    config = make_config([{"kind": "table", "path": "a.csv", "split": "test"}], on_bad="skip", max_skipped=1.0)
     with pytest.raises(UserError, match="of which an open quote cannot be skipped"):
         prepare(config, Path("run/data"))
     assert problems() == ["a.csv:3: open quote: never closed; it takes in all that follows"]
@@ -188,3 +191,18 @@ def test_unreadable_parquet_and_unknown_suffix() -> None:
     for path, message in (("a.parquet", "cannot be read as Parquet"), ("a.txt", "kind table reads .parquet")):
         with pytest.raises(UserError, match=message):
             prepare(make_config([{"kind": "table", "path": path, "split": "test"}]), Path("run/data"))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "path", "language"),
+    [
+        ("xnli/test.{language}.tsv", "xnli/test.sw.tsv", "sw"),
+        ("sib/{language}/test.tsv", "sib/eng_Latn/test.tsv", "eng_Latn"),
+        ("x/{language}/test.{language}.csv", "x/de/test.de.csv", "de"),
+        ("x/{language}/*.csv", "x/de/part-1.csv", "de"),
+        ("x/{language}/test.{language}.csv", "x/de/test.fr.csv", None),
+        ("x/*.csv", "x/de.csv", None),
+    ],
+)
+def test_a_path_names_the_language(pattern: str, path: str, language: str | None) -> None:
+    assert language_of_file(pattern, Path(path)) == language

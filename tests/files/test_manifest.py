@@ -91,13 +91,17 @@ def test_unreadable_json(tmp_path: Path) -> None:
     path = tmp_path / "x.json"
     with pytest.raises(NotReady, match=r"x\.json: no such file; run the stage that writes it first"):
         read_json(path)
-    for content in (b"{", b"\xff", b""):
+    for content, words in (
+        (b"{", r"not readable as JSON \(.*\)"),
+        (b"\xff", r"no UTF-8 text .*"),
+        (b"", "not readable .*"),
+    ):
         path.write_bytes(content)
-        with pytest.raises(UserError, match=r"x\.json: not readable as JSON \(.*\); delete its directory"):
+        with pytest.raises(UserError, match=rf"x\.json: {words}; delete its directory"):
             read_json(path)
     path.unlink()
     path.mkdir()
-    with pytest.raises(UserError, match=r"x\.json: not readable as JSON"):
+    with pytest.raises(UserError, match=r"x\.json: is a directory; delete its directory"):
         read_json(path)
 
 

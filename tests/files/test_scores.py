@@ -12,12 +12,13 @@ from alsace_dist.errors import UserError
 from alsace_dist.files.manifest import write_manifest
 from alsace_dist.files.scores import KIND, Scores, read_metadata, read_score_file, read_scores, write_scores
 
-SCORES = Scores(
-    ["a", "a", "b"],
-    ["en", "de", "en"],
-    [np.array([-0.5, -1.0], np.float32), np.array([-2.0, -0.1], np.float32), np.array([-1.0, -1.0, -1.0], np.float32)],
-    [None, None, 2],
-)
+
+def log_probs(*probabilities: float) -> np.ndarray:
+    return np.log(np.array(probabilities, np.float32))
+
+
+ROWS = [log_probs(0.6, 0.4), log_probs(0.1, 0.9), log_probs(0.2, 0.3, 0.5)]
+SCORES = Scores(["a", "a", "b"], ["en", "de", "en"], ROWS, [None, None, 2])
 
 
 def test_what_is_written_comes_back(tmp_path: Path) -> None:
@@ -71,3 +72,16 @@ def test_num_groups_takes_whole_shards_until_there_are_enough(tmp_path: Path) ->
     assert [len(read_scores(directory, number).keys) for number in (1, 4, 5, 12, None)] == [4, 4, 8, 12, 12]
     with pytest.raises(UserError, match=r"select\.num_groups: 13 asked for, .* has 12; lower it"):
         read_scores(directory, 13)
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        (np.array([0.0], np.float32), "row 2 has fewer than two candidates"),
+        (np.array([-0.1, -0.1], np.float32), r"row 2: its probabilities add up to 1\.81, not to 1"),
+    ],
+)
+def test_rows_that_are_no_log_probabilities_are_refused(tmp_path: Path, row: np.ndarray, words: str) -> None:
+    write_scores(tmp_path / "s.parquet", Scores(["a"] * 3, ["en", "de", "fr"], [*ROWS[:2], row], [None] * 3), {})
+    with pytest.raises(UserError, match=rf"s\.parquet: {words}; delete its directory"):
+        read_score_file(tmp_path / "s.parquet")

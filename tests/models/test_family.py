@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from alsace_dist.config import TaskConfig
-from alsace_dist.data.rows import Row, answers_of
+from alsace_dist.data.rows import Part, Row, answers_of
 from alsace_dist.errors import UserError
 from alsace_dist.models.family import family_of, open_model
 from alsace_dist.models.mt5 import MT5
@@ -43,7 +43,7 @@ def task(verbalizers: Any, **more: Any) -> TaskConfig:
 def test_rows_are_cut_at_the_longest_prompt_and_their_unknown_tokens_counted(directory: Path) -> None:
     model = open_model(directory, answers_of(task(["yes", "no"], max_tokens=4), ["en"]))
     texts = {"whole": "ja nein at", "long": "ja nein at all", "unknown": "oui non"}
-    rows = model.encode([Row(key, "en", 1, text, ("yes", "no")) for key, text in texts.items()])
+    rows = model.encode([Row(key, "en", 1, (Part(text, True),), ("yes", "no")) for key, text in texts.items()])
     assert [row.key for row in rows] == ["whole", "long", "unknown"]
     assert [row.input_ids for row in rows] == [[8, 9, 6, 1], [8, 9, 6, 1], [2, 2, 1]]
     assert [(row.num_unknown, row.is_cut) for row in rows] == [(0, False), (0, True), (2, False)]
@@ -53,7 +53,7 @@ def test_rows_are_cut_at_the_longest_prompt_and_their_unknown_tokens_counted(dir
 
 def test_rows_with_the_same_candidates_share_them(directory: Path) -> None:
     model = open_model(directory, answers_of(task(["yes", "no"]), ["en"]))
-    first, second = model.encode([Row(key, "en", None, "ja", ("yes", "no")) for key in "ab"])
+    first, second = model.encode([Row(key, "en", None, (Part("ja", True),), ("yes", "no")) for key in "ab"])
     assert first.candidates.tokens == ((3,), (4,))
     assert first.candidates is second.candidates
 

@@ -280,7 +280,9 @@ def test_biases_calibrate_the_answers_after_and_only_those(tmp_path: Path) -> No
 def test_the_stage_reads_the_biases_of_calibrate_and_the_teachers_of_the_first_round(tmp_path: Path) -> None:
     for place in (BEFORE, AFTER):
         score_dir(tmp_path / place, [("g0", "en", RIGHT, 0), ("g0", "de", [0.4, 0.6], 0)])
-    biases = selection_of({"en": [0.0, 0.0], "de": [1.0, 0.0]}).model_copy(update={"teachers": ["de"]})
+    biases = selection_of({"en": [0.0, 0.0], "de": [1.0, 0.0]}).model_copy(
+        update={"teachers": ["de"], "students": ["en"], "weights": {"de": 1.0}}
+    )
     stage = stage_of(tmp_path, biases, evaluate={"calibrate": True})
     stage.run(None)
     found = read_evaluation(stage.outputs[0].directory)

@@ -10,7 +10,7 @@ import tiny
 import torch
 
 from alsace_dist.config import DistillConfig, EngineConfig, TaskConfig
-from alsace_dist.data.rows import Example, Row, answers_of
+from alsace_dist.data.rows import Example, Part, Row, answers_of
 from alsace_dist.models.family import Family, open_model
 from alsace_dist.ranks.group import Ranks
 from alsace_dist.training import engine
@@ -41,10 +41,15 @@ def load(
     return trained, model
 
 
+def text_of(words: list[str]) -> tuple[Part, ...]:
+    """A prompt of nothing but an example's text."""
+    return (Part(" ".join(words), True),)
+
+
 def examples(model: Family) -> list[Example]:
     """Ten weighted examples of different lengths."""
     words, answers = tiny.WORDS["en"], ANSWERS.fixed["en"]
-    rows = [Row(f"g{number}", "en", None, " ".join(words[: 1 + number % 7]), answers) for number in range(10)]
+    rows = [Row(f"g{number}", "en", None, text_of(words[: 1 + number % 7]), answers) for number in range(10)]
     generator = torch.Generator().manual_seed(5)
     found = []
     for number, row in enumerate(model.encode(rows)):

@@ -1,0 +1,84 @@
+"""Prompts as token ids, with a tokenizer as mT5's real one: sentinels are pieces with a blank in front."""
+
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from alsace_dist.data.rows import Part
+from alsace_dist.errors import UserError
+from alsace_dist.models import prompts
+
+END = 1
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Unigram; a piece per letter, words cost less, and ``▁<extra_id_0>`` is an ordinary piece, as in mT5."""
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -3.0)]
+    pieces += [(letter, -6.0) for letter in "abcdefghijklmnopqrstuvwxyzTW<>_/0123456789.:?字"]
+    pieces += [("▁word", -4.0), ("▁Was", -4.0), ("▁<extra_id_0>", -1.0), ("▁<extra_id_1>", -1.0)]
+    raw = Tokenizer(models.Unigram(pieces, unk_id=2, byte_fallback=False))
+    raw.pre_tokenizer = pre_tokenizers.Metaspace()
+    raw.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", END)])
+    return PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+
+
+@pytest.mark.parametrize("template", ["{text} <extra_id_0>", "{text} <extra_id_0> {other} <extra_id_1>", "{text}"])
+def test_a_sentinel_after_a_blank_is_one_token_and_accepted(tokenizer: PreTrainedTokenizerFast, template: str) -> None:
+    prompts.check_sentinels(tokenizer, [template], "<extra_id_0>", 64)
+
+
+@pytest.mark.parametrize("template", ["{text}<extra_id_0>", "Topic:<extra_id_0> {text}", "{a}<extra_id_0>{b}"])
+def test_a_sentinel_without_its_blank_is_refused(tokenizer: PreTrainedTokenizerFast, template: str) -> None:
+    with pytest.raises(UserError, match=r"task\.template: <extra_id_0> .* needs a blank before it"):
+        prompts.check_sentinels(tokenizer, [template], "", 64)
+
+
+def test_the_prefix_of_the_decoder_is_checked_as_well(tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(UserError, match=r"task\.decoder_prefix: <extra_id_0>"):
+        prompts.check_sentinels(tokenizer, ["{text}"], "x<extra_id_0>", 64)
+
+
+def test_a_sentinel_that_the_vocabulary_lacks_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(UserError, match="<extra_id_100> is no token of this model"):
+        prompts.check_sentinels(tokenizer, ["{text} <extra_id_100>"], "", 64)
+
+
+def test_a_budget_without_room_for_texts_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(UserError, match=r"task\.max_tokens: 8 leaves no room"):
+        prompts.check_sentinels(tokenizer, ["{text} question <extra_id_0>"], "", 8)
+
+
+@pytest.mark.parametrize("most", [4, 6, 9])
+def test_texts_are_cut_and_the_template_behind_them_stays_whole(tokenizer: PreTrainedTokenizerFast, most: int) -> None:
+    parts = [Part("word " * 30, True), Part(" <extra_id_0>", False)]
+    whole = tokenizer("".join(part.content for part in parts)).encodings[0]
+    assert len(whole.ids) > 30
+    ids = prompts.cut(tokenizer, parts, whole, most).ids
+    assert len(ids) <= most
+    assert ids[-2:] == [tokenizer.convert_tokens_to_ids("▁<extra_id_0>"), END]
+    assert tokenizer.convert_tokens_to_ids("▁word") in ids
+
+
+def test_the_longest_text_is_cut_first(tokenizer: PreTrainedTokenizerFast) -> None:
+    parts = [Part("word word", True), Part(" <extra_id_0> ", False), Part("Was " * 20, True)]
+    whole = tokenizer("".join(part.content for part in parts)).encodings[0]
+    tokens = tokenizer.convert_ids_to_tokens(prompts.cut(tokenizer, parts, whole, 8).ids)
+    assert tokens.count("▁word") == 2
+    assert 1 <= tokens.count("▁Was") < 20
+
+
+@pytest.mark.parametrize("text", ["</s>", "a <pad> b", "x<extra_id_0>", "<extra_id_7> <extra_id_0></s>"])
+def test_control_tokens_in_texts_are_taken_apart(tokenizer: PreTrainedTokenizerFast, text: str) -> None:
+    control = prompts.control_tokens(tokenizer)
+    plain = prompts.as_plain_text(text, control)
+    assert not control.search(plain)
+    assert plain.replace(" ", "") == text.replace(" ", "")
+    ids = tokenizer(plain, add_special_tokens=False)["input_ids"]
+    forbidden = tokenizer.convert_tokens_to_ids(["<pad>", "</s>", "▁<extra_id_0>"])
+    assert not set(ids) & set(forbidden)
+
+
+def test_a_text_without_control_tokens_stays_as_it_is(tokenizer: PreTrainedTokenizerFast) -> None:
+    for text in ("a < b", "[x] <b>bold</b>", "plain"):
+        assert prompts.as_plain_text(text, prompts.control_tokens(tokenizer)) == text

@@ -1,0 +1,72 @@
+"""Foreign files: regular ones only, bounded in size and depth; an error is one line with the path and the remedy."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from alsace_dist import reading
+from alsace_dist.errors import NotReady, UserError
+
+REMEDY = "make it anew"
+
+
+def test_a_pipe_a_device_and_a_directory_are_refused_before_they_are_opened(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    for path in (pipe, Path("/dev/zero"), tmp_path):
+        with pytest.raises(UserError, match=REMEDY) as caught:
+            reading.read_text(path, REMEDY)
+        assert str(path) in str(caught.value)
+
+
+def test_a_file_beyond_the_bound_is_refused_by_its_size_without_being_read(tmp_path: Path) -> None:
+    path = tmp_path / "large.json"
+    with path.open("wb") as file:
+        file.truncate(1 << 40)  # sparse: takes no disk, and reading it would take all memory
+    with pytest.raises(UserError, match="MiB") as caught:
+        reading.read_json(path, REMEDY)
+    assert str(path) in str(caught.value)
+
+
+def test_text_that_is_no_utf8_is_refused_with_the_byte(tmp_path: Path) -> None:
+    path = tmp_path / "latin.yaml"
+    path.write_bytes("abé".encode("latin-1"))
+    with pytest.raises(UserError, match="byte 3"):
+        reading.read_text(path, REMEDY)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["[" * 100_000, "[" * 100_000 + "]" * 100_000, "[" * 65 + "]" * 65, "9" * 5_000, "{", ""],
+    ids=["open", "very-deep", "a-level-too-deep", "digits", "cut", "empty"],
+)
+def test_json_that_is_broken_deep_or_endless_is_one_line_with_path_and_remedy(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(UserError) as caught:
+        reading.read_json(path, REMEDY)
+    assert str(caught.value).startswith(f"{path}: ")
+    assert REMEDY in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 500
+
+
+def test_json_within_the_bounds_is_read_whole(tmp_path: Path) -> None:
+    value = {"a": [1, 2.5, None, "ü"], "b": {"c": []}}
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(value), encoding="utf-8")
+    assert reading.read_json(path, REMEDY) == value
+    deepest = "[" * reading.MAX_DEPTH + "]" * reading.MAX_DEPTH
+    assert reading.depth_of(reading.parse_json(deepest, "", REMEDY)) == reading.MAX_DEPTH
+
+
+def test_a_missing_file_is_not_ready_rather_than_broken(tmp_path: Path) -> None:
+    with pytest.raises(NotReady, match="no such file"):
+        reading.read_json(tmp_path / "none.json", REMEDY)
+
+
+def test_what_an_error_quotes_is_one_short_line() -> None:
+    assert reading.shorten("a\n b") == "a b"
+    assert len(reading.shorten("x" * 100_000)) == reading.MAX_SHOWN
