@@ -34,7 +34,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Command:
-    """A command. ``function``: what it calls; ``example``: as a person would type it."""
+    """A command. ``function``: what the command calls; ``example``: the command as a person would type it."""
 
     name: str
     function: Callable[..., None]

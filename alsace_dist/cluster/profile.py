@@ -81,13 +81,13 @@ class SmallConfig(Section):
     """What stages of one task without GPUs ask for: prepare, select, calibrate, evaluate, report."""
 
     partition: Line | None = None
-    """Partition for them; null: that of the others."""
+    """Partition for jobs on CPUs; null: the partition of the other jobs."""
     cpus: Count = 2
     """CPU cores."""
     memory: Line | None = None
     """Memory as Slurm writes it, such as 16G; null: the partition's default."""
     sbatch: list[Option] | None = None
-    """Further options of sbatch for them; null: those of the others without what names nodes or asks for GPUs."""
+    """Further sbatch options for jobs on CPUs; null: those of the other jobs that name no nodes and ask for no GPUs."""
 
 
 class SiteProfile(Section):
@@ -218,7 +218,7 @@ class SiteProfile(Section):
         return self.time if isinstance(self.time, str) else self.time.get(stage, self.time["default"])
 
 
-# Options that only the jobs of many nodes get: the others would be refused with several nodes for one task.
+# Options that only jobs of many nodes get: sbatch refuses a job of one task that names several nodes.
 NAMING_NODES = {"--nodelist", "--nodefile", "--contiguous", "--switches"}
 _GPU_OPTION = re.compile(r"--(gpus|gpus-per-[a-z]+|gpu-bind|gpu-freq|mem-per-gpu|cpus-per-gpu|ntasks-per-gpu)(=.*)?")
 _GPU_REQUEST = re.compile(r"--(gpus|gpus-per-task|gpus-per-socket|ntasks-per-gpu)(=.*)?")

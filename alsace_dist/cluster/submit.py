@@ -81,7 +81,7 @@ Each job starts when the one before has succeeded.
 
 
 def check_cluster(config: Config, yaml_path: Path, cluster: str, num_nodes: int) -> None:
-    """Check a cluster's nodes in a job of its own, wait for it and print what it found.
+    """Check a cluster's nodes in a job of its own, wait for the job and print what the job found.
 
     Raises ``UserError`` if something is wrong with a node.
     """

@@ -98,7 +98,7 @@ class EncodedRow:
 
 @dataclass(frozen=True)
 class Example:
-    """An encoded row and what it learns from: float32 [K] probabilities; ``weight`` and ``entropy`` as in
+    """An encoded row and its target: float32 [K] probabilities; ``weight`` and ``entropy`` as in
     ``method.targets.Target``."""
 
     row: EncodedRow

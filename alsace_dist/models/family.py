@@ -36,7 +36,7 @@ class Parameters:
 
     @property
     def total(self) -> int:
-        """The model as people count it, and as it is exported: with its whole output head."""
+        """Number of parameters of the exported model, its whole output head included."""
         return self.body + self.whole_head
 
     @property

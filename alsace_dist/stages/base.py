@@ -37,7 +37,7 @@ class Output(NamedTuple):
 
     @property
     def exists(self) -> bool:
-        """Whether it is complete, whatever it was made with."""
+        """Whether the stage's output is complete, whatever configuration made it."""
         return (self.directory / manifest.MANIFEST).exists()
 
 
@@ -131,7 +131,7 @@ class Stage:
         return self.module.fingerprint(self, output)
 
     def is_begun(self) -> bool:
-        """Whether there is anything of its outputs, whatever it was made with."""
+        """Whether the stage has left any output, whatever configuration made it."""
         names = (manifest.MANIFEST, manifest.STARTED)
         return any((output.directory / name).exists() for output in self.outputs for name in names)
 

@@ -49,7 +49,8 @@ def test_an_empty_a_missing_and_a_begun_directory_are_ours(tmp_path: Path) -> No
     for name in ("empty", "missing"):
         manifest.begin(tmp_path / name, "finetune", {})
         (tmp_path / name / "partial.bin").write_text("ours")
-        manifest.claim(tmp_path / name)
+        manifest.claim(tmp_path / name)  # raises where a directory is not the project's
+        assert (tmp_path / name / "partial.bin").read_text() == "ours"
 
 
 def test_a_temporary_file_of_a_killed_write_is_no_obstacle(tmp_path: Path) -> None:
