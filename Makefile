@@ -8,7 +8,7 @@ READY := $(VENV)/.ready
 demo: $(READY)
 	$(VENV)/bin/alsace demo
 
-# Three processes on two cores: the tests on the real Slurm mostly wait. Files keep the order of tests/conftest.py.
+# Three processes on two cores: the tests on the real Slurm wait now and then. Files keep the order of tests/conftest.py.
 test: $(READY)
 	$(VENV)/bin/python -m pytest -n 3 --dist=loadfile --no-loadscope-reorder
 

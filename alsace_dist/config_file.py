@@ -1,18 +1,19 @@
 """A run's YAML: read, overridden by dotted names, validated with errors that name the key, written when resolved."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 from pydantic import ValidationError
 
-from alsace_dist.config import METHODS, OPTION_OF, Config, Section
+from alsace_dist.config import METHODS, OPTION_OF, Config, KeysOf, Section
 from alsace_dist.errors import UserError
-from alsace_dist.reading import MAX_DEPTH, depth_of, read_text, shorten
+from alsace_dist.reading import MAX_DEPTH, depth_of, half_character, read_text, shorten
 
-MAX_YAML_BYTES = 4 << 20
+MAX_YAML_BYTES = 1 << 20  # a second of PyYAML's time takes 100 kB
+MAX_PROBLEMS = 5  # that an error lists
 MAX_ALIASES = 30  # one of eight aliases within another has 16 million values
 SectionType = TypeVar("SectionType", bound=Section)
 
@@ -64,7 +65,7 @@ def read_yaml(file: Path, remedy: str) -> dict[str, Any]:
         ) from None
     value = _parse(text, f"{file}: ")
     if not isinstance(value, dict):
-        raise UserError(f"{file}: must be a mapping of keys to values")
+        raise UserError(f"{file}: must be a mapping of keys to values; write `key: value`, one a line")
     return value
 
 
@@ -74,8 +75,16 @@ def _parse(text: str, prefix: str) -> Any:
         value = yaml.load(text, _Loader)
     except RecursionError:
         raise UserError(f"{prefix}nested too deeply; a config needs no more than {MAX_DEPTH} levels") from None
-    except (yaml.YAMLError, ValueError, TypeError, AttributeError, OverflowError, KeyError) as error:
-        raise UserError(f"{prefix}cannot be read as YAML: {shorten(error, 200)}") from None
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
+        reason = ", ".join(str(part) for part in (error.context, error.problem) if part)
+        raise UserError(f"{prefix}cannot be read as YAML: {shorten(reason, 200)}{where}; correct it there") from None
+    except yaml.reader.ReaderError as error:
+        raise UserError(
+            f"{prefix}cannot be read as YAML: character {error.position + 1} (#x{error.character:04x}) is none that a "
+            "text holds; remove it"
+        ) from None
     if depth_of(value) > MAX_DEPTH:
         raise UserError(f"{prefix}nested more than {MAX_DEPTH} deep, or within itself; write it flatter")
     return value
@@ -92,11 +101,25 @@ class _Loader(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         own = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
-        keys = [self.construct_object(key, deep=True) for key in own]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", node.start_mark)
+        seen: set[Any] = set()
+        for key_node in own:
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, Hashable):
+                continue  # PyYAML says so
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {shorten(repr(key))} is given twice", key_node.start_mark
+                )
+            seen.add(key)
         return super().construct_mapping(node, deep)
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        """A tag that the text does not fit, such as `!!int foo`, fails within Python, without a place."""
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, TypeError, AttributeError, OverflowError, KeyError):
+            what = f"{shorten(repr(node.value), 60)} is no {node.tag.rpartition(':')[2]}"
+            raise yaml.constructor.ConstructorError(None, None, what, node.start_mark) from None
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         """Count what aliases stand for: nine that refer to nine others nine times are a billion."""
@@ -150,30 +173,43 @@ def _merge(base: Any, overrides: Any) -> Any:
     return merged
 
 
-def validate(model: type[SectionType], value: dict[str, Any], prefix: str) -> SectionType:
-    """The section that a mapping describes. Raises ``UserError``: after ``prefix``, each key that is wrong, and how."""
+def validate(model: type[SectionType], value: Any, prefix: str, remedy: str = "") -> SectionType:
+    """The section that a mapping describes. Raises ``UserError``: after ``prefix``, each key that is wrong, and how;
+    then the ``remedy``, if it is not to correct these keys, for people have not written them."""
+    if where := half_character(value):
+        raise UserError(f"{prefix}{where}; {remedy or 'write the whole character'}")
     try:
         return model.model_validate(value)
     except ValidationError as error:
-        raise UserError(prefix + "; ".join(_problems(error, value, model))) from None
+        problems = list(_problems(error, value, model, "" if remedy else "; add it (docs/ says what it holds)"))
+        more = [f"and {len(problems) - MAX_PROBLEMS} more"] if len(problems) > MAX_PROBLEMS else []
+        raise UserError(prefix + "; ".join(problems[:MAX_PROBLEMS] + more + [remedy] * bool(remedy))) from None
 
 
-def _problems(error: ValidationError, value: Any, model: type[Section]) -> Iterable[str]:
-    """One phrase per problem: the dotted key, what is wrong, and for an unknown key the keys that exist."""
+def _problems(error: ValidationError, value: Any, model: type[Section], if_missing: str) -> Iterator[str]:
+    """One phrase per problem: the dotted key, what is wrong, and for an unknown key the keys that exist.
+
+    ``if_missing``: what to do about a key that is missing.
+    """
+    told: set[tuple[int | str, ...]] = set()
     for row in error.errors():
-        key = ".".join(_as_written(row["loc"], value, row["type"]))
+        key = ".".join(shorten(part, 60) for part in _as_written(row["loc"], value, row["type"]))
         message = row["msg"].removeprefix("Value error, ")
         if row["type"] == "extra_forbidden":
-            known = ", ".join(_known_keys(model, row["loc"][:-1]))
-            message = f"unknown key; known here: {known}" if known else "unknown key"
+            section = row["loc"][:-1]
+            known = ", ".join(_known_keys(model, section) if section not in told else ())  # once is enough
+            message = f"unknown key; known here: {known}" if known else "unknown key; remove it"
+            told.add(section)
         elif row["type"] == "missing":
-            message = "is needed and missing; add it (docs/ says what it holds)"
+            message = f"is needed and missing{if_missing}"
+        elif row["type"] in ("model_type", "dict_type"):
+            message = f"must be a mapping of keys to values, not {shorten(repr(row['input']))}"
         elif row["type"] != "value_error":
             message = f"{message}, not {shorten(repr(row['input']))}"
         yield f"{key}: {message}" if key else message
 
 
-def _as_written(location: tuple[int | str, ...], value: Any, kind: str) -> Iterable[str]:
+def _as_written(location: tuple[int | str, ...], value: Any, kind: str) -> Iterator[str]:
     """The parts of a location that stand in the YAML: pydantic adds the names of the types of a union."""
     for number, part in enumerate(location):
         is_item = isinstance(value, list) and isinstance(part, int) and part < len(value)  # a pair may lack its second
@@ -189,8 +225,10 @@ def _known_keys(model: type[Section], location: tuple[int | str, ...]) -> list[s
     for part in location:
         if isinstance(part, int):
             continue
-        annotation = section.model_fields[part].annotation if part in section.model_fields else None
-        candidates = [annotation, *getattr(annotation, "__args__", ())]
+        field = section.model_fields.get(part)
+        annotation = field.annotation if field else None
+        keys = [one.section for one in field.metadata if isinstance(one, KeysOf)] if field else []
+        candidates = [annotation, *getattr(annotation, "__args__", ()), *keys]
         section = next((one for one in candidates if isinstance(one, type) and issubclass(one, Section)), None)
         if section is None:
             return []

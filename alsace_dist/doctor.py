@@ -114,12 +114,23 @@ def check_devices(config: Config | None) -> Iterator[Finding]:
     if num_ranks > num_cores:
         text += f", fewer cores than the {num_ranks} ranks; lower engine.num_processes"
     yield Finding("warning" if num_ranks > num_cores else "ok", "CPU", text)
+    if num_gpus == 0 and (config is None or config.engine.dtype == "bf16"):
+        yield _check_cpu_bf16()
     for index in range(num_gpus):
         yield _check_gpu(index, config)
     if num_gpus == 0:
         yield Finding("ok", "GPU", "none; the CPU computes")
     elif num_ranks > num_gpus:
         yield Finding("FAILED", "GPU", f"{num_gpus} for {num_ranks} ranks; set engine.num_processes: {num_gpus}")
+
+
+def _check_cpu_bf16() -> Finding:
+    from alsace_dist.monitor.health import MOST_BF16_SLOWDOWN, bf16_slowdown
+
+    slowdown = bf16_slowdown()
+    if slowdown > MOST_BF16_SLOWDOWN:
+        return Finding("warning", "bf16", f"takes this CPU {slowdown:.0f} times as long; set engine.dtype: fp32")
+    return Finding("ok", "bf16", f"takes this CPU {slowdown:.1f} times as long as fp32")
 
 
 def _check_gpu(index: int, config: Config | None) -> Finding:
@@ -283,15 +294,15 @@ def check_model(config: Config) -> Iterator[Finding]:
 
 def _check_model_directory(config: Config, directory: Path) -> Iterator[Finding]:
     from alsace_dist.data.rows import answers_of
-    from alsace_dist.models.family import family_of
+    from alsace_dist.models.family import Options, family_of
 
     family = family_of(directory)
     yield Finding("ok", "model", f"{directory}: {family.describe(family.load_config(directory))}")
     answers = answers_of(config.task, config.data.languages or sorted(config.task.answers()))
-    model = family(directory, answers)
-    kind = "single tokens" if model.head_rows is not None else "several tokens each, which take the whole output head"
-    yield Finding("ok", "answers", f"{answers.num_candidates} per example, {kind}")
-    model.check_weights()
+    model = family(directory, answers, Options.of(config))
+    yield Finding("ok", "answers", f"{answers.num_candidates or 'any number'} per example, {model.answers_in_words}")
+    for remark in model.check_weights(may_be_new=config.finetune is not None):
+        yield Finding("warning", "weights", remark)
     yield Finding("ok", "weights", "names and shapes are those of config.json")
 
 

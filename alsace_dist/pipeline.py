@@ -123,12 +123,18 @@ def claim_run(layout: Layout) -> None:
     """Make sure that the files which lie in the run directory itself are this program's to write over.
 
     The mark is a resolved ``config.yaml``, the first file of every run. Raises ``UserError`` that names a file of
-    somebody else's.
+    somebody else's, or a link.
     """
+    if linked := next((path for path in (layout.config, *layout.files) if path.is_symlink()), None):
+        raise UserError(f"{linked}: is a link, which would be written over; remove it, or choose another run_dir")
     if layout.config.exists():
-        value = read_yaml(layout.config, "")
+        remedy = "lies where the run's resolved config goes; move it out of run_dir"
+        try:
+            value = read_yaml(layout.config, "")
+        except UserError as error:
+            raise UserError(f"{error}; {layout.config} {remedy}") from None
         if not Config.model_fields.keys() <= value.keys():
-            raise UserError(f"{layout.config}: lies where the run's resolved config goes; move it out of run_dir")
+            raise UserError(f"{layout.config}: {remedy}")
         return
     for path in layout.files:
         if path.exists():

@@ -8,10 +8,10 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from alsace_dist import pipeline
-from alsace_dist.config import Config, EngineConfig, Split, TrainConfig
+from alsace_dist.config import Config, EngineConfig, Mode, Split, TrainConfig
 from alsace_dist.data.rows import answers_of
 from alsace_dist.data.stream import CanonicalOrder
 from alsace_dist.errors import UserError
@@ -56,60 +56,76 @@ def print_plan(config: Config, num_processes: int | None = None) -> None:
     from alsace_dist.ranks import launcher
 
     if num_processes is not None and num_processes < 1:
-        raise UserError(f"--num_processes={num_processes}: must be 1 or more; leave it out for as many as would run")
+        raise UserError(f"--num-processes={num_processes}: must be 1 or more; leave it out for as many as would run")
     num_ranks = num_processes or launcher.num_local_processes(config.engine)
     console = Console(highlight=False)
-    parameters = _print_parameters(config, console)
+    model = _model(config)
+    parameters = _print_parameters(model, console)
     _print_memory(config, parameters, num_ranks, console)
     _print_disk(config, parameters, console)
-    _print_work(config, console)
+    _print_work(config, model.mode, console)
 
 
 # --- parameters ----------------------------------------------------------------------------------------------------
 
 
-def _print_parameters(config: Config, console: "Console") -> "Parameters":
-    family, model_config, num_head_rows, notes = _model(config)
-    parameters = family.count_parameters(model_config, num_head_rows)
+class _Model(NamedTuple):
+    """What is known of a model without its weights. ``num_head_rows``: rows of its head that are kept (None: all);
+    ``mode``: in which it scores; ``notes``: what to say to people."""
+
+    family: "type[Family]"
+    config: Any
+    num_head_rows: int | None
+    mode: Mode
+    notes: list[str]
+
+
+def _print_parameters(model: _Model, console: "Console") -> "Parameters":
+    family, model_config, num_head_rows, mode, notes = model
+    parameters = family.count_parameters(model_config, num_head_rows, mode)
     rows = [
-        ("encoder and decoder", parameters.body - parameters.embedding),
+        ("layers", parameters.body - parameters.embedding),
         ("input embedding", parameters.embedding),
         ("output head, whole", parameters.whole_head),
+        *([("read by no text, and not trained", parameters.beside)] if parameters.beside else []),
         ("all", parameters.total),
         ("output head, rows kept here", parameters.kept_head),
         ("held for scoring and training", parameters.kept),
     ]
-    share = (parameters.embedding + parameters.whole_head) / parameters.total
     cells = [[name, f"{count:,}", _amount(count)] for name, count in rows]
     _table(console, f"Parameters: {family.describe(model_config)}", ["", "parameters", ""], cells)
-    notes = [f"The two vocabulary matrices are {share:.0%} of the model.", *notes]
+    share = parameters.vocabulary / parameters.total
+    notes = [f"{share:.0%} of the model is its vocabulary: embeddings of the pieces, in and out.", *notes]
     _notes(console, notes)
     return parameters
 
 
-def _model(config: Config) -> tuple["type[Family]", Any, int | None, list[str]]:
-    """The family, the model's config, the number of head rows that are kept (None: all), and what to say of it."""
+def _model(config: Config) -> _Model:
+    """The model that the run starts from. Raises ``UserError`` if its config.json is not to be had."""
     from alsace_dist.models import nano, weights
-    from alsace_dist.models.family import family_of
+    from alsace_dist.models.family import Options, family_of
     from alsace_dist.models.mt5 import MT5
 
+    options = Options.of(config)
     distinct = {answer for answers in config.task.answers().values() for answer in answers}
+    num_rows = len(distinct) or None  # candidates of each example's own take the whole head
     if config.model.nano:
         directory = Layout(Path(config.run_dir)).pretrain / MODEL
         if (directory / "config.json").exists():
-            return MT5, MT5.load_config(directory), len(distinct), []
+            return _Model(MT5, MT5.load_config(directory), num_rows, "auto", [])
         note = "The nano model's vocabulary is as configured; sentinels and answers are added to its tokenizer."
-        return MT5, nano.model_config(config.model.nano), len(distinct), [note]
+        return _Model(MT5, nano.model_config(config.model.nano), num_rows, "auto", [note])
     assert config.model.path is not None
     directory = weights.resolve_model(config.model.path, config.model.revision, weights.CONFIG_FILES)
     family = family_of(directory)
     model_config = family.load_config(directory)
+    answers = answers_of(config.task, config.data.languages or sorted(config.task.answers()))
     if not any(path.suffix == ".model" or path.name == "tokenizer.json" for path in directory.iterdir()):
         note = "There is no tokenizer beside config.json: every answer is taken for one token."
-        return family, model_config, len(distinct), [note]
-    rows = family(directory, answers_of(config.task, config.data.languages or sorted(config.task.answers()))).head_rows
-    notes = [] if rows is not None else ["Some answers have several tokens, so the whole output head is kept."]
-    return family, model_config, None if rows is None else len(rows), notes
+        return _Model(family, model_config, num_rows, family.mode_of(answers, options), [note])
+    model = family(directory, answers, options)
+    notes = [] if model.num_head_rows else ["Answers of several tokens take the whole output head."]
+    return _Model(family, model_config, model.num_head_rows, model.mode, notes)
 
 
 # --- memory --------------------------------------------------------------------------------------------------------
@@ -251,14 +267,26 @@ def _print_disk(config: Config, parameters: "Parameters", console: "Console") ->
     console.print()
 
 
-def _print_work(config: Config, console: "Console") -> None:
-    rows = [*_training_rows(config), *_scoring_rows(config)]
+def prompts_per_example(config: Config, mode: Mode) -> tuple[int, str]:
+    """How many prompts a model reads of one example, and in words why; of candidates in any number the fewest."""
+    if mode == "head" and config.task.candidates:
+        number = config.task.num_candidates
+        return (number, "one for each candidate") if number else (2, "one for each candidate, at least")
+    return (2, "one with context and one without") if config.task.needs_context_free else (1, "")
+
+
+def _print_work(config: Config, mode: Mode, console: "Console") -> None:
+    num_prompts, why = prompts_per_example(config, mode)
+    rows = [*_training_rows(config), *_scoring_rows(config, num_prompts)]
     if not rows:
         _notes(console, ["The data is not prepared yet; afterwards this shows examples, steps and forwards, too."])
         return
     header = ["", "groups", "examples", "steps", "batches", "times"]
     _table(console, "Work: examples are (group, language) pairs; each is one forward in scoring", header, rows)
-    _notes(console, ["Batches of scoring: at most, over all ranks, if every prompt were task.max_tokens long."])
+    notes = ["Batches of scoring: at most, over all ranks, if every prompt were task.max_tokens long."]
+    if why:
+        notes.append(f"An example is {num_prompts} prompts, {why}.")
+    _notes(console, notes)
 
 
 def _dataset(config: Config, split: Split) -> Dataset | None:
@@ -291,15 +319,15 @@ def _training_rows(config: Config) -> Iterator[list[str]]:
             yield [name, f"{data.num_groups:,}", f"{num_examples:,}", steps, "", str(times)]
 
 
-def _scoring_rows(config: Config) -> Iterator[list[str]]:
-    """Scoring passes."""
+def _scoring_rows(config: Config, num_prompts: int) -> Iterator[list[str]]:
+    """Scoring passes. ``num_prompts``: of an example."""
     passes = Counter(
         output.directory.name for stage in pipeline.stages(config) if stage.module is score for output in stage.outputs
     )
     splits: tuple[Split, ...] = ("unlabeled", "test")
     for split in splits:
         if data := _dataset(config, split):
-            rows_per_batch = max(1, config.score.tokens_per_batch // config.task.max_tokens)
+            rows_per_batch = max(1, config.score.tokens_per_batch // (num_prompts * config.task.max_tokens))
             batches = sum(math.ceil(sum(shard.num_examples.values()) / rows_per_batch) for shard in data.shards)
             counts = [f"{data.num_groups:,}", f"{_num_examples(data):,}", "", f"{batches:,}"]
             yield [f"score {split}", *counts, str(passes[split])]

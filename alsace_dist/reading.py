@@ -6,6 +6,7 @@ are bounded, so that no input takes all memory or ends in a traceback. Nothing h
 
 import json
 import stat
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,25 @@ from alsace_dist.errors import NotReady, UserError
 
 MAX_TEXT_BYTES = 256 << 20  # JSON of the largest dataset's manifest (10^5 shards) is a tenth of it
 MAX_DEPTH = 64
+MAX_LINE = 1500  # characters of an error
 MAX_SHOWN = 120  # characters of a foreign text that an error quotes
 
 
 def shorten(text: object, most: int = MAX_SHOWN) -> str:
-    """A foreign text on one line, cut where it is long, so that an error stays readable."""
-    line = " ".join(str(text).split())
+    """A foreign text on one line, cut where it is long, so that an error stays readable; what would steer a terminal
+    is escaped."""
+    line = " ".join(str(text)[: 10 * most].split())
+    if not line.isprintable():
+        line = "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in line)
     return line if len(line) <= most else line[: most - 3] + "..."
+
+
+def one_line(text: str) -> str:
+    """A message as one line that steers no terminal, whatever the names in it hold: control characters as escapes, and
+    of a name of thousands of letters not the middle. The remedy stands at the end."""
+    line = " ".join(text.split())
+    line = "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in line)
+    return line if len(line) <= MAX_LINE else f"{line[: MAX_LINE // 2]} ... {line[-(MAX_LINE // 2) :]}"
 
 
 def check_regular(path: Path, remedy: str, most_bytes: int | None = None) -> int:
@@ -32,8 +45,7 @@ def check_regular(path: Path, remedy: str, most_bytes: int | None = None) -> int
         kind = "a directory" if stat.S_ISDIR(found.st_mode) else "no regular file (a pipe or a device)"
         raise UserError(f"{path}: is {kind}; {remedy}")
     if most_bytes is not None and found.st_size > most_bytes:
-        size, most = found.st_size / 2**20, most_bytes / 2**20
-        raise UserError(f"{path}: {size:,.0f} MiB where at most {most:,.0f} are read; {remedy}")
+        raise UserError(f"{path}: {found.st_size:,} bytes where at most {most_bytes:,} are read; {remedy}")
     return found.st_size
 
 
@@ -47,7 +59,8 @@ def read_text(path: Path, remedy: str, most_bytes: int = MAX_TEXT_BYTES) -> str:
     try:
         return path.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: no UTF-8 text (byte {error.start + 1}: {error.reason}); {remedy}") from None
+        where = f"byte {error.start + 1}: {error.reason}"
+        raise UserError(f"{path}: no UTF-8 text ({where}); save it as UTF-8, or {remedy}") from None
 
 
 def read_json(path: Path, remedy: str) -> Any:
@@ -60,15 +73,54 @@ def read_json(path: Path, remedy: str) -> Any:
 
 
 def parse_json(text: str | bytes, prefix: str, remedy: str) -> Any:
-    """JSON of bounded depth. Raises ``UserError``: ``prefix``, what is wrong, ``remedy``."""
+    """JSON of bounded depth and whole characters. Raises ``UserError``: ``prefix``, what is wrong, ``remedy``."""
     try:
         value = json.loads(text)
-    except (ValueError, RecursionError) as error:  # numbers of thousands of digits are a ValueError, too
-        reason = "nested too deeply" if isinstance(error, RecursionError) else shorten(error)
-        raise UserError(f"{prefix}not readable as JSON ({reason}); {remedy}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{prefix}not readable as JSON ({why_no_json(error)}); {remedy}") from None
     if depth_of(value) > MAX_DEPTH:
         raise UserError(f"{prefix}nested more than {MAX_DEPTH} deep; {remedy}")
+    if where := half_character(value):
+        raise UserError(f"{prefix}{where}; {remedy}")
     return value
+
+
+def why_no_json(error: ValueError | RecursionError) -> str:
+    """What Python's decoder has against a text. Of numbers beyond its limit it gives advice on Python's settings."""
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    is_number = type(error) is ValueError and str(error).startswith("Exceeds the limit")
+    return "a number of thousands of digits" if is_number else shorten(error)
+
+
+def is_unicode(text: str) -> bool:
+    """Whether UTF-8 can spell the text: lone surrogates come from escapes in JSON and YAML, and from bytes that are no
+    UTF-8 on the command line."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def appearance(text: str) -> str:
+    """What a text looks like to a person: without the differences between Unicode's ways to write one letter, between
+    kinds of blanks, and without marks that take no room."""
+    seen = "".join(letter for letter in unicodedata.normalize("NFKC", text) if unicodedata.category(letter) != "Cf")
+    return " ".join(seen.split())
+
+
+def half_character(value: Any) -> str:
+    """Where a value holds a text that is no Unicode, by its dotted name; empty if it holds none. Without recursion."""
+    pending: list[tuple[str, Any]] = [("", value)]
+    while pending:
+        name, one = pending.pop()
+        if isinstance(one, str) and not is_unicode(one):
+            return f"{shorten(name) or 'the text'}: half of a character in {shorten(ascii(one))}"
+        parts = one.items() if isinstance(one, dict) else enumerate(one) if isinstance(one, list) else ()
+        for key, part in parts:
+            pending += [(f"{name}.{key}" if name else str(key), part), (name or "a key", key)]
+    return ""
 
 
 def depth_of(value: Any) -> int:

@@ -3,20 +3,30 @@
 import errno
 import fcntl
 import os
+import shlex
 import socket
+import stat
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import TextIO
 
 from alsace_dist import pipeline
 from alsace_dist.config import Config
-from alsace_dist.data import audit
+from alsace_dist.config_file import validate
+from alsace_dist.config_file import variant as variant_of
+from alsace_dist.data import audit, texts
 from alsace_dist.errors import NotReady, RankFailed, UserError
 from alsace_dist.files.evaluation import KIND as EVALUATION
-from alsace_dist.files.evaluation import read_evaluation
-from alsace_dist.files.layout import DATA, MODEL, Layout
+from alsace_dist.files.evaluation import Evaluation, read_evaluation
+from alsace_dist.files.layout import DATA, MODEL, SEEDS_NUMBERS, SEEDS_TABLE, Layout
+from alsace_dist.files.manifest import MANIFEST, RERUN, write_json, write_text
+from alsace_dist.files.scores import KIND as SCORES
+from alsace_dist.files.scores import read_scores
+from alsace_dist.files.selection import read_selection
+from alsace_dist.files.shards import DataDetails
 from alsace_dist.ranks import group, job, launcher
 from alsace_dist.ranks.group import Ranks
 from alsace_dist.stages.base import Output, Stage, model_after
@@ -80,11 +90,7 @@ def report(config: Config) -> None:
 
     from alsace_dist.reporting.report import print_summary, write_report
 
-    evaluations = {}
-    for name, _ in pipeline.variants(config):
-        output = Output(Layout(Path(config.run_dir), name).evaluation, EVALUATION)
-        if output.exists:
-            evaluations[name or "main"] = read_evaluation(output.directory)
+    evaluations = evaluations_of(config)
     if not evaluations:
         raise NotReady(f"{config.run_dir}: holds no evaluation yet; `alsace run` makes one")
     layout = Layout(Path(config.run_dir))
@@ -94,22 +100,78 @@ def report(config: Config) -> None:
         "numbers": layout.run / "report.json",
         "model": model.directory / MODEL if model else config.model.path,
         "config": layout.config,
-        "TensorBoard": f"tensorboard --logdir {layout.run / 'tensorboard'}",
+        "TensorBoard": f"tensorboard --logdir {shlex.quote(str(layout.run / 'tensorboard'))}",
     }
-    write_report(layout.run, evaluations, details, alpha=config.evaluate.alpha, data=_data_lines(layout))
+    write_report(layout.run, evaluations, details, config.evaluate, _data_lines(layout))
     console = Console()
-    print_summary(next(iter(evaluations.values())), console, alpha=config.evaluate.alpha)
+    print_summary(next(iter(evaluations.values())), console, config.evaluate)
     for name, value in details.items():
         console.print(f"{name:<12} {value}", markup=False, highlight=False, soft_wrap=True)
 
 
+def evaluations_of(config: Config) -> dict[str, Evaluation]:
+    """Variant -> its evaluation, of those that are complete; the run itself as "main"."""
+    found = {}
+    for name, _ in pipeline.variants(config):
+        output = Output(Layout(Path(config.run_dir), name).evaluation, EVALUATION)
+        if output.exists:
+            found[name or "main"] = read_evaluation(output.directory)
+    return found
+
+
+def report_seeds(run: Path, configs: Mapping[int, Config]) -> None:
+    """Write the report of a sweep over the seeds that have been evaluated, and print the table.
+
+    ``configs``: seed -> the config of its run. Raises ``NotReady`` if none has.
+    """
+    from alsace_dist.reporting import markdown, seeds
+
+    found = {seed: evaluations for seed, config in configs.items() if (evaluations := evaluations_of(config))}
+    if not found:
+        raise NotReady(f"{run}: holds no evaluation yet; `alsace run --seeds` makes them")
+    ways = seeds.pooled(found, next(iter(configs.values())).evaluate.alpha)
+    text = markdown.table(seeds.seeds_table(ways))
+    title = f"Seeds {', '.join(map(str, found))}: mean ± standard deviation, in percent; languages that changed "
+    title += "significantly over all seeds together."
+    write_text(run / SEEDS_TABLE, f"{title}\n\n{text}\n")
+    write_json(run / SEEDS_NUMBERS, seeds.as_json(ways))
+    print(f"{title}\n\n{text}")
+
+
+def explain(config: Config, round_: int, variant: str = "") -> str:
+    """Why the teachers of a round teach, as Markdown. Raises ``NotReady`` if they have not been selected."""
+    from alsace_dist.reporting import markdown
+    from alsace_dist.reporting.explanation import explanation
+
+    config = variant_of(config, variant) if variant else config
+    layout = Layout(Path(config.run_dir), variant)
+    selection = read_selection(layout.selection(round_))
+    size = config.task.num_candidates
+    scores = read_scores(layout.scores(round_ - 1, "unlabeled"), config.select.num_groups, size)
+    tables = explanation(config, selection, scores)
+    return "\n\n".join(f"{markdown.escape(title)}\n\n{markdown.table(table)}" for title, table in tables)
+
+
 def _data_lines(layout: Layout) -> list[str]:
-    """What the audit has found in the data that this run has prepared; nothing for data prepared elsewhere."""
+    """What the audit has found in the data that this run has prepared (nothing for data prepared elsewhere), and what
+    the model's tokenizer has made of it."""
     output = Output(layout.data, DATA)
-    details = output.manifest().details if output.exists else {}
-    skipped = [f"left out: {number:,} records with {kind}" for kind, number in details.get("bad_records", {}).items()]
-    missing = [f"{language}: {number:,} texts missing" for language, number in details.get("num_missing", {}).items()]
-    return [*(audit.lines(details["audit"]) if "audit" in details else []), *skipped, *missing]
+    found = []
+    if output.exists:
+        place = f"{output.directory / MANIFEST}: details."
+        details = validate(DataDetails, output.manifest().details, place, RERUN)
+        found += audit.lines(details.audit)
+        found += [f"left out: {number:,} records with {kind}" for kind, number in details.bad_records.items()]
+        found += [f"{language}: {number:,} texts missing" for language, number in details.num_missing.items()]
+        found += [
+            f"{language}: {number:,} rows changed to what most languages say"
+            for language, number in details.num_changed.items()
+        ]
+    for split in ("unlabeled", "test"):
+        scores = Output(layout.scores(0, split), SCORES)
+        value = scores.manifest().details.get(texts.TEXTS, {}) if scores.exists else {}
+        found += [f"{split}, {line}" for line in texts.lines(texts.parse_texts(value, scores.directory / MANIFEST))]
+    return found
 
 
 @contextmanager
@@ -122,7 +184,7 @@ def alone(path: Path, what: str) -> Iterator[None]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + LOCK_SECONDS
-    with path.open("a+", encoding="utf-8") as file:
+    with _open_lock(path) as file:
         while True:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -142,3 +204,19 @@ def alone(path: Path, what: str) -> Iterator[None]:
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
         yield
+
+
+def _open_lock(path: Path) -> TextIO:
+    """The lock's file, to be read and appended to. Raises ``UserError`` for a link, whose target would be written
+    over, and for a pipe or a device."""
+    remedy = "is not the lock that alsace_dist writes; remove it"
+    try:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENXIO, errno.EISDIR):
+            raise UserError(f"{path}: {remedy}") from None
+        raise
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise UserError(f"{path}: {remedy}")
+    return os.fdopen(handle, "a+", encoding="utf-8")

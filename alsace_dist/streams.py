@@ -35,7 +35,7 @@ class SteadyStream:
 
 
 def make_steady() -> None:
-    """Call it first: opens what is closed, and wraps stdout and stderr.
+    """Call it before anything is printed: opens what is closed, and wraps stdout and stderr.
 
     A closed descriptor would be given to the next file that is opened, and what a rank prints would end up in there.
     """
@@ -49,5 +49,7 @@ def make_steady() -> None:
         if stream is None:
             stream = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, PTH123 (for the rest of the process)
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
+            # In UTF-16 or EBCDIC no terminal and no job script would read what is said.
+            is_readable = "error: a".encode(stream.encoding, "replace") == b"error: a"
+            stream.reconfigure(encoding=None if is_readable else "utf-8", errors="backslashreplace")
         setattr(sys, name, SteadyStream(stream))

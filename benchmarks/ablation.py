@@ -115,7 +115,7 @@ def row(name: str, values: list[list[float]]) -> str:
     """One line of the table."""
     columns = list(zip(*values, strict=True))
     shares = [f"{100 * mean(column):.1f}" for column in columns[:4]]
-    changed = "" if name == "before" else f"{sum(columns[4])} / {sum(columns[5])}"
+    changed = "" if name.endswith("before") else f"{sum(columns[4])} / {sum(columns[5])}"
     return f"| {name} | {' | '.join(shares)} | {changed} |"
 
 

@@ -24,8 +24,9 @@ from alsace_dist.config import DistillConfig, EngineConfig, TrainConfig
 from alsace_dist.data.rows import Candidates, EncodedRow, Example
 from alsace_dist.data.stream import PASS_COST, micro_batches
 from alsace_dist.errors import UserError
+from alsace_dist.models.decoding import CandidateForm, Collator
 from alsace_dist.models.family import WHOLE
-from alsace_dist.models.mt5 import MT5, CandidateForm, CandidateScorer, Collator, make_scorer
+from alsace_dist.models.mt5 import MT5, CandidateScorer, make_scorer
 from alsace_dist.ranks.group import Ranks
 from alsace_dist.training.engine import TrainEngine, load_module
 from alsace_dist.training.losses import FrozenTargetLoss

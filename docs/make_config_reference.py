@@ -1,6 +1,6 @@
 """Write docs/config.md and docs/clusters.md from the pydantic models: ``python docs/make_config_reference.py``.
 
-The texts are the field docstrings in ``alsace_dist/config.py`` and ``cluster/profile.py``; a test checks that the
+The texts are the field docstrings in ``alsace_dist/config/`` and ``cluster/profile.py``; a test checks that the
 files are up to date.
 """
 
@@ -16,7 +16,7 @@ from alsace_dist.config import METHODS, Config, Section
 
 HEAD = """# Configuration reference
 
-<!-- Made by docs/make_config_reference.py from alsace_dist/config.py. Change it there, then run that script. -->
+<!-- Made by docs/make_config_reference.py from alsace_dist/config/. Change it there, then run that script. -->
 
 One YAML file describes a run. Unknown keys, wrong types and combinations that cannot work are refused with one line
 that names the file, the key and the remedy. The resolved config, with every default filled in, is written to
@@ -94,7 +94,7 @@ def _description(model: type[Section], key: str, field: dict[str, Any], schema: 
     texts += [schema["$defs"][name]["description"] for name, _ in _references(field)]
     found = next((text for text in texts if text), None)
     if found is None:
-        raise ValueError(f"{model.__name__}.{key}: has no docstring; add one in alsace_dist/config.py")
+        raise ValueError(f"{model.__name__}.{key}: has no docstring; add one in alsace_dist/config/")
     return _plain(found)
 
 
@@ -132,7 +132,12 @@ BEYOND_REASON = 1e9  # bounds that only keep numbers within what computers count
 def _constraint(field: dict[str, Any]) -> str:
     """Bounds of numbers, least lengths and patterns, also of what lists and mappings hold."""
     parts = [_constraint(choice) for choice in field.get("anyOf", [])]
-    for key, words in (("minimum", "≥ {}"), ("exclusiveMinimum", "> {}"), ("maximum", "≤ {}")):
+    for key, words in (
+        ("minimum", "≥ {}"),
+        ("exclusiveMinimum", "> {}"),
+        ("maximum", "≤ {}"),
+        ("exclusiveMaximum", "< {}"),
+    ):
         if key in field and field[key] < BEYOND_REASON:
             parts.append(words.format(f"{field[key]:g}"))
     if "minItems" in field:

@@ -1,7 +1,10 @@
 """Fixtures that several test files share."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported, which reads it once
 
 import pytest
 import tiny
@@ -25,7 +28,23 @@ def _ranks() -> Iterator[None]:
 
 
 # The files that take longest come first, so that no process is alone with one of them in the end.
-SLOW = ("cluster/test_chain", "cluster/test_disturbed", "cluster/test_submit", "training/test_loop", "test_pipeline")
+SLOW = (
+    "cluster/test_chain",
+    "cluster/test_disturbed",
+    "cluster/test_submit",
+    "training/test_loop",
+    "cluster/test_sweep",
+    "test_pipeline",
+    "stages/test_score",
+    "ranks/test_watchdog",
+    "test_plan",
+    "test_sweep",
+)
+
+
+def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
+    """Bytes are named by their argument: spelt out, the time within a gzip would differ between pytest's processes."""
+    return argname if isinstance(val, bytes) else None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

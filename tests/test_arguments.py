@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from alsace_dist.arguments import Call, parse
-from alsace_dist.cli import COMMANDS
+from alsace_dist.commands import COMMANDS
 from alsace_dist.errors import UserError
 
 SETTINGS = ["run_dir", "data", "distill", "engine"]

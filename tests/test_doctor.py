@@ -9,12 +9,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported: it reads this once
-
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import MT5Config, MT5ForConditionalGeneration, PreTrainedTokenizerFast
 
 from alsace_dist import doctor
@@ -50,6 +48,8 @@ def model(tmp_path: Path) -> Path:
     words = ["<pad>", "</s>", "<unk>", "good", "bad", "one", "eins"]
     fast = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
     fast.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    end = ("</s>", words.index("</s>"))
+    fast.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[end])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=fast, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
     config = MT5Config(vocab_size=8, d_model=8, d_kv=4, d_ff=8, num_heads=2, num_layers=1, num_decoder_layers=1)
     directory = tmp_path / "model"
@@ -145,7 +145,19 @@ def test_more_ranks_than_the_machine_has_room_for() -> None:
     config = make_config(engine={"num_processes": 10_000})
     assert {"warning", "FAILED"} & set(states(list(check_devices(config))))
     assert "10000" in " ".join(finding.text for finding in check_devices(config))
-    assert set(states(list(check_devices(make_config())))) <= {"ok"}
+    config = make_config(engine={"num_processes": 1, "dtype": "fp32"})
+    assert set(states(list(check_devices(config)))) <= {"ok"}
+
+
+@pytest.mark.parametrize(("slowdown", "state"), [(0.5, "ok"), (40.0, "warning")])
+def test_a_cpu_that_is_slow_in_bf16(monkeypatch: pytest.MonkeyPatch, slowdown: float, state: str) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    monkeypatch.setattr("alsace_dist.monitor.health.bf16_slowdown", lambda: slowdown)
+    found = {finding.name: finding for finding in check_devices(make_config())}
+    assert found["bf16"].state == state
+    assert ("set engine.dtype: fp32" in found["bf16"].text) == (state == "warning")
+    config = make_config(engine={"num_processes": 1, "dtype": "fp32"})
+    assert "bf16" not in {finding.name for finding in check_devices(config)}
 
 
 def test_two_processes_really_sum_a_number() -> None:

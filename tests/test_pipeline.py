@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import tiny
 
+from alsace_dist import commands
 from alsace_dist.errors import EXIT_STOPPED, STOPPED
 
 
@@ -161,13 +162,19 @@ def test_falsy_mappings_on_the_command_line_are_mappings(world: Path, tmp_path: 
     assert resolved["evaluate"]["calibrate"] is False and resolved["variants"] == {}
 
 
-def test_version_init_and_completion(tmp_path: Path) -> None:
+def test_version_and_init(tmp_path: Path) -> None:
     assert tiny.alsace("--version").stdout.startswith("alsace_dist ")
-    for task in ("classification", "xnli", "demo"):
+    assert len(commands.PRESETS) == len(list((Path(commands.__file__).parent / "presets").glob("*.yaml")))
+    for task in commands.PRESETS:
         (tmp_path / f"{task}.yaml").write_text(tiny.alsace("init", task).stdout)
-        assert tiny.yaml.safe_load((tmp_path / f"{task}.yaml").read_text())["task"]["labels"]
-    for shell in ("bash", "zsh"):
-        assert "pretrain-nano" in tiny.alsace("completion", shell).stdout
+        assert tiny.yaml.safe_load((tmp_path / f"{task}.yaml").read_text())["task"]["template"]
+    written = tmp_path / "written.yaml"
+    tiny.alsace("init", "xnli", str(written))
+    assert written.read_text() == (tmp_path / "xnli.yaml").read_text()
+    refused = tiny.alsace("init", "demo", str(written), check=False)
+    assert refused.returncode == 2
+    assert refused.stderr == f"error: init: {written}: is there already; give another name\n"
+    assert written.read_text() == (tmp_path / "xnli.yaml").read_text()
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ def test_a_file_beyond_the_bound_is_refused_by_its_size_without_being_read(tmp_p
     path = tmp_path / "large.json"
     with path.open("wb") as file:
         file.truncate(1 << 40)  # sparse: takes no disk, and reading it would take all memory
-    with pytest.raises(UserError, match="MiB") as caught:
+    with pytest.raises(UserError, match="bytes where at most") as caught:
         reading.read_json(path, REMEDY)
     assert str(path) in str(caught.value)
 
@@ -70,3 +70,24 @@ def test_a_missing_file_is_not_ready_rather_than_broken(tmp_path: Path) -> None:
 def test_what_an_error_quotes_is_one_short_line() -> None:
     assert reading.shorten("a\n b") == "a b"
     assert len(reading.shorten("x" * 100_000)) == reading.MAX_SHOWN
+
+
+@pytest.mark.parametrize(
+    ("text", "where"),
+    [(r'{"a": {"b": ["x", "\ud800"]}}', "a.b.1"), (r'{"a": {"\udc00": 1}}', "a"), (r'"x\ud83d"', "the text")],
+)
+def test_half_a_character_is_refused_by_its_place(text: str, where: str) -> None:
+    with pytest.raises(UserError, match=rf"^f\.json: {where}: half of a character in .*; {REMEDY}$"):
+        reading.parse_json(text, "f.json: ", REMEDY)
+    assert reading.parse_json(r'"\ud83d\ude00"', "f.json: ", REMEDY) == "😀"
+
+
+def test_a_message_is_one_line_that_steers_no_terminal() -> None:
+    assert reading.one_line("a\nb\t c") == "a b c"
+    assert reading.one_line("x\ufeffy\x1b[31mz é") == "x\\ufeffy\\x1b[31mz é"
+
+
+def test_a_line_for_people_keeps_its_end_where_the_remedy_stands() -> None:
+    line = reading.one_line("error at " + "x" * 5000 + "\x1b[31m; mend it\n\n")
+    assert len(line) < 2000 and line.startswith("error at xxx") and line.endswith("\\x1b[31m; mend it")
+    assert reading.one_line("a\n b") == "a b"

@@ -50,3 +50,26 @@ def test_what_is_printed_after_a_stream_was_closed_does_not_end_up_in_a_file(tmp
     done = subprocess.run(["bash", "-c", f'"{sys.executable}" -c "$0" >&-', program], check=False)
     assert done.returncode == 0
     assert path.read_text() == "work"
+
+
+def test_a_locale_without_unicode_keeps_no_file_from_being_found(tmp_path: Path) -> None:
+    """As LC_ALL=C does where the two ways in which Python would mend it are switched off."""
+    config = tmp_path / "дата" / "größe.yaml"
+    config.parent.mkdir()
+    config.write_text((Path(__file__).parents[1] / "configs/demo.yaml").read_text(encoding="utf-8"), encoding="utf-8")
+    done = _shell(
+        f"cd '{tmp_path}' && ALSACE prepare дата/größe.yaml --run_dir=прогон",
+        LC_ALL="C",
+        PYTHONUTF8="0",
+        PYTHONCOERCECLOCALE="0",
+        PYTHONPATH=str(Path(__file__).parents[1]),
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "прогон/data/manifest.json").exists()
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32", "cp500"])
+def test_an_encoding_that_spells_no_ascii_is_not_used(encoding: str) -> None:
+    done = _shell("ALSACE rnu", PYTHONIOENCODING=encoding)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: 'rnu' is no command")

@@ -1,4 +1,4 @@
-"""A small world for tests of the real thing: parallel data with holes, an mT5 of a few thousand weights, a config."""
+"""A small world for tests of the real thing: parallel data with holes, models of a few thousand weights, a config."""
 
 import inspect
 import json
@@ -65,6 +65,62 @@ def write_model(directory: Path) -> None:
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
 
 
+def write_xlmr(directory: Path, head: bool) -> None:
+    """An XLM-R directory with random weights: a masked language model, or one with a classification head."""
+    from transformers import (
+        XLMRobertaConfig,
+        XLMRobertaForMaskedLM,
+        XLMRobertaForSequenceClassification,
+        XLMRobertaTokenizer,
+    )
+
+    pieces = ["▁", *(f"▁{word}" for row in (LABELS, *WORDS.values()) for word in row)]
+    special = [(token, 0.0) for token in ("<s>", "<pad>", "</s>", "<unk>")]
+    tokenizer = XLMRobertaTokenizer(vocab=[*special, *((piece, -2.0) for piece in pieces), ("<mask>", 0.0)])
+    geometry = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 32}
+    config = XLMRobertaConfig(
+        vocab_size=len(tokenizer), max_position_embeddings=66, type_vocab_size=1, num_labels=3, **geometry
+    )
+    torch.manual_seed(4)
+    model = (XLMRobertaForSequenceClassification if head else XLMRobertaForMaskedLM)(config)
+    with torch.no_grad():
+        for parameter in model.parameters():  # transformers' own initial values all but give equal scores
+            parameter += 0.1 * torch.randn_like(parameter)
+    tokenizer.save_pretrained(directory)
+    model.save_pretrained(directory)
+
+
+def write_t5gemma2(directory: Path) -> None:
+    """A T5Gemma 2 directory with random weights: in bf16, with a vision tower, as those that are released."""
+    from models import small_t5gemma2
+
+    words = [word for row in WORDS.values() for word in row]
+    tokenizer = small_t5gemma2.make_tokenizer(words, "".join(LABELS))
+    config = small_t5gemma2.make_config(len(tokenizer), dtype="bfloat16")
+    model = small_t5gemma2.make_model(config, seed=4, size=0.1).to(torch.bfloat16)
+    tokenizer.save_pretrained(directory)
+    model.save_pretrained(directory)
+    for section in ("encoder", "encoder.text_config", "encoder.vision_config", "decoder"):
+        small_t5gemma2.change_config(directory, f"{section}.dtype", "bfloat16")
+
+
+# What scores: sections of a config over ``write_world``, each with the model's directory in it.
+SCORERS: dict[str, dict[str, Any]] = {
+    "mt5": {"model": {"path": "model"}},
+    "cloze": {"model": {"path": "xlmr"}, "task": {"template": "{text} <mask>", "max_tokens": 64}},
+    "head": {"model": {"path": "xlmr-head"}, "task": {"max_tokens": 64}},
+    "new head": {"model": {"path": "xlmr", "pooling": "mean"}, "task": {"max_tokens": 64}},
+    "t5gemma2": {"model": {"path": "t5gemma2"}, "task": {"max_tokens": 64}},
+}
+
+
+def of_scorer(directory: Path, scorer: str) -> dict[str, Any]:
+    """Sections for ``make_config``."""
+    sections = SCORERS[scorer]
+    model = sections["model"]
+    return {**sections, "model": {**model, "path": str(directory / model["path"])}}
+
+
 def make_config(directory: Path, **sections: Any) -> dict[str, Any]:
     """A config over the data and the model in ``directory``; sections are laid over the defaults."""
     value: dict[str, Any] = {
@@ -90,9 +146,12 @@ def make_config(directory: Path, **sections: Any) -> dict[str, Any]:
 
 
 def write_world(directory: Path) -> None:
-    """Data and model for ``make_config``."""
+    """Data and models for ``make_config``."""
     write_data(directory / "data.jsonl", 115)
     write_model(directory / "model")
+    write_xlmr(directory / "xlmr", head=False)
+    write_xlmr(directory / "xlmr-head", head=True)
+    write_t5gemma2(directory / "t5gemma2")
 
 
 def write_config(path: Path, value: dict[str, Any]) -> Path:

@@ -6,16 +6,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, Field, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
 from alsace_dist.config import Count, Section
 from alsace_dist.config_file import read_yaml, validate
 from alsace_dist.pipeline import COMMANDS
+from alsace_dist.reading import shorten
 
 # The commands that a job can be for.
 JOB_COMMANDS = (*COMMANDS, "report", "doctor")
 _SBATCH_LINE = re.compile(r"--[a-z][a-z-]*(=.*)?")
-_DURATION = re.compile(r"\d+(-\d+(:\d+){0,2})?|\d+(:\d+){1,2}")  # sbatch(1), --time
+_DURATION = re.compile(r"\d{1,9}(-\d{1,9}(:\d{1,9}){0,2})?|\d{1,9}(:\d{1,9}){1,2}", re.ASCII)  # sbatch(1), --time
+_MEMORY = re.compile(r"\d{1,12}[KMGT]?B?", re.ASCII | re.IGNORECASE)  # sbatch(1), --mem
+MAX_SECONDS = 10 * 366 * 86_400
 
 
 def _on_one_line(text: str) -> str:
@@ -24,18 +27,43 @@ def _on_one_line(text: str) -> str:
     return text
 
 
+def _is_given(text: str) -> str:
+    if not text.strip():
+        raise ValueError("is blank; give a value, or leave the key out")
+    return text
+
+
+def _number_as_text(value: Any) -> Any:
+    return str(value) if type(value) is int else value
+
+
 def _is_duration(text: str) -> str:
     if not _DURATION.fullmatch(text):
-        raise ValueError(f"{text!r} is no duration; write minutes, hours:minutes:seconds or days-hours:minutes:seconds")
+        form = "write minutes, hours:minutes:seconds or days-hours:minutes:seconds"
+        raise ValueError(f"{shorten(text)!r} is no duration; {form}")
+    if seconds_of(text) > MAX_SECONDS:
+        raise ValueError(f"{text} is longer than ten years; give less")
+    return text
+
+
+def _is_memory(text: str) -> str:
+    if not _MEMORY.fullmatch(text):
+        raise ValueError(
+            f"{shorten(text)!r} is no memory as Slurm writes it; write 480G, 16000M, or 0 for all of a node"
+        )
     return text
 
 
 def _is_option(line: str) -> str:
     if not _SBATCH_LINE.fullmatch(line):
-        raise ValueError(f"{line!r} is no option of sbatch; write --name=value")
+        raise ValueError(f"{shorten(line)!r} is no option of sbatch; write --name=value")
     name = line.partition("=")[0]
-    if name in OWNED:
-        raise ValueError(f"{name} is set from this profile's own keys or by alsace itself; remove it")
+    # sbatch completes a name that is cut short; --gpus is a whole one.
+    if owned := next((one for one in sorted(OWNED, key=len) if one.startswith(name) and name != "--gpus"), None):
+        is_short = f" ({owned})" if name != owned else ""
+        raise ValueError(
+            f"{shorten(name)}{is_short} is set from this profile's own keys or by alsace itself; remove it"
+        )
     return line
 
 
@@ -52,10 +80,12 @@ def seconds_of(duration: str) -> int:
     return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
-Line = Annotated[str, Field(min_length=1), AfterValidator(_on_one_line)]
+Line = Annotated[str, Field(min_length=1), AfterValidator(_on_one_line), AfterValidator(_is_given)]
 Option = Annotated[Line, AfterValidator(_is_option)]
 File = Annotated[Line, AfterValidator(os.path.expanduser)]
-Duration = Annotated[str, AfterValidator(_is_duration)]
+Memory = Annotated[str, BeforeValidator(_number_as_text), AfterValidator(_is_memory)]
+Number = Annotated[int, Field(ge=0, le=10**9)]
+Duration = Annotated[str, BeforeValidator(_number_as_text), AfterValidator(_is_duration)]
 
 
 class ContainerConfig(Section):
@@ -69,6 +99,13 @@ class ContainerConfig(Section):
     """Directories as outside:inside or outside:inside:ro; this one, the run's and the data's must be among them."""
     program: Line = "apptainer"
     """Name or path of apptainer, such as singularity on older sites."""
+
+    @field_validator("mounts")
+    @classmethod
+    def _check_mounts(cls, value: list[str]) -> list[str]:
+        if bad := next((one for one in value if "," in one), None):
+            raise ValueError(f"{shorten(bad)!r} holds a comma, which both programs take for the end; give one a line")
+        return value
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -84,7 +121,7 @@ class SmallConfig(Section):
     """Partition for jobs on CPUs; null: the partition of the other jobs."""
     cpus: Count = 2
     """CPU cores."""
-    memory: Line | None = None
+    memory: Memory | None = None
     """Memory as Slurm writes it, such as 16G; null: the partition's default."""
     sbatch: list[Option] | None = None
     """Further sbatch options for jobs on CPUs; null: those of the other jobs that name no nodes and ask for no GPUs."""
@@ -111,7 +148,7 @@ class SiteProfile(Section):
     """When mail is sent, such as END,FAIL."""
     nodes: Count = 1
     """Nodes of the stages that compute on ranks; `alsace submit --nodes` wins."""
-    gpus_per_node: Annotated[int, Field(ge=0)] = 0
+    gpus_per_node: Number = 0
     """GPUs of each node that a job gets."""
     gpus_as: Literal["gpus-per-node", "gres", "none"] = "gpus-per-node"
     """How sbatch is asked for them: --gpus-per-node; gres: --gres=gpu:...; none: not at all, for nodes come with theirs
@@ -122,7 +159,7 @@ class SiteProfile(Section):
     """Ranks on each node; null: one per GPU, without GPUs as many as the run's engine.num_processes says."""
     cpus_per_node: Count | None = None
     """CPU cores of each node; null: one per rank, eight per GPU."""
-    memory: Line | None = None
+    memory: Memory | None = None
     """Memory of each node as Slurm writes it, such as 480G; 0: all of it."""
     exclusive: bool = False
     """Ask for whole nodes."""
@@ -150,7 +187,7 @@ class SiteProfile(Section):
     """What Slurm sends before the time is up, and before a preemption where the site says so."""
     lead_seconds: Annotated[int, Field(ge=0, le=65535)] = 300
     """How long before the end it is sent: longer than a step and a checkpoint take together."""
-    max_requeues: Annotated[int, Field(ge=0)] = 20
+    max_requeues: Number = 20
     """How often a job goes back into the queue, at most."""
     sbatch: list[Option] = []
     """Further options of sbatch, one a line, as they would stand after #SBATCH."""
@@ -160,7 +197,9 @@ class SiteProfile(Section):
     def _check_environment(cls, value: dict[str, str]) -> dict[str, str]:
         for name, text in value.items():
             if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
-                raise ValueError(f"{name!r} is no name of an environment variable")
+                raise ValueError(f"{shorten(name)!r} is no name of an environment variable")
+            if name in NOT_TO_SET or name.upper().startswith("ALSACE_"):
+                raise ValueError(f"{name} is bash's own or set by the job script; remove it")
             _on_one_line(text)
         return value
 
@@ -170,13 +209,6 @@ class SiteProfile(Section):
         if not isinstance(value, Mapping):
             return value
         return {key: str(one) if type(one) in (int, float) else one for key, one in value.items()}
-
-    @field_validator("memory", "time", mode="before")
-    @classmethod
-    def _number_as_text(cls, value: Any) -> Any:
-        if isinstance(value, Mapping):
-            return {key: str(one) if type(one) is int else one for key, one in value.items()}
-        return str(value) if type(value) is int else value
 
     @field_validator("time")
     @classmethod
@@ -243,7 +275,20 @@ OWNED = {
     *("--nodes", "--ntasks", "--ntasks-per-node", "--cpus-per-task", "--mem", "--gpus-per-node", "--exclusive"),
     *("--time", "--signal", "--requeue", "--no-requeue", "--open-mode", "--output", "--error", "--job-name"),
     *("--dependency", "--kill-on-invalid-dep", "--array", "--chdir", "--wrap", "--export", "--parsable", "--wait"),
-    "--test-only",
+    *("--test-only", "--tasks-per-node"),
+}
+# Variables that bash does not let be set, or that tell a task where it stands.
+NOT_TO_SET = {
+    "BASHOPTS",
+    "BASH_VERSINFO",
+    "EUID",
+    "IFS",
+    "PPID",
+    "SHELLOPTS",
+    "UID",
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
 }
 
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from alsace_dist.cluster.profile import SiteProfile, is_for_small
 from alsace_dist.config import Config
 from alsace_dist.errors import UserError
-from alsace_dist.files.layout import Layout
+from alsace_dist.files.layout import CONFIG_FILE, Layout
 from alsace_dist.files.manifest import write_text
 from alsace_dist.stages.base import Stage
 
@@ -50,30 +50,53 @@ def jobs_of(config: Config, found: Sequence[Stage]) -> list[Job]:
     return [*jobs, Job(len(found) + 1, "report", "report", arguments, "one", None)]
 
 
-def doctor_job(config: Config) -> Job:
-    """The check of the cluster's nodes."""
-    return Job(0, "doctor", "doctor", ("doctor", str(Layout(Path(config.run_dir)).config)), "nodes", None)
+def doctor_job() -> Job:
+    """The check of the cluster's nodes, which reads no config."""
+    return Job(0, "doctor", "doctor", ("doctor",), "nodes", None)
 
 
-def write_scripts(config: Config, profile: SiteProfile, jobs: Sequence[Job], num_nodes: int) -> dict[str, Path]:
-    """Write the jobs' scripts into the run directory; job name -> script.
+@dataclass(frozen=True)
+class Array:
+    """What makes an array of a job. ``runs``: the run directory of every task, by its number; ``tasks``: the numbers
+    of those that are asked for; ``at_once``: how many of them may run, 0 for all."""
+
+    runs: tuple[Path, ...]
+    tasks: tuple[int, ...]
+    at_once: int = 0
+
+
+def write_scripts(
+    config: Config, profile: SiteProfile, jobs: Sequence[Job], num_nodes: int, array: Array | None = None
+) -> dict[str, Path]:
+    """Write the jobs' scripts into the run directory, which is a sweep's if there is an array; job name -> script.
 
     Raises ``UserError`` if a value cannot stand in a script, or the number of ranks is not to be known here.
     """
     directory = Layout(Path(config.run_dir)).slurm.absolute()
     (directory / "logs").mkdir(parents=True, exist_ok=True)
+    paths = {job.name: directory / f"{job.file_name}.sh" for job in jobs}
+    for path in (directory / TASK_SCRIPT.name, *paths.values()):
+        _check_own(path)
     # Copy the task's script to where nodes and containers can read it.
     write_text(directory / TASK_SCRIPT.name, TASK_SCRIPT.read_text(encoding="utf-8"))
     scripts = {}
     for job in jobs:
-        path = directory / f"{job.file_name}.sh"
-        write_text(path, render(config, profile, job, num_nodes))
+        path = paths[job.name]
+        write_text(path, render(config, profile, job, num_nodes, array))
         path.chmod(0o755)
         scripts[job.name] = path
     return scripts
 
 
-def render(config: Config, profile: SiteProfile, job: Job, num_nodes: int) -> str:
+def _check_own(path: Path) -> None:
+    """Raises ``UserError`` if a file that is there is none of this program's scripts: it would be written over."""
+    if path.is_symlink() or path.exists():
+        text = "" if path.is_symlink() or not path.is_file() else path.read_text(encoding="utf-8", errors="replace")
+        if not text.startswith("#!/bin/bash\n#") or "alsace" not in text[:400]:
+            raise UserError(f"{path}: is not a script of alsace, and would be written over; move it")
+
+
+def render(config: Config, profile: SiteProfile, job: Job, num_nodes: int, array: Array | None = None) -> str:
     """A job's script. Every value is quoted: none is ever more than one word of a command.
 
     Raises ``UserError`` if a value cannot stand in a script, or the number of ranks is not to be known here.
@@ -93,7 +116,10 @@ def render(config: Config, profile: SiteProfile, job: Job, num_nodes: int) -> st
     num_tasks = num_ranks if launcher == "srun" else 1
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         title=_Plain(f"alsace_dist: {job.name}"),
-        options=[_Plain(option) for option in _options(profile, job, num_nodes, num_ranks, num_tasks, directory)],
+        options=[
+            _Plain(option) for option in _options(profile, job, num_nodes, num_ranks, num_tasks, directory, array)
+        ],
+        runs=[run.absolute() for run in array.runs] if array else [],
         profile=profile,
         directory=Path.cwd(),
         attempts=directory / "attempts",
@@ -106,8 +132,16 @@ def render(config: Config, profile: SiteProfile, job: Job, num_nodes: int) -> st
         srun_options=_words(_srun_options(profile)),
         container=_words(_container(profile)),
         task_script=directory / TASK_SCRIPT.name,
-        command=_Plain(shlex.join([_python(profile), "-m", "alsace_dist", *job.arguments])),
+        command=_Plain(_command(profile, job, array)),
     )
+
+
+def _command(profile: SiteProfile, job: Job, array: Array | None) -> str:
+    """What the step runs; in an array ``$run`` is the run directory of the task."""
+    words = [shlex.quote(word) for word in (_python(profile), "-m", "alsace_dist", *job.arguments)]
+    if array:
+        words[4] = '"$run"' if job.command == "report" else f'"$run"/{CONFIG_FILE}'
+    return " ".join(words)
 
 
 class _Plain(str):
@@ -138,13 +172,21 @@ def _option(name: str, value: object) -> str:
 
 
 def _options(
-    profile: SiteProfile, job: Job, num_nodes: int, num_ranks: int, num_tasks: int, directory: Path
+    profile: SiteProfile,
+    job: Job,
+    num_nodes: int,
+    num_ranks: int,
+    num_tasks: int,
+    directory: Path,
+    array: Array | None,
 ) -> Iterator[str]:
-    log = str(directory / "logs" / f"{job.file_name}.log")
+    log = str(directory / "logs" / job.file_name)
     if "\\" in log:
         raise UserError(f"run_dir: {directory.parent}: Slurm's log files cannot have a backslash; rename it")
     yield _option("job-name", f"{directory.parent.name}: {job.name}")
-    yield _option("output", log.replace("%", "%%"))
+    yield _option("output", log.replace("%", "%%") + ("-%a.log" if array else ".log"))
+    if array:
+        yield _option("array", ",".join(map(str, array.tasks)) + (f"%{array.at_once}" if array.at_once else ""))
     yield "--open-mode=append"
     yield "--requeue"
     yield f"--signal=B:{profile.signal}@{profile.lead_seconds}"

@@ -28,6 +28,7 @@ fi
 # Threads of a rank (engine.num_threads has the last word), and scratch space on the node itself.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 export TMPDIR="${SLURM_TMPDIR:-${TMPDIR:-/tmp}}"
+[[ -d $TMPDIR && -w $TMPDIR ]] || TMPDIR=/tmp # the submitter's may not be there
 
 case ${ALSACE_LAUNCHER:-torchrun} in
   torchrun) export ALSACE_NUM_NODES="$SLURM_STEP_NUM_NODES" ALSACE_NODE_RANK="$SLURM_NODEID" ;;

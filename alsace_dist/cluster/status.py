@@ -2,59 +2,148 @@
 
 import re
 import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from alsace_dist import pipeline
-from alsace_dist.cluster import queue, scripts
+from alsace_dist import pipeline, sweep
+from alsace_dist.cluster import jobs, queue, scripts
 from alsace_dist.cluster.scripts import Job
 from alsace_dist.config import Config
 from alsace_dist.errors import UserError
 from alsace_dist.files.layout import Layout
 from alsace_dist.files.progress import read_progress
+from alsace_dist.reading import check_regular
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
 
 TAIL_BYTES = 20_000
+SEEDS_ABREAST = 8  # columns of a table
+_States = Mapping[str, queue.JobState] | None  # None: Slurm was not asked
+
+
+@dataclass(frozen=True)
+class StageStatus:
+    """How a stage of a run stands. ``log``: of its job, whether it is there or not."""
+
+    name: str
+    job_id: str
+    state: str
+    progress: str
+    num_restarts: int
+    log: Path
+
+    @property
+    def is_telling(self) -> bool:
+        """Whether the last lines of the log say something of it."""
+        return self.state.startswith(("running", "failed", "ending"))
 
 
 def print_status(config: Config, num_lines: int) -> None:
     """A line per stage: done, running, pending, failed or to do; progress, restarts; and last lines of logs."""
-    from rich.console import Console
-    from rich.table import Table
-
-    run, is_asked = Path(config.run_dir), True
+    run = Path(config.run_dir)
+    states: _States = None
+    known = jobs.submitted(run)
     try:
-        known = queue.known_jobs(run)
-        states = queue.job_states([row.job_id for row in known]) if known else {}
+        known = jobs.known_jobs(run)
+        states = queue.job_states(row.job_id for row in known)
     except UserError as error:
-        known, states, is_asked = queue.submitted(run), {}, False
         print(f"Slurm is not asked: {error}", file=sys.stderr)
+    rows = list(_statuses(config, known, states))
+    table = _table("stage", "job", "state", "progress", "restarts")
+    for row in rows:
+        table.add_row(row.name, row.job_id, row.state, row.progress, str(row.num_restarts or ""))
+    console = _console()
+    console.print(table)
+    _print_tails(console, rows, num_lines)
+
+
+def print_sweep(run: Path, num_lines: int) -> None:
+    """A table of stages and seeds; for what is under way or has failed a line with its job, and last lines of logs."""
+    states: _States = None
+    known = jobs.submitted_to_members(run)
+    try:
+        known = jobs.known_to_members(run)
+        states = queue.job_states(row.job_id for rows in known.values() for row in rows)
+    except UserError as error:
+        print(f"Slurm is not asked: {error}", file=sys.stderr)
+    found: dict[int, list[StageStatus]] = {}
+    for member in sweep.members(run):
+        path = Layout(member.run).config
+        if path.exists():
+            config = pipeline.load_run(path, {"run_dir": str(member.run)})
+            found[member.seed] = list(_statuses(config, known[member.seed], states))
+        else:
+            print(f"seed {member.seed}: {path}: no such file; it was never begun, or is gone", file=sys.stderr)
+    console, seeds = _console(), list(found)
+    for begin in range(0, len(seeds), SEEDS_ABREAST):
+        some = seeds[begin : begin + SEEDS_ABREAST]
+        table = _table("stage", *(f"seed {seed}" for seed in some))
+        for name in dict.fromkeys(row.name for seed in some for row in found[seed]):
+            cells = {seed: row for seed in some for row in found[seed] if row.name == name}
+            table.add_row(name, *(_short(cells[seed]) if seed in cells else "" for seed in some))
+        console.print(table)
+    told = [(seed, row) for seed in seeds for row in found[seed] if row.is_telling or row.state.startswith("cancelled")]
+    for seed, row in told:
+        restarts = f", {row.num_restarts} restarts" if row.num_restarts else ""
+        console.print(f"seed {seed}  {row.name}  {row.job_id}  {row.state}{restarts}", soft_wrap=True)
+    _print_tails(console, [row for _, row in told if row.is_telling], num_lines)
+
+
+def _short(row: StageStatus) -> str:
+    """For a cell of a table: the state's first word, and how far it is."""
+    word = "to do" if row.state.startswith("to do") else re.split(r"[ :]", row.state)[0]
+    return f"{word} {row.progress.partition(',')[0]}".rstrip()
+
+
+def _statuses(config: Config, known: Sequence[jobs.Submitted], states: _States) -> Iterator[StageStatus]:
+    """Of every stage of a run. ``states``: None if Slurm was not asked."""
+    run, blocker = Path(config.run_dir), ""
     last = {Path(row.script).stem: row for row in known}
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("stage", "job", "state", "progress", "restarts"):
-        table.add_column(name, overflow="fold")
-    tails, blocker = [], ""
     for job in scripts.jobs_of(config, pipeline.stages(config)):
         row = last.get(job.file_name)
-        found = states.get(row.job_id) if row else None
+        found = states.get(row.job_id) if row and states else None
         state = _state(job, run, row, found, blocker)
-        if row and not is_asked and state != "done":
+        if row and states is None and state != "done":
             state = "unknown: Slurm is not asked"
         blocker = blocker or ("" if state == "done" else job.name)
-        log = Layout(run).slurm / "logs" / f"{job.file_name}.log"
-        is_telling = state.startswith(("running", "failed", "ending"))
-        progress = _progress(job) if is_telling else ""
-        restarts = str(found.num_restarts) if found and found.num_restarts else ""
-        table.add_row(job.name, row.job_id if row else "", state, progress, restarts)
-        if is_telling and (lines := tail(log)[-num_lines:] if num_lines > 0 else []):
-            tails.append((log, lines))
-    console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 160)
-    console.print(table)
-    for log, lines in tails:
-        console.print(f"\nLast lines of {log}:", soft_wrap=True)
-        for line in lines:
-            console.print(f"  {line}", soft_wrap=True)
+        log = Path(row.log) if row else Layout(run).slurm / "logs" / f"{job.file_name}.log"
+        one = StageStatus(job.name, row.job_id if row else "", state, "", found.num_restarts if found else 0, log)
+        yield replace(one, progress=_progress(job)) if one.is_telling else one
 
 
-def _state(job: Job, run: Path, row: queue.Submitted | None, found: queue.JobState | None, blocker: str) -> str:
+def _table(*columns: str) -> "Table":
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in columns:
+        table.add_column(name, overflow="fold")
+    return table
+
+
+def _console() -> "Console":
+    from rich.console import Console
+
+    return Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 160)
+
+
+def _print_tails(console: "Console", rows: Sequence[StageStatus], num_lines: int) -> None:
+    for row in rows:
+        if row.is_telling and (lines := tail(row.log)[-num_lines:] if num_lines > 0 else []):
+            console.print(f"\nLast lines of {_relative(row.log)}:", soft_wrap=True)
+            for line in lines:
+                console.print(f"  {line}", soft_wrap=True)
+
+
+def _relative(path: Path) -> Path:
+    here = Path.cwd()
+    return path.relative_to(here) if path.is_relative_to(here) else path
+
+
+def _state(job: Job, run: Path, row: jobs.Submitted | None, found: queue.JobState | None, blocker: str) -> str:
     """A stage's state in words: its outputs know best, then Slurm, then what the job left behind.
 
     ``blocker``: the first stage before it that is not done.
@@ -63,7 +152,7 @@ def _state(job: Job, run: Path, row: queue.Submitted | None, found: queue.JobSta
         return "done"
     if row is None:
         return "done" if job.stage is None and (run / "report.json").exists() else "to do"
-    cause = cause_of(run, row.job_id) or _last_error(Path(row.log), row.job_id)
+    cause = cause_of(Path(row.script).parent, row.job_id) or _last_error(Path(row.log), row.job_id)
     if found is None:
         if job.stage is None and (run / "report.json").exists():
             return "done"
@@ -114,9 +203,9 @@ def _last_error(log: Path, job_id: str) -> str:
     return ""
 
 
-def cause_of(run: Path, job_id: str) -> str:
-    """Why a job's last start ended, as its ranks left it; empty if they left nothing."""
-    attempts = Layout(run).slurm / "attempts"
+def cause_of(directory: Path, job_id: str) -> str:
+    """Why a job's last start ended, as its ranks left it; empty if they left nothing. ``directory``: of its script."""
+    attempts = directory / "attempts"
     starts = [path for path in (*attempts.glob(f"{job_id}/*"), *attempts.glob(f"{job_id}_*/*")) if path.name.isdigit()]
     if not starts:
         return ""
@@ -136,7 +225,9 @@ def _progress(job: Job) -> str:
 
 def tail(log: Path) -> list[str]:
     """The last lines of a log, without reading the rest of it."""
-    if not log.exists():
+    try:
+        check_regular(log, "it is no log")  # a pipe would never end
+    except (FileNotFoundError, NotADirectoryError):
         return []
     with log.open("rb") as file:
         file.seek(max(0, file.seek(0, 2) - TAIL_BYTES))

@@ -1,13 +1,18 @@
-"""Submit a run to a cluster: which of its stages become jobs, in which order; and cancel, and check the nodes."""
+"""Submit a run or a sweep to a cluster: which stages become jobs, in which order; and cancel, and check the nodes."""
 
+import math
+import os
 import shlex
 import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from alsace_dist import pipeline
-from alsace_dist.cluster import queue, scripts
+from alsace_dist import pipeline, sweep
+from alsace_dist.cluster import acceptance, jobs, queue, scripts
+from alsace_dist.cluster.jobs import Chain
 from alsace_dist.cluster.profile import JOB_COMMANDS, SiteProfile, load_profile
-from alsace_dist.cluster.scripts import Job
+from alsace_dist.cluster.scripts import Array, Job
 from alsace_dist.cluster.status import cause_of, tail
 from alsace_dist.config import Config
 from alsace_dist.config_file import config_text
@@ -16,11 +21,38 @@ from alsace_dist.files.layout import Layout
 from alsace_dist.ranks.job import attempt_directory
 from alsace_dist.stages.base import Stage
 
+# Slurm looks at the dependencies of so many tasks of an array at a time (correspond_after_task_cnt): a task beyond them
+# may look for the task that it waits for when the controller has forgotten that one, and is cancelled.
+MAX_TASKS = 10
+
+
+@dataclass(frozen=True)
+class Request:
+    """What ``alsace submit`` was asked for. ``num_nodes``: 0 as the profile says; ``commands``: only these, none for
+    all; ``after``: comma-separated ids of jobs that the first ones wait for; ``at_once``: tasks of a stage of a sweep
+    that may run at the same time, 0 for all."""
+
+    profile: SiteProfile
+    num_nodes: int
+    commands: tuple[str, ...]
+    is_dry_run: bool
+    after: str = ""
+    at_once: int = 0
+
 
 def submit(
-    config: Config, yaml_path: Path, cluster: str, num_nodes: int, only: str, dry_run: bool, after: str = ""
+    config: Config,
+    yaml_path: Path,
+    cluster: str,
+    num_nodes: int,
+    only: str,
+    dry_run: bool,
+    after: str = "",
+    seeds: Sequence[int] = (),
+    at_once: int = 0,
 ) -> None:
-    """Write the scripts of the stages that are not complete and submit them as a chain.
+    """Write the scripts of the stages that are not complete and submit them as a chain; with ``seeds``, as a chain of
+    arrays, a task for each seed.
 
     ``yaml_path``: the YAML that the config was read from; ``cluster``: the site profile; ``num_nodes``: 0 as the
     profile says; ``only``: comma-separated commands; ``after``: comma-separated ids of jobs that the first one waits
@@ -30,67 +62,135 @@ def submit(
     Slurm refuses.
     """
     profile = load_profile(cluster)
-    num_nodes = _num_nodes(profile, num_nodes)
-    commands = [part for part in only.split(",") if part]
+    commands = tuple(part for part in only.split(",") if part)
     if unknown := [command for command in commands if command not in JOB_COMMANDS]:
         raise UserError(f"--stages: no {unknown[0]!r}; there are {', '.join(JOB_COMMANDS)}")
-    pipeline.claim_run(Layout(Path(config.run_dir)))  # before the lock is written into somebody else's directory
-    with queue.alone(Path(config.run_dir)):
-        _submit(config, yaml_path, profile, num_nodes, commands, dry_run, after)
-
-
-def _submit(
-    config: Config,
-    yaml_path: Path,
-    profile: SiteProfile,
-    num_nodes: int,
-    commands: list[str],
-    dry_run: bool,
-    after: str,
-) -> None:
-    found = pipeline.stages(config)
+    if at_once < 0 or (at_once and not seeds):
+        raise UserError(f"--at-once={at_once}: " + ("must be 1 or more" if at_once < 0 else "is for --seeds"))
+    request = Request(profile, _num_nodes(profile, num_nodes), commands, dry_run, after, at_once)
+    if ignored := sorted(name for name in os.environ if name.startswith("SBATCH_")):
+        print(f"{', '.join(ignored)}: not used, only the site profile counts", file=sys.stderr)
     run = Path(config.run_dir)
-    write_config(config, yaml_path, found, is_only_reading=dry_run)
-    jobs = [job for job in scripts.jobs_of(config, found) if not commands or job.command in commands]
-    complete = [job for job in jobs if _is_complete(job)]
-    for job in complete:
-        print(f"{job.name}: complete, skipped", file=sys.stderr)
-    todo = _with_inputs([job for job in jobs if job not in complete], found)
-    if not todo or (not any(job.stage for job in todo) and (run / "report.json").exists()):
+    if seeds:
+        if not dry_run:
+            acceptance.check_array(len({*seeds, *(member.seed for member in sweep.members(run))}))
+        found = sweep.claim(run, seeds)
+        with jobs.alone(run):
+            _submit_sweep(config, yaml_path, request, [member for member in found if member.seed in seeds])
+        return
+    sweep.refuse_sweep(run)
+    pipeline.claim_run(Layout(run))  # before the lock is written into somebody else's directory
+    with jobs.alone(run):
+        _submit_run(config, yaml_path, request)
+
+
+def _submit_run(config: Config, yaml_path: Path, request: Request) -> None:
+    run = Path(config.run_dir)
+    found = pipeline.stages(config)
+    write_config(config, yaml_path, found, is_only_reading=request.is_dry_run)
+    todo = _todo(config, found, request, "")
+    if not todo:
         print(f"nothing is left to do in {run}")
         return
-    written = scripts.write_scripts(config, profile, todo, num_nodes)
-    if dry_run:
-        for job in todo:
-            print(f"{written[job.name]}   {job.name}")
+    written = scripts.write_scripts(config, request.profile, todo, request.num_nodes)
+    chain = Chain(tuple((job.name, written[job.name]) for job in todo))
+    _submit_chains(run, [chain], request)
+
+
+def _submit_sweep(config: Config, yaml_path: Path, request: Request, wanted: Sequence[sweep.Member]) -> None:
+    """Seeds that lack the same stages share their arrays, for a task can wait only for the task of its own number."""
+    run = Path(config.run_dir)
+    configs = sweep.configs(config, [member.seed for member in wanted])
+    by_name: dict[str, Job] = {}
+    lacking: dict[tuple[str, ...], list[int]] = {}  # names of jobs -> places of the seeds that lack just these
+    for member in wanted:
+        one, label = configs[member.seed], f"seed {member.seed}: "
+        found = pipeline.stages(one)
+        alive = [] if request.is_dry_run else jobs.alive_jobs(member.run)
+        write_config(one, yaml_path, found, is_only_reading=request.is_dry_run or bool(alive))
+        if alive:
+            print(f"{label}has jobs in the queue, left out: {', '.join(job.job_id for job in alive)}", file=sys.stderr)
+        elif todo := _todo(one, found, request, label):
+            by_name |= {job.name: job for job in todo}
+            lacking.setdefault(tuple(job.name for job in todo), []).append(member.place)
+    if not lacking:
+        print(f"nothing is left to submit in {run}")
+        return
+    written: dict[str, Path] = {}
+    runs = tuple(member.run for member in sweep.members(run))
+    for job in sorted(by_name.values(), key=lambda job: job.number):
+        tasks = sorted(place for names, places in lacking.items() if job.name in names for place in places)
+        array = Array(runs, tuple(tasks), request.at_once)
+        written |= scripts.write_scripts(config, request.profile, [job], request.num_nodes, array)
+    _submit_chains(run, list(_chains(lacking, written, request.at_once)), request)
+
+
+def _chains(lacking: dict[tuple[str, ...], list[int]], written: dict[str, Path], at_once: int) -> Iterator[Chain]:
+    """Chains of arrays of few tasks. Of ``at_once``, each gets its share."""
+    parts: list[tuple[tuple[str, ...], list[int]]] = []
+    for names, places in lacking.items():
+        size = max(MAX_TASKS, math.ceil(len(places) / at_once) if at_once else 0)
+        parts += [(names, places[begin : begin + size]) for begin in range(0, len(places), size)]
+    if at_once and len(parts) > at_once:
+        print(f"--at-once={at_once}: not all seeds lack the same, so {len(parts)} may run at once", file=sys.stderr)
+    share = max(1, at_once // len(parts)) if at_once else 0
+    for names, places in parts:
+        yield Chain(tuple((name, written[name]) for name in names), tuple(places), share)
+
+
+def _todo(config: Config, found: list[Stage], request: Request, label: str) -> list[Job]:
+    """The jobs of a run that are asked for and not complete; none if nothing is left to do. ``label``: before what is
+    said of them."""
+    wanted = [job for job in scripts.jobs_of(config, found) if not request.commands or job.command in request.commands]
+    complete = [job for job in wanted if _is_complete(job)]
+    todo = _with_inputs([job for job in wanted if job not in complete], found)
+    if not any(job.stage for job in todo) and (Path(config.run_dir) / "report.json").exists():
+        todo = []
+    if label and not todo:
+        print(f"{label}complete, skipped", file=sys.stderr)
+        return []
+    for job in complete:
+        print(f"{label}{job.name}: complete, skipped", file=sys.stderr)
+    return todo
+
+
+def _submit_chains(run: Path, chains: Sequence[Chain], request: Request) -> None:
+    if request.is_dry_run:
+        for path, name in dict.fromkeys((path, name) for chain in chains for name, path in chain.scripts):
+            print(f"{path}   {name}")
         print("nothing is submitted; each script can be given to sbatch by hand, in this order")
         return
-    queue.check_scripts([written[job.name] for job in todo])
-    ids = queue.check_after(after) if after else []
-    done = queue.submit(run, [(job.name, written[job.name]) for job in todo], ids)
+    acceptance.check_scripts(list(dict.fromkeys(path for chain in chains for _, path in chain.scripts)))
+    ids = acceptance.check_after(request.after) if request.after else []
+    done = jobs.submit(run, chains, ids)
     width = max(len(row.job_id) for row in done)
+    seeds = {member.place: member.seed for member in sweep.members(run)}
     for row in done:
-        print(f"{row.job_id:>{width}}  {row.name:<28} log: {row.log}")
+        which = f"seeds {','.join(str(seeds[task]) for task in row.tasks)}  " if row.tasks else ""
+        print(f"{row.job_id:>{width}}  {row.name:<28} {which}log: {row.log}")
+    board = run if seeds else run / "tensorboard"
     print(
         f"""
-Each job starts when the one before has succeeded.
+Each {"task" if seeds else "job"} starts when the one before has succeeded{" for its seed" if seeds else ""}.
   alsace status {shlex.quote(str(run))}     how far it is
   alsace cancel {shlex.quote(str(run))}     cancel what is left
-  tensorboard --logdir {shlex.quote(str(run / "tensorboard"))}     the curves"""
+  tensorboard --logdir {shlex.quote(str(board))}     the curves"""
     )
 
 
-def check_cluster(config: Config, yaml_path: Path, cluster: str, num_nodes: int) -> None:
+def check_cluster(config: Config, cluster: str, num_nodes: int) -> None:
     """Check a cluster's nodes in a job of its own, wait for the job and print what the job found.
 
     Raises ``UserError`` if something is wrong with a node.
     """
     profile = load_profile(cluster)
     num_nodes = _num_nodes(profile, num_nodes)
-    write_config(config, yaml_path, pipeline.stages(config))
-    job = scripts.doctor_job(config)
+    run = Path(config.run_dir)
+    if not sweep.is_sweep(run):
+        pipeline.claim_run(Layout(run))
+    job = scripts.doctor_job()
     script = scripts.write_scripts(config, profile, [job], num_nodes)[job.name]
-    queue.check_scripts([script])
+    acceptance.check_scripts([script])
     log = script.parent / "logs" / f"{script.stem}.log"
     log.unlink(missing_ok=True)  # an earlier check has left its log
     job_id = queue.sbatch(script)
@@ -105,7 +205,7 @@ def check_cluster(config: Config, yaml_path: Path, cluster: str, num_nodes: int)
         if line.startswith(("ok ", "FAILED ")):
             print(line)
     if state != "COMPLETED":
-        cause = cause_of(Path(config.run_dir), job_id) or (lines[-1] if lines else f"its job ended as {state.lower()}")
+        cause = cause_of(script.parent, job_id) or (lines[-1] if lines else f"its job ended as {state.lower()}")
         raise UserError(f"doctor: {cause.removeprefix('doctor: ')}")
 
 
@@ -121,17 +221,19 @@ def write_config(config: Config, yaml_path: Path, found: list[Stage], is_only_re
     ``is_only_reading``: the config is all that is written, so that jobs in the queue do not matter if it says the same.
     """
     run = Path(config.run_dir)
+    sweep.refuse_sweep(run)
     path = Layout(run).config
     is_same = path.exists() and path.read_bytes() == config_text(config).encode()
     in_job = attempt_directory() is not None  # one of those jobs, under a program that knows new settings
     if not (is_only_reading and (is_same or in_job)):
         try:
-            queue.refuse_if_alive(run)
+            jobs.refuse_if_alive(run)
         except queue.NoSlurm as error:
             if not is_only_reading:
                 raise
-            listed = Layout(run).slurm / "jobs.json"
-            raise queue.NoSlurm(f"{error}; if the run has no jobs in the queue any more, remove {listed}") from None
+            whole = sweep.sweep_of(run)
+            known = Layout(whole[0] if whole else run).slurm  # scripts, too, are a reason to ask
+            raise queue.NoSlurm(f"{error}; if the run has no jobs in the queue any more, move {known} away") from None
     pipeline.write_config(config, yaml_path, found)
 
 
@@ -174,10 +276,10 @@ def _is_complete(job: Job) -> bool:
 
 
 def cancel(run: Path) -> None:
-    """Cancel what a run has in the queue, and say what that was."""
-    if not Layout(run).config.exists():
+    """Cancel what a run or a sweep has in the queue, and say what that was."""
+    if not Layout(run).config.exists() and not sweep.is_sweep(run):
         raise UserError(f"{run}: is not the directory of a run; give the run_dir of one")
-    gone = queue.cancel(run)
+    gone = jobs.cancel(run)
     for row in gone:
         print(f"{row.job_id}  {row.name}: cancelled")
     if not gone:

@@ -1,13 +1,13 @@
 """Whether config and data fit together: what would fail, or be ignored, hours later is refused before anything runs."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from alsace_dist.config import Config
 from alsace_dist.config_file import variant
 from alsace_dist.errors import UserError
 from alsace_dist.files.layout import data_url
-from alsace_dist.files.shards import Dataset, open_dataset
+from alsace_dist.files.shards import Dataset, ParallelGroup, open_dataset
 from alsace_dist.tasks.base import for_language
 
 
@@ -24,6 +24,22 @@ def check_datasets(config: Config, datasets: Mapping[str, Dataset]) -> None:
             has, wants = ", ".join(dataset.labels), ", ".join(config.task.labels)
             raise UserError(f"task.labels: split {split} was prepared with {has}, in this order, not with {wants}")
     check_languages(config, {split: dataset.languages for split, dataset in datasets.items()})
+
+
+def check_calibration(config: Config, unlabeled: Iterable[ParallelGroup]) -> None:
+    """Raises ``UserError`` if biases of places are wanted where groups have different numbers of candidates."""
+    sizes = {
+        len(own) for group in unlabeled for language, own in group.candidates.items() if language not in group.apart
+    }
+    if len(sizes) < 2:
+        return
+    for name in ("", *config.variants):
+        if (variant(config, name) if name else config).select.calibration == "marginal":
+            where = f"variants.{name}.select" if name else "select"
+            raise UserError(
+                f"{where}.calibration: marginal needs the same number of candidates in all groups, and those of split "
+                f"unlabeled have {min(sizes)} to {max(sizes)}; set it to none"
+            )
 
 
 def check_languages(config: Config, languages: Mapping[str, Collection[str]]) -> None:
@@ -43,12 +59,17 @@ def check_languages(config: Config, languages: Mapping[str, Collection[str]]) ->
     every = set().union(*answered.values())
     if not every:
         return
-    texts: dict[str, dict[str, Any]] = {"template": {**task.templates()}, "verbalizers": {**task.answers()}}
+    texts: dict[str, dict[str, Any]] = {"template": {**task.templates()}}
+    if task.answers():
+        texts["verbalizers"] = {**task.answers()}
+    if task.words:
+        texts["words"] = {**task.words_of()}
     for name, keys in texts.items():
         for language in sorted(every):
             for_language(keys, language, name)
         unknown = sorted(keys.keys() - every - {"default"})
-        if unknown and config.data.languages is None:  # with data.languages some of the templates are not needed
+        # With data.languages some templates are not needed, and a dataset's own prompts are for all of its languages.
+        if unknown and config.data.languages is None and not task.prompts:
             raise UserError(f"task.{name}.{unknown[0]}: no split has that language; correct or remove it")
     for name in ("", *config.variants):
         section = (variant(config, name) if name else config).select

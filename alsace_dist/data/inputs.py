@@ -1,21 +1,22 @@
-"""Where parallel groups come from: the kinds of ``data.inputs`` in one table, and JSONL, the plainest of them.
+"""Where parallel groups come from: the kinds of ``data.inputs`` in one table.
 
 A published dataset is a kind of its own: a module in tasks/, found by its name.
 """
 
 import functools
-import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from alsace_dist import tasks
-from alsace_dist.config import Config, InputConfig, TaskConfig
-from alsace_dist.data import hub, tables
-from alsace_dist.data.records import BadRecords, Place, RecordRow, input_files, key_of, open_bytes
+from alsace_dist.config import Config, InputConfig
+from alsace_dist.data import hub, jsonl, published, tables
+from alsace_dist.data.columns import Numbering
+from alsace_dist.data.records import BadRecords, Place, RecordRow, input_files
 from alsace_dist.errors import UserError
 from alsace_dist.files.manifest import digest_file, digest_json
+from alsace_dist.tasks.base import FoundProblem, Published
 
 Groups = Iterator[list[RecordRow]]
 
@@ -24,15 +25,19 @@ Groups = Iterator[list[RecordRow]]
 class InputKind:
     """A kind of input.
 
-    ``settings``: the keys of an input that it has beside ``kind`` and ``split``. ``read(input, task, seed, bad)``: its
+    ``settings``: the keys of an input that it has beside ``kind`` and ``split``. ``read(input, config, bad)``: its
     groups, each as its rows (at least one). ``files(input)``: the files that it reads; none if it is generated, or on
     the hub. ``content(input, seed)``: for the fingerprint, name -> what tells the content from another one.
+    ``missing``, ``no_label``: what says, beside ``data.missing`` and ``data.no_label``, that there is no translation,
+    and that nobody knows the label; the empty one is for a group without label.
     """
 
     settings: frozenset[str]
-    read: Callable[[InputConfig, TaskConfig, int, BadRecords], Groups]
+    read: Callable[[InputConfig, Config, BadRecords], Groups]
     files: Callable[[InputConfig], list[Path]]
     content: Callable[[InputConfig, int], dict[str, Any]]
+    missing: frozenset[str] = frozenset()
+    no_label: frozenset[str] = frozenset()
 
 
 def kinds() -> dict[str, InputKind]:
@@ -58,6 +63,8 @@ def check_inputs(config: Config) -> None:
         own = kind_of(one).settings
         if "path" in own and not one.path:
             raise UserError(f"data.inputs.{number}: path is needed for kind {one.kind}")
+        if one.kind in ("jsonl", "table") and one.hub_split is not None and "{split}" not in one.path:
+            raise UserError(f"data.inputs.{number}: hub_split is not used where path has no {{split}} in it; remove it")
         for name in sorted(one.model_fields_set - own - {"kind", "split"}):
             if getattr(one, name) != type(one).model_fields[name].default:
                 users = " or ".join(name_of for name_of, kind in kinds().items() if name in kind.settings)
@@ -67,10 +74,13 @@ def check_inputs(config: Config) -> None:
 def read_groups(one: InputConfig, config: Config, bad: BadRecords) -> Groups:
     """The groups of one input, each as its rows (at least one). Raises ``UserError`` if it holds none."""
     num_before, is_empty = len(bad.problems), True
-    for rows in kind_of(one).read(one, config.task, config.seed, bad):
+    for rows in kind_of(one).read(in_languages(one, config), config, bad):
         is_empty = False
+        if one.languages is not None:  # whatever holds them: files, a column, the keys of a group
+            rows = [row for row in rows if row.language in one.languages or not isinstance(row.language, str)]
         named = [row._replace(key=f"{one.name}/{row.key}") if one.name and row.key else row for row in rows]
-        yield named
+        if named:
+            yield named
     if is_empty and len(bad.problems) == num_before:
         raise UserError(f"data.inputs: {one.path or one.kind}: holds no records; correct the path, or remove the input")
 
@@ -79,94 +89,54 @@ def contents(config: Config) -> dict[str, Any]:
     """What tells the content of all inputs from another one, by file or name."""
     found: dict[str, Any] = {}
     for one in config.data.inputs:
-        found |= kind_of(one).content(one, config.seed)
+        found |= kind_of(one).content(in_languages(one, config), config.seed)
     return found
+
+
+def in_languages(one: InputConfig, config: Config) -> InputConfig:
+    """The input with the languages made explicit in which it is read; None still means all of them.
+
+    Of a published dataset, labeled groups are read in the source language alone: more would not be used.
+    """
+    languages = config.data.languages if one.languages is None else one.languages
+    if one.languages is None and one.split == "labeled" and one.kind in tasks.published():
+        languages = [config.data.source_language]
+    return one.model_copy(update={"languages": languages})
 
 
 def _hashed(files: Iterable[Path]) -> dict[str, Any]:
     return {str(path): {"bytes": path.stat().st_size, "sha256": digest_file(path)} for path in files}
 
 
-# --- JSONL ---------------------------------------------------------------------------------------------------------
+# --- the table -----------------------------------------------------------------------------------------------------
 
 
-def _read_jsonl(one: InputConfig, task: TaskConfig, seed: int, bad: BadRecords) -> Groups:
-    for path in input_files(one):
-        yield from _lines_of_jsonl(path, bad)
-
-
-def _lines_of_jsonl(path: Path, bad: BadRecords) -> Iterator[list[RecordRow]]:
-    with open_bytes(path) as file:
-        for number, line in enumerate(file, start=1):
-            place = Place(str(path), number)
-            if not line.strip():
-                continue
-            if number == 1:
-                _check_first_line(path, line)
-            try:
-                text = line.rstrip().decode("utf-8-sig" if number == 1 else "utf-8")
-                record = json.loads(text, object_pairs_hook=_object_of_distinct_keys)
-            except UnicodeDecodeError as error:
-                bad.add(place, "invalid UTF-8", f"byte {error.start + 1} of the line: {error.reason}")
-            except json.JSONDecodeError as error:
-                bad.add(place, "broken JSON", f"{error.msg} at column {error.colno}")
-            except (ValueError, RecursionError) as error:
-                bad.add(place, "broken JSON", str(error))
-            else:
-                yield from _rows_of_record(record, place, bad)
-
-
-def _check_first_line(path: Path, line: bytes) -> None:
-    """Raises ``UserError`` for the ways in which JSON is no JSONL as a whole."""
-    if line[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        raise UserError(f"{path}: is UTF-16; save it as UTF-8")
-    first = line.strip().removeprefix(b"\xef\xbb\xbf")
-    if first[:1] == b"[":
-        raise UserError(f"{path}: is one JSON array; JSONL has one object a line (jq -c '.[]' makes that of it)")
-    if first == b"{":
-        raise UserError(
-            f"{path}: has an object over several lines; JSONL has one object a line (jq -c . makes that of it)"
-        )
-
-
-def _object_of_distinct_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object. The standard decoder would quietly keep the last of two values for one key."""
-    value = dict(pairs)
-    if len(value) != len(pairs):
-        raise ValueError(f"a key is given twice among {[key for key, _ in pairs]}")
-    return value
-
-
-def _rows_of_record(record: Any, place: Place, bad: BadRecords) -> Iterator[list[RecordRow]]:
-    """The rows of a record in the JSON form; nothing, with the reason reported, if it holds no texts."""
-    if not isinstance(record, dict):
-        bad.add(place, "broken JSON", "the line is not an object")
-        return
-    texts = record.get("texts")
-    if not isinstance(texts, dict) or not texts:
-        bad.add(place, "no texts", "`texts` must map at least one language to its fields")
-        return
-    key = key_of(record.get("id"))
-    yield [RecordRow(place, key, language, record.get("label"), fields) for language, fields in texts.items()]
-
-
-# --- the other kinds -----------------------------------------------------------------------------------------------
-
-
-def _by_key(rows: Iterable[RecordRow]) -> Groups:
+def _by_key(rows: Iterable[RecordRow], bad: BadRecords) -> Groups:
     """Rows of one id together, wherever they stand; a row without an id is alone."""
     groups: dict[Any, list[RecordRow]] = {}
     for row in rows:
         groups.setdefault(row.place if row.key is None else row.key, []).append(row)
-    yield from groups.values()
+    broken, bad.broken_keys = bad.broken_keys, set()
+    for key, group in groups.items():
+        yield [row._replace(is_whole=False) for row in group] if key in broken else group
 
 
-def _read_tables(one: InputConfig, task: TaskConfig, seed: int, bad: BadRecords) -> Groups:
-    return _by_key(tables.read_tables(one, task, bad))
+def _read_jsonl(one: InputConfig, config: Config, bad: BadRecords) -> Groups:
+    if jsonl.holds_rows(one):
+        return _by_key(jsonl.read_rows(one, config.task, bad, Numbering()), bad)
+    return jsonl.read_groups(one, bad)
 
 
-def _read_hub(one: InputConfig, task: TaskConfig, seed: int, bad: BadRecords) -> Groups:
-    return _by_key(hub.read_huggingface(one, task))
+def _read_tables(one: InputConfig, config: Config, bad: BadRecords) -> Groups:
+    return _by_key(tables.read_tables(one, config.task, bad, Numbering()), bad)
+
+
+def _read_hub(one: InputConfig, config: Config, bad: BadRecords) -> Groups:
+    return _by_key(hub.read_huggingface(one, config.task, bad), bad)
+
+
+def _content_of_files(one: InputConfig, seed: int) -> dict[str, Any]:
+    return _hashed(input_files(one))
 
 
 def _content_of_hub(one: InputConfig, seed: int) -> dict[str, Any]:
@@ -178,10 +148,56 @@ def _content_of_hub(one: InputConfig, seed: int) -> dict[str, Any]:
 @functools.cache
 def _published(name: str) -> InputKind:
     dataset = tasks.dataset(name)
+    if isinstance(dataset, Published):
+        return _described(dataset)
+    if hasattr(dataset, "rows"):
+        return _parsed(cast(tasks.ParsedDataset, dataset))
+    return _generated(name, dataset)
 
-    def read(one: InputConfig, task: TaskConfig, seed: int, bad: BadRecords) -> Groups:
-        for number, record in enumerate(dataset.records(one, seed), start=1):
-            yield from _rows_of_record(record, Place(name, number, "group "), bad)
+
+def _described(dataset: Published) -> InputKind:
+    def read(one: InputConfig, config: Config, bad: BadRecords) -> Groups:
+        groups = _by_key(published.read_rows(dataset, one, config.task, bad), bad)
+        return (published.agreed(dataset, group, bad) for group in groups)
+
+    def files(one: InputConfig) -> list[Path]:
+        return published.files(dataset, one)
+
+    def content(one: InputConfig, seed: int) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for part in published.locate(dataset, one):
+            paths = published.files_of(part)
+            found |= _hashed(paths) if paths else _content_of_hub(part.input, seed)
+        return found
+
+    return InputKind(published.SETTINGS, read, files, content, dataset.missing, dataset.no_label)
+
+
+def _parsed(dataset: tasks.ParsedDataset) -> InputKind:
+    def rows(one: InputConfig, bad: BadRecords) -> Iterator[RecordRow]:
+        for found in dataset.rows(one):
+            place = Place(str(found.path), found.line)
+            if isinstance(found, FoundProblem):
+                bad.add(place, found.kind, found.detail)
+                bad.broken_keys |= set(found.keys)
+                continue
+            label = found.label[0] if len(found.label) == 1 else found.label
+            row = RecordRow(place, found.key, found.language, label, dict(found.fields), found.unit)
+            yield row._replace(candidates=found.candidates, is_apart=found.is_apart, category=found.category)
+
+    def read(one: InputConfig, config: Config, bad: BadRecords) -> Groups:
+        return _by_key(rows(one, bad), bad)
+
+    def content(one: InputConfig, seed: int) -> dict[str, Any]:
+        return _hashed(dataset.files(one))
+
+    return InputKind(dataset.SETTINGS | {"name"}, read, dataset.files, content)
+
+
+def _generated(name: str, dataset: tasks.GeneratedDataset) -> InputKind:
+    def read(one: InputConfig, config: Config, bad: BadRecords) -> Groups:
+        for number, record in enumerate(dataset.records(one, config.seed), start=1):
+            yield from jsonl.rows_of_record(record, Place(name, number, "group "), bad)
 
     def content(one: InputConfig, seed: int) -> dict[str, Any]:
         if files := dataset.files(one):
@@ -193,13 +209,16 @@ def _published(name: str) -> InputKind:
 
 KINDS: dict[str, InputKind] = {
     "jsonl": InputKind(
-        frozenset({"path", "name"}), _read_jsonl, input_files, lambda one, seed: _hashed(input_files(one))
+        frozenset({"path", "name", "languages", "hub_split", "columns"}), _read_jsonl, input_files, _content_of_files
     ),
     "table": InputKind(
-        frozenset({"path", "name", "columns"}), _read_tables, input_files, lambda one, seed: _hashed(input_files(one))
+        frozenset({"path", "name", "languages", "hub_split", "columns", "header", "quoting"}),
+        _read_tables,
+        input_files,
+        _content_of_files,
     ),
     "huggingface": InputKind(
-        frozenset({"path", "name", "columns", "subsets", "hub_split", "revision"}),
+        frozenset({"path", "name", "languages", "columns", "subsets", "hub_split", "revision"}),
         _read_hub,
         hub.local_files,
         _content_of_hub,

@@ -1,68 +1,134 @@
-"""Tables in long form, a row per group and language: CSV and Parquet; and the columns of any table."""
+"""Tables: CSV, TSV and Parquet, with a row per group and language, in one file or a file per language."""
 
 import csv
-import fnmatch
 import io
-import re
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from alsace_dist.config import InputConfig, TaskConfig
+from alsace_dist.data.columns import Cells, FileRow, Numbering, records_of, rows_between, wanted_columns
 from alsace_dist.data.records import (
+    BLANK,
+    OPEN_QUOTE,
+    ROW_COUNT,
     BadRecords,
     Place,
     RecordRow,
     input_files,
     is_unicode,
     key_of,
+    language_of_file,
     open_bytes,
     whole,
 )
 from alsace_dist.errors import UserError
 
-Cells = dict[str, Any]
-ROW_NUMBER = "\0row number"  # no column has this name
 
+def read_tables(
+    one: InputConfig, task: TaskConfig, bad: BadRecords, numbering: Numbering, language: str | None = None
+) -> Iterator[RecordRow]:
+    """Rows of Parquet, CSV and TSV files; the rows of a group may stand in several files of one input.
 
-def read_tables(one: InputConfig, task: TaskConfig, bad: BadRecords) -> Iterator[RecordRow]:
-    """Rows of Parquet, CSV and TSV files in long form; the rows of a group may stand in several files of one input.
-
-    A path with ``{language}`` in it names a file per language, which then needs no column for it.
+    A path with ``{language}`` in it names a file per language, which then needs no column for it. Rows without ids are
+    numbered through the files of each language, all of which must have equally many. ``language``: of all rows, if
+    neither files nor columns say it.
     """
     for path in input_files(one):
-        language = language_of_file(one.path, path)
+        named = language or language_of_file(one.located(), path)
         name = path.name.lower().removesuffix(".gz")
         if name.endswith(".parquet"):
-            rows = _read_parquet(path, one, task, language is None)
+            rows = _read_parquet(path, one, task, named is None)
         elif name.endswith((".csv", ".tsv")):
-            rows = _read_csv(path, one, task, bad, "\t" if name.endswith(".tsv") else ",", language is None)
+            rows = _read_csv(path, one, task, bad, named is None)
         else:
             raise UserError(
                 f"{path}: kind table reads .parquet, .csv and .tsv (.gz, too); convert it or correct the path"
             )
-        for place, cells in rows:
-            named = cells[one.columns.language] if language is None else language
-            yield row_of_cells(place, cells, one, task, named)
+        yield from records_of(rows, one, task, named, numbering, bad)
+    if one.columns.id is None:
+        numbering.check(bad, ROW_COUNT)
 
 
-def language_of_file(pattern: str, path: Path) -> str | None:
-    """What stands in a file's name where the pattern says ``{language}``; None if it does not."""
-    if "{language}" not in pattern:
-        return None
-    first, *others = (fnmatch.translate(part)[4:-3] for part in str(Path(pattern)).split("{language}"))
-    match = re.fullmatch(first + "(?P<language>[^/]+?)" + "(?P=language)".join(others), str(path))
-    return match["language"] if match else None
+# --- CSV and TSV ---------------------------------------------------------------------------------------------------
+
+
+class _Line(NamedTuple):
+    """A row's cells as text, the lines that it was read from, and what the csv module has against it."""
+
+    place: Place
+    values: list[str]
+    lines: Sequence[str]
+    problem: str = ""
+
+
+def delimiter_of(path: Path) -> str:
+    """What separates the cells of a file of this name."""
+    return "\t" if path.name.lower().removesuffix(".gz").endswith(".tsv") else ","
 
 
 def _read_csv(
-    path: Path, one: InputConfig, task: TaskConfig, bad: BadRecords, delimiter: str, with_language: bool
-) -> Iterator[tuple[Place, Cells]]:
+    path: Path, one: InputConfig, task: TaskConfig, bad: BadRecords, with_language: bool
+) -> Iterator[FileRow]:
+    delimiter = delimiter_of(path)
+    quoting = find_quoting(path, delimiter) if one.quoting == "auto" else one.quoting
+    every_line = (_quoted_lines if quoting == "csv" else _plain_lines)(path, delimiter)
+    lines = rows_between(every_line, lambda line: not line.values and not line.problem, one.columns.id is None)
+    header = one.header or next(lines, _Line(Place(str(path), 1), [], ())).values
+    if not header:
+        raise UserError(f"{path}: holds nothing; restore the file, or remove it from data.inputs")
+    _check_header(path, header, delimiter)
+    wanted_columns(str(path), header, one, task, with_language, one.columns.id is not None)
+    id_at = None if one.columns.id is None else header.index(one.columns.id)
+    for line in lines:
+        if problem := _problem(line, header, delimiter, one, task.labels):
+            bad.add(line.place, *problem)
+            known = id_at is not None and id_at < len(line.values)
+            yield FileRow(line.place, None, key_of(whole(line.values[id_at])) if known and id_at is not None else None)
+            continue
+        cells: Cells = dict(zip(header, line.values, strict=True))
+        if one.columns.id is not None:
+            cells[one.columns.id] = whole(cells[one.columns.id])
+        yield FileRow(line.place, cells)
+
+
+def _problem(
+    line: _Line, header: Sequence[str], delimiter: str, one: InputConfig, labels: Sequence[str]
+) -> tuple[str, str] | None:
+    """What is wrong with a row as such: kind and detail; None for a good one."""
+    can_be_letter = one.kind == "table" and delimiter == "\t"  # and a person can say so
+    hint = "; if a quote is a letter here, set quoting: none" if can_be_letter else ""
+    if not line.values and not line.problem:
+        return "broken row", BLANK
+    if "unexpected end" in line.problem:
+        return OPEN_QUOTE, f"never closed; it takes in all that follows{hint}"
+    if line.problem:
+        return "broken row", line.problem.replace("\t", "\\t") + hint
+    if any(_looks_like_a_row(text, header, delimiter, one, labels) for text in line.lines[1:-1] or line.lines[1:]):
+        return OPEN_QUOTE, f"takes in {len(line.lines) - 1} lines that look like rows; double it or remove it{hint}"
+    if len(line.values) != len(header):
+        return "broken row", f"{len(line.values)} cells under {len(header)} columns"
+    return None
+
+
+def _looks_like_a_row(
+    text: str, header: Sequence[str], delimiter: str, one: InputConfig, labels: Sequence[str]
+) -> bool:
+    """Whether a line within a quoted cell has a cell for every column, and a label where labels stand."""
+    cells = text.rstrip("\r\n").split(delimiter)
+    if not len(cells) == len(header) > 1:
+        return False
+    return one.columns.label not in header or cells[header.index(one.columns.label)].strip() in ("", *labels)
+
+
+def _quoted_lines(path: Path, delimiter: str) -> Iterator[_Line]:
+    """Rows whose cells may be enclosed in quotes and then hold anything; a blank line has no values."""
+    csv.field_size_limit(2**31 - 1)  # the default refuses texts of over 131,072 characters
+    lines: list[str] = []  # the lines that the current row was read from
     with open_bytes(path) as file:
         # Bytes that are not UTF-8 become lone surrogates, which the checks of texts report with their line.
         text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
-        csv.field_size_limit(2**31 - 1)  # the default refuses texts of over 131,072 characters
-        lines: list[str] = []  # the lines that the current row was read from
 
         def remembered() -> Iterator[str]:
             for line in text:
@@ -70,47 +136,44 @@ def _read_csv(
                 yield line
 
         reader = csv.reader(remembered(), strict=True, delimiter=delimiter)
-        header = next(reader, [])
-        if not header:
-            raise UserError(f"{path}: holds nothing; restore the file, or remove it from data.inputs")
-        _check_header(path, header, delimiter)
-        with_id = one.columns.id is not None
-        wanted_columns(str(path), header, one, task, with_language=with_language, with_id=with_id)
-
-        def note_key(values: list[str]) -> None:
-            number = header.index(one.columns.id) if one.columns.id is not None else len(values)
-            if number < len(values) and (key := key_of(whole(values[number]))):
-                bad.broken_keys.add(key)
-
-        number = 0
         while True:
             lines.clear()
             place = Place(str(path), reader.line_num + 1)
-            number += 1
             try:
                 values = next(reader)
             except StopIteration:
                 return
             except csv.Error as error:
-                if "unexpected end" in str(error):
-                    bad.add(place, "open quote", "never closed; it takes in all that follows")
-                else:
-                    bad.add(place, "broken row", str(error))
-                    note_key(next(csv.reader(lines, delimiter=delimiter)))
+                yield _Line(place, next(csv.reader(lines, delimiter=delimiter), []), tuple(lines), str(error))
                 continue
-            if any(len(line.rstrip("\r\n").split(delimiter)) == len(header) > 1 for line in lines[1:-1] or lines[1:]):
-                bad.add(
-                    place, "open quote", f"takes in {len(lines) - 1} lines that look like rows; double it or remove it"
-                )
-            elif len(values) == len(header):
-                cells = dict(zip(header, values, strict=True))
-                if one.columns.id is None:
-                    yield place, cells | {ROW_NUMBER: str(number)}
-                else:
-                    yield place, cells | {one.columns.id: whole(cells[one.columns.id])}
-            elif values:
-                bad.add(place, "broken row", f"{len(values)} cells under {len(header)} columns")
-                note_key(values)
+            yield _Line(place, values, tuple(lines))
+
+
+def _plain_lines(path: Path, delimiter: str) -> Iterator[_Line]:
+    """Rows of files in which a quote is a letter and a row a line, ended by LF or CRLF alone; a blank one
+    has no values."""
+    with open_bytes(path) as file:
+        for number, line in enumerate(file, start=1):
+            text = line.decode("utf-8", "surrogateescape").removesuffix("\n").removesuffix("\r")
+            text = text.removeprefix("\ufeff") if number == 1 else text
+            yield _Line(Place(str(path), number), text.split(delimiter) if text.strip(" ") else [], ())
+
+
+def find_quoting(path: Path, delimiter: str) -> str:
+    """What quotes mean in a file, "csv" or "none", as most of its cells that hold one tell.
+
+    A writer of CSV encloses every cell that holds a quote and doubles the quote; a cell with a quote that is not so
+    speaks for letters.
+    """
+    votes = {"csv": 0, "none": 0}
+    for line in _plain_lines(path, delimiter):
+        for cell in (value for value in line.values if '"' in value):
+            inner = cell[1:-1]
+            if len(cell) < 2 or cell[0] + cell[-1] != '""' or '"' in inner.replace('""', ""):
+                votes["none"] += 1
+            elif '"' in inner or line.place.number == 1:
+                votes["csv"] += 1
+    return "csv" if votes["csv"] > votes["none"] else "none"
 
 
 def _check_header(path: Path, header: Sequence[str], delimiter: str) -> None:
@@ -123,21 +186,42 @@ def _check_header(path: Path, header: Sequence[str], delimiter: str) -> None:
         raise UserError(f"{path}: its cells are separated by {other[found]}; write it with {ending}")
 
 
-def _read_parquet(path: Path, one: InputConfig, task: TaskConfig, with_language: bool) -> Iterator[tuple[Place, Cells]]:
+# --- Parquet -------------------------------------------------------------------------------------------------------
+
+
+def _read_parquet(path: Path, one: InputConfig, task: TaskConfig, with_language: bool) -> Iterator[FileRow]:
     import pyarrow
     import pyarrow.parquet
 
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            with_id = one.columns.id is not None
-            names = file.schema_arrow.names
-            wanted = wanted_columns(str(path), names, one, task, with_language=with_language, with_id=with_id)
+            schema = file.schema_arrow
+            wanted = wanted_columns(str(path), schema.names, one, task, with_language, one.columns.id is not None)
+            names = _class_names(schema.metadata or {}, one.columns.label)
             for place, cells in cells_of_tables(file.iter_batches(columns=wanted), str(path)):
-                yield place, cells | ({} if with_id else {ROW_NUMBER: str(place.number)})
-    except (OSError, pyarrow.ArrowException) as error:
+                if one.columns.label is not None and set(names) & set(task.labels):
+                    cells[one.columns.label] = _class_name(cells[one.columns.label], names)
+                yield FileRow(place, cells)
+    except (OSError, ValueError, OverflowError, pyarrow.ArrowException) as error:  # dates beyond Python's, names twice
         raise UserError(
             f"{path}: cannot be read as Parquet ({' '.join(str(error).split())}); restore the file"
         ) from None
+
+
+def _class_names(metadata: dict[bytes, bytes], column: str | None) -> list[str]:
+    """The names of a numbered class column, which ``datasets`` writes into the schema; empty if there are none."""
+    try:
+        names = json.loads(metadata[b"huggingface"])["info"]["features"][column]["names"]
+    except (KeyError, TypeError, ValueError, RecursionError):
+        return []
+    return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else []
+
+
+def _class_name(number: Any, names: Sequence[str]) -> Any:
+    """The name of a numbered class, or the number if it has none; -1 means no label, by custom."""
+    if not isinstance(number, int) or number >= len(names):
+        return number
+    return names[number] if number >= 0 else None
 
 
 def cells_of_tables(tables: Iterable[Any], name: str) -> Iterator[tuple[Place, Cells]]:
@@ -159,27 +243,3 @@ def _plain_values(column: Any) -> list[Any]:
         values = column.cast(pyarrow.large_binary()).to_pylist()
         return [None if value is None else value.decode("utf-8", "surrogateescape") for value in values]
     return [None if value != value else value for value in column.to_pylist()]  # pandas writes NaN for a gap
-
-
-def wanted_columns(
-    where: str, found: Sequence[str], one: InputConfig, task: TaskConfig, with_language: bool, with_id: bool = True
-) -> list[str]:
-    """The columns to read. Raises ``UserError`` if one is missing or ambiguous."""
-    columns = one.columns
-    wanted = {f"fields.{field}": columns.fields.get(field, field) for field in task.fields}
-    wanted |= {"id (null: row numbers)": columns.id} if with_id and columns.id is not None else {}
-    wanted |= {"language": columns.language} if with_language else {}
-    wanted |= {"label (null: no labels)": columns.label} if columns.label is not None else {}
-    for option, name in wanted.items():
-        if found.count(name) != 1:
-            problem = f"{'more than one' if name in found else 'no'} column {name!r} among {', '.join(found)}"
-            raise UserError(f"{where}: {problem}; set data.inputs.columns.{option}")
-    return list(dict.fromkeys(wanted.values()))
-
-
-def row_of_cells(place: Place, cells: Cells, one: InputConfig, task: TaskConfig, language: Any) -> RecordRow:
-    columns = one.columns
-    label = None if columns.label is None or cells[columns.label] == "" else cells[columns.label]
-    fields = {field: cells[columns.fields.get(field, field)] for field in task.fields}
-    key = key_of(cells[ROW_NUMBER if columns.id is None else columns.id])
-    return RecordRow(place, key, language, label, fields)

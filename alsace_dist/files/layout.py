@@ -10,6 +10,7 @@ MODEL = "model"  # below the directory of a stage that trains one
 # Kinds of the manifests of stages whose outputs have no format of their own: prepared splits, and trained models.
 DATA, PRETRAIN, FINETUNE, DISTILL = "data", "pretrain", "finetune", "distill"
 REPORT_FILES = ("report.md", "report.html", "report.json", "report.svg")
+SEEDS_TABLE, SEEDS_NUMBERS = "seeds.md", "seeds.json"  # in the directory of a sweep: the report over all its seeds
 
 
 def data_url(config: Config, split: str) -> str:

@@ -8,15 +8,21 @@ configuration.
 import hashlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, ConfigDict, Field, with_config
+from typing_extensions import TypedDict
 
 from alsace_dist import __version__, reading
+from alsace_dist.config import Section
+from alsace_dist.config_file import validate
 from alsace_dist.errors import NotReady, UserError
+from alsace_dist.reading import shorten
 
 MANIFEST = "manifest.json"
 STARTED = "started.json"
@@ -28,7 +34,10 @@ FORMAT_VERSION = 1
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; on success fsync it and rename it over ``path``, else remove it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    try:
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    except OSError as error:  # would name the temporary file, which nobody knows
+        raise OSError(error.errno, error.strerror, str(path)) from None
     os.close(handle)
     temporary = Path(name)
     try:
@@ -85,20 +94,33 @@ def digest_json(value: Any) -> str:
     return digest_bytes(json.dumps(value, sort_keys=True, ensure_ascii=False, allow_nan=False).encode())
 
 
-@dataclass(frozen=True)
-class Manifest:
+def _is_within(name: str) -> str:
+    if name.startswith("/") or ".." in name.split("/") or not name.isprintable():
+        raise ValueError(f"{shorten(ascii(name))} does not name a file of the directory")
+    return name
+
+
+@with_config(ConfigDict(extra="forbid"))
+class FileEntry(TypedDict):
+    """How a manifest lists a file."""
+
+    bytes: Annotated[int, Field(strict=True, ge=0)]
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class Manifest(Section):
     """What a complete output directory says of itself.
 
-    ``fingerprint``: everything the output depends on. ``files``: relative path -> {"bytes", "sha256"}.
-    ``details``: facts for readers of the directory (counts, languages, ...).
+    ``fingerprint``: everything the output depends on. ``files``: by relative path. ``details``: facts for readers of
+    the directory (counts, languages, ...).
     """
 
     kind: str
     fingerprint: dict[str, Any]
-    files: dict[str, dict[str, Any]]
-    details: dict[str, Any] = field(default_factory=dict)
-    code_version: str = __version__
-    format_version: int = FORMAT_VERSION
+    files: dict[Annotated[str, AfterValidator(_is_within)], FileEntry]
+    details: dict[str, Any]
+    code_version: str
+    format_version: int
 
     @property
     def digest(self) -> str:
@@ -112,7 +134,7 @@ def write_manifest(
     fingerprint: dict[str, Any],
     files: Iterable[Path],
     details: dict[str, Any] | None = None,
-    entries: dict[str, dict[str, Any]] | None = None,
+    entries: dict[str, FileEntry] | None = None,
 ) -> Manifest:
     """Hash ``files`` (below ``directory``), then write the manifest that makes the directory complete.
 
@@ -123,14 +145,21 @@ def write_manifest(
         entries[file.relative_to(directory).as_posix()] = file_entry(file)
     entries = dict(sorted(entries.items()))
     # Convert through JSON and back, so that the manifest in memory equals the one that a later stage reads.
-    manifest = Manifest(kind, json.loads(json.dumps(fingerprint)), entries, json.loads(json.dumps(details or {})))
-    write_json(directory / MANIFEST, asdict(manifest))
+    manifest = Manifest(
+        kind=kind,
+        fingerprint=json.loads(json.dumps(fingerprint)),
+        files=entries,
+        details=json.loads(json.dumps(details or {})),
+        code_version=__version__,
+        format_version=FORMAT_VERSION,
+    )
+    write_json(directory / MANIFEST, manifest.model_dump())
     (directory / STARTED).unlink(missing_ok=True)
     return manifest
 
 
-def file_entry(path: Path) -> dict[str, Any]:
-    """How a manifest lists a file."""
+def file_entry(path: Path) -> FileEntry:
+    """The entry of a file."""
     return {"bytes": path.stat().st_size, "sha256": digest_file(path)}
 
 
@@ -142,20 +171,17 @@ def load_manifest(directory: Path, kind: str) -> Manifest:
     path = directory / MANIFEST
     if not path.exists():
         raise NotReady(f"{directory}: not complete ({MANIFEST} is missing); run the stage that writes it first")
-    value = read_json(path)
+    return parse_manifest(read_json(path), kind, str(path), f"delete {directory} and run its stage again")
+
+
+def parse_manifest(value: Any, kind: str, place: str, remedy: str) -> Manifest:
+    """A manifest from JSON. Raises ``UserError`` with this place and remedy if it is of another kind or form."""
     if not isinstance(value, dict) or value.get("format_version") != FORMAT_VERSION:
-        raise UserError(f"{path}: not of manifest format {FORMAT_VERSION}; delete {directory} and run its stage again")
+        raise UserError(f"{place}: not of manifest format {FORMAT_VERSION}; {remedy}")
     if value.get("kind") != kind:
-        raise UserError(f"{path}: holds {value.get('kind')!r} where {kind!r} is needed; name the right directory")
-    try:
-        manifest = Manifest(**value)
-        if not all(
-            isinstance(entry, dict) and {"bytes", "sha256"} <= entry.keys() for entry in manifest.files.values()
-        ):
-            raise TypeError("a file without bytes or sha256")
-        return manifest
-    except (TypeError, AttributeError) as error:
-        raise UserError(f"{path}: broken ({error}); delete {directory} and run its stage again") from None
+        found = shorten(repr(value.get("kind")))
+        raise UserError(f"{place}: holds {found} where {kind!r} is needed; name the right directory")
+    return validate(Manifest, value, f"{place}: ", remedy)
 
 
 def verify_files(directory: Path, manifest: Manifest, hashes: bool = True) -> None:
@@ -171,10 +197,12 @@ def verify_file(directory: Path, manifest: Manifest, name: str, hashes: bool = T
     """Check one file of a manifest. Raises ``UserError`` if it is missing or not as listed."""
     entry, path = manifest.files[name], directory / name
     remedy = f"restore it, or delete {directory} and run its stage again"
-    if not path.exists():
-        raise UserError(f"{path}: missing, though {MANIFEST} lists it; {remedy}")
-    if path.stat().st_size != entry["bytes"]:
-        raise UserError(f"{path}: {path.stat().st_size} bytes where {MANIFEST} says {entry['bytes']}; {remedy}")
+    try:
+        size = reading.check_regular(path, remedy)
+    except FileNotFoundError:
+        raise UserError(f"{path}: missing, though {MANIFEST} lists it; {remedy}") from None
+    if size != entry["bytes"]:
+        raise UserError(f"{path}: {size} bytes where {MANIFEST} says {entry['bytes']}; {remedy}")
     if hashes and digest_file(path) != entry["sha256"]:
         raise UserError(f"{path}: content differs from the sha256 in {MANIFEST}; {remedy}")
 
@@ -187,7 +215,12 @@ MISSING = object()  # None will not do: it is a value that JSON has
 
 
 def differences(old: Any, new: Any, name: str = "") -> list[str]:
-    """Dotted names at which two JSON values differ, each with both values, for people to read."""
+    """Dotted names at which two JSON values differ, each with both values, for people to read.
+
+    Of files and outputs, which a fingerprint knows by their sha256, only that they are others.
+    """
+    if old != new and _is_content(old) and _is_content(new):
+        return [f"{name}: its content has changed"]
     if isinstance(old, dict) and isinstance(new, dict):
         rows: list[str] = []
         for key in sorted(old.keys() | new.keys()):
@@ -198,9 +231,18 @@ def differences(old: Any, new: Any, name: str = "") -> list[str]:
     return [f"{name}: {_shorten(old)} -> {_shorten(new)}"]
 
 
+def _is_content(value: Any) -> bool:
+    """Whether a part of a fingerprint stands for the content of a file or an output."""
+    if isinstance(value, dict):
+        return "sha256" in value
+    return isinstance(value, str) and re.fullmatch(r"[0-9a-f]{64}", value) is not None
+
+
 def _shorten(value: Any) -> str:
     if value is MISSING:
         return "(nothing)"
+    if _is_content(value):
+        return "(some content)"
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 60 else text[:57] + "..."
 
@@ -245,15 +287,37 @@ def claim(directory: Path) -> None:
     if not directory.is_dir():
         raise UserError(f"{directory}: is no directory; {remedy}")
     entries = [path for path in sorted(directory.iterdir()) if not _is_passing(path)]
-    if linked := next((path for path in entries if path.is_symlink()), None):
-        raise UserError(f"{linked}: is a link to another place, which would be written over; {remedy}")
+    if linked := next((path for path in sorted(directory.rglob("*")) if path.is_symlink()), None):
+        raise UserError(f"{linked}: is a link to another place, where files would be written or deleted; {remedy}")
     if entries and not any(_is_mark(directory / name) for name in (MANIFEST, STARTED)):
         raise UserError(f"{entries[0]}: lies where a stage writes; {remedy}")
 
 
+_TEMPORARY = re.compile(r"\..+\.[a-z0-9_]{8}\.tmp")  # as ``atomic_path`` names what it has not finished
+
+
+_NOTHING = re.compile("(?!)")
+
+
+def remove_own(directory: Path, names: "re.Pattern[str]" = _NOTHING) -> None:
+    """Delete what an earlier start has left in a directory: its manifest first, so that nothing half deleted is taken
+    for whole, then the files whose whole name the pattern matches, and temporary files. The directory goes if it is
+    empty then; whatever else a person has put there stays, and so does the directory. A link to a directory is left
+    alone: what it leads to is somebody else's.
+    """
+    if not directory.is_dir() or directory.is_symlink():
+        return
+    (directory / MANIFEST).unlink(missing_ok=True)
+    for path in sorted(directory.iterdir()):
+        if path.is_file() and (names.fullmatch(path.name) or _TEMPORARY.fullmatch(path.name)):
+            path.unlink()
+    with suppress(OSError):  # not empty
+        directory.rmdir()
+
+
 def _is_passing(path: Path) -> bool:
     """What a start that was killed may leave before its mark: a temporary file, and the watchdog's directory."""
-    return (path.name[0] == "." and path.suffix == ".tmp") or path.name == HANG
+    return bool(_TEMPORARY.fullmatch(path.name)) or path.name == HANG
 
 
 def _is_mark(path: Path) -> bool:

@@ -1,17 +1,21 @@
 """Score files: one Parquet file per shard, one row per (group, language), in shard order.
 
-Columns: ``key``, ``language``, ``log_probs`` (list of float32, one per candidate), ``label`` (index or null).
+Columns: ``key``, ``language``, ``log_probs`` (list of float32, one per candidate), ``label`` (index or null). Where a
+row has need of them there are also ``labels`` (list of int32: several right candidates), ``apart`` (bool: candidates
+that correspond to no other language's) and ``category`` (string).
 """
 
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from alsace_dist.errors import UserError
-from alsace_dist.files.manifest import Manifest, atomic_path, load_manifest, verify_file
+from alsace_dist.files.manifest import MANIFEST, Manifest, atomic_path, load_manifest, verify_file
+from alsace_dist.files.shards import Label, golds
 from alsace_dist.reading import check_regular
 
 KIND = "scores"
@@ -19,26 +23,61 @@ KIND = "scores"
 
 @dataclass(frozen=True)
 class Scores:
-    """Rows of scores. ``log_probs[i]``: float32 [K_i], normalised over the K_i candidates of row i."""
+    """Rows of scores. ``log_probs[i]``: float32 [K_i], normalised over the K_i candidates of row i.
+
+    ``apart``: whether a row's candidates correspond to no other language's; ``categories``: as in ``ParallelGroup``.
+    Either is empty if that is so of no row.
+    """
 
     keys: list[str]
     languages: list[str]
     log_probs: list[np.ndarray]
-    labels: list[int | None]
+    labels: list[Label]
+    apart: list[bool] = field(default_factory=list)
+    categories: list[str] = field(default_factory=list)
 
     def groups(self) -> dict[str, dict[str, np.ndarray]]:
-        """key -> language -> log-probabilities, keys in row order."""
+        """key -> language -> log-probabilities of candidates that correspond, keys in row order."""
         grouped: dict[str, dict[str, np.ndarray]] = {}
-        for key, language, row in zip(self.keys, self.languages, self.log_probs, strict=True):
-            grouped.setdefault(key, {})[language] = row
+        apart = self.apart or [False] * len(self.keys)
+        for key, language, row, is_apart in zip(self.keys, self.languages, self.log_probs, apart, strict=True):
+            if not is_apart:
+                grouped.setdefault(key, {})[language] = row
         return grouped
 
+    def golds(self) -> dict[str, tuple[int, ...]]:
+        """key -> the right candidates of the languages whose candidates correspond, none without a label; the same keys
+        as ``groups``."""
+        apart = self.apart or [False] * len(self.keys)
+        rows = zip(self.keys, self.labels, apart, strict=True)
+        return {key: golds(label) for key, label, is_apart in rows if not is_apart}
 
-def _schema() -> Any:
+
+NEEDED = ("key", "language", "log_probs", "label")
+
+
+def _schema(names: Collection[str] = NEEDED) -> Any:
     import pyarrow as pa
 
     kinds = {"key": pa.string(), "language": pa.string(), "log_probs": pa.list_(pa.float32()), "label": pa.int32()}
-    return pa.schema(kinds.items())
+    kinds |= {"labels": pa.list_(pa.int32()), "apart": pa.bool_(), "category": pa.string()}
+    return pa.schema([(name, kind) for name, kind in kinds.items() if name in names])
+
+
+def _is_of_kind(column: Any) -> bool:
+    """Whether a column has the kind of values that it should, in whatever width: a cast would take numbers for text."""
+    import pyarrow.types as kinds
+
+    kind = column.type
+    if kinds.is_null(kind):  # no value at all
+        return True
+    if column.name == "log_probs":
+        return bool(kinds.is_list(kind) and kinds.is_floating(kind.value_type))
+    if column.name == "labels":
+        return bool(kinds.is_list(kind) and kinds.is_integer(kind.value_type))
+    if column.name == "apart":
+        return bool(kinds.is_boolean(kind))
+    return bool(kinds.is_integer(kind) if column.name == "label" else kinds.is_string(kind))
 
 
 def write_scores(path: Path, scores: Scores, metadata: dict[str, str]) -> None:
@@ -46,15 +85,17 @@ def write_scores(path: Path, scores: Scores, metadata: dict[str, str]) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    table = pa.table(
-        {
-            "key": scores.keys,
-            "language": scores.languages,
-            "log_probs": [row.tolist() for row in scores.log_probs],
-            "label": scores.labels,
-        },
-        schema=_schema(),
-    ).replace_schema_metadata(metadata)
+    columns: dict[str, Any] = {
+        "key": scores.keys,
+        "language": scores.languages,
+        "log_probs": [row.tolist() for row in scores.log_probs],
+        "label": [None if isinstance(label, tuple) else label for label in scores.labels],
+    }
+    if any(isinstance(label, tuple) for label in scores.labels):
+        columns["labels"] = [list(label) if isinstance(label, tuple) else None for label in scores.labels]
+    columns |= {"apart": scores.apart} if any(scores.apart) else {}
+    columns |= {"category": scores.categories} if any(scores.categories) else {}
+    table = pa.table(columns, schema=_schema(columns)).replace_schema_metadata(metadata)
     with atomic_path(path) as temporary:
         pq.write_table(table, temporary, compression="zstd")
 
@@ -90,7 +131,11 @@ def read_score_file(path: Path) -> Scores:
     except FileNotFoundError:
         raise UserError(f"{path}: not a score file (no such file); {remedy}") from None
     try:
-        table = pq.read_table(path, columns=_schema().names).cast(_schema())
+        names = {*NEEDED, *pq.read_schema(path).names}
+        table = pq.read_table(path, columns=_schema(names).names)
+        if wrong := next((column for column in table.schema if not _is_of_kind(column)), None):
+            raise ValueError(f"column {wrong.name} holds {wrong.type}")
+        table = table.cast(_schema(names))
     except PermissionError:
         raise  # the file is not broken, and the operating system's message names path and reason
     except (OSError, pa.ArrowException, ValueError) as error:
@@ -102,9 +147,23 @@ def read_score_file(path: Path) -> Scores:
     lengths = column.value_lengths().to_numpy(zero_copy_only=False)
     _check_values(path, values, lengths, remedy)
     rows = np.split(values, np.cumsum(lengths)[:-1]) if len(lengths) else []
-    return Scores(
-        table.column("key").to_pylist(), table.column("language").to_pylist(), rows, table.column("label").to_pylist()
-    )
+    keys, languages = table.column("key").to_pylist(), table.column("language").to_pylist()
+    _check_names(path, keys, languages, remedy)
+    found = {name: table.column(name).to_pylist() for name in table.column_names if name not in NEEDED}
+    labels = table.column("label").to_pylist()
+    if "labels" in found:
+        labels = [tuple(many) if many else one for one, many in zip(labels, found["labels"], strict=True)]
+    return Scores(keys, languages, rows, labels, found.get("apart", []), found.get("category", []))
+
+
+def _check_names(path: Path, keys: list[str], languages: list[str], remedy: str) -> None:
+    """Raises ``UserError`` if a row has an empty name or is there twice."""
+    seen = set()
+    for place in zip(keys, languages, strict=True):
+        problem = "is there twice" if place in seen else "a name is empty" if not all(place) else ""
+        if problem:
+            raise UserError(f"{path}: group {place[0]!r}, language {place[1]!r}: {problem}; {remedy}")
+        seen.add(place)
 
 
 def _check_values(path: Path, values: np.ndarray, lengths: np.ndarray, remedy: str) -> None:
@@ -125,14 +184,45 @@ def _check_values(path: Path, values: np.ndarray, lengths: np.ndarray, remedy: s
         raise UserError(f"{path}: row {row}: its probabilities add up to {sums[row]:.3g}, not to 1; {remedy}")
 
 
-def read_scores(directory: Path, num_groups: int | None = None) -> Scores:
+def _check_counts(directory: Path, manifest: Manifest, whole: Scores) -> None:
+    """Hold all rows of a directory against what its manifest says of them. Raises ``UserError``."""
+    remedy = "delete the directory and run `alsace score` again"
+    num_rows, languages = manifest.details.get("num_examples"), manifest.details.get("texts")
+    if num_rows not in (None, len(whole.keys)):
+        raise UserError(f"{directory}: has {len(whole.keys)} rows, and {MANIFEST} says {num_rows}; {remedy}")
+    if isinstance(languages, dict) and (unknown := sorted(set(whole.languages) ^ languages.keys())):
+        raise UserError(f"{directory}: its rows and {MANIFEST} differ in the language {unknown[0]!r}; {remedy}")
+
+
+def _check_groups(directory: Path, whole: Scores, num_candidates: int | None) -> None:
+    """Raises ``UserError`` if rows have another number of candidates than the task, or a group two labels."""
+    label_of: dict[str, Label] = {}
+    apart = whole.apart or [False] * len(whole.keys)
+    rows = zip(whole.keys, whole.languages, whole.log_probs, whole.labels, apart, strict=True)
+    for key, language, log_probs, label, is_apart in rows:
+        where = f"{directory}: group {key!r}, language {language!r}"
+        if num_candidates is not None and len(log_probs) != num_candidates:
+            raise UserError(
+                f"{where}: has scores of {len(log_probs)} candidates, and the task has {num_candidates}; delete the "
+                "directory and run `alsace score` again"
+            )
+        if label is not None and not is_apart and label_of.setdefault(key, label) != label:
+            raise UserError(
+                f"{where}: has the label {label}, where another language has {label_of[key]}; delete the directory and "
+                "run `alsace score` again"
+            )
+
+
+def read_scores(directory: Path, num_groups: int | None = None, num_candidates: int | None = None) -> Scores:
     """Rows of a complete score directory, in the order of its shards.
 
-    ``num_groups``: read whole shards until there are this many groups; None: all. Raises ``UserError`` if there are
-    fewer.
+    ``num_groups``: read whole shards until there are this many groups; None: all. ``num_candidates``: of the task; None
+    if groups bring their own. Raises ``UserError`` if there are fewer groups, or the rows are not those of such a task.
     """
     manifest: Manifest = load_manifest(directory, KIND)
-    whole = Scores([], [], [], [])
+    apart: list[bool] = []
+    categories: list[str] = []
+    whole = Scores([], [], [], [], apart, categories)
     for name in sorted(manifest.files):
         if num_groups is not None and len(set(whole.keys)) >= num_groups:
             break
@@ -141,11 +231,16 @@ def read_scores(directory: Path, num_groups: int | None = None) -> Scores:
         whole.languages.extend(part.languages)
         whole.log_probs.extend(part.log_probs)
         whole.labels.extend(part.labels)
+        apart.extend(part.apart or [False] * len(part.keys))
+        categories.extend(part.categories or [""] * len(part.keys))
     pairs = list(zip(whole.keys, whole.languages, strict=True))
     if len(set(pairs)) != len(pairs):
         key, language = Counter(pairs).most_common(1)[0][0]
         place = f"{directory}: group {key!r}, language {language!r}"
         raise UserError(f"{place}: is there twice; delete the directory and run `alsace score` again")
+    _check_groups(directory, whole, num_candidates)
+    if num_groups is None:
+        _check_counts(directory, manifest, whole)
     if num_groups is not None and len(set(whole.keys)) < num_groups:
         raise UserError(f"select.num_groups: {num_groups} asked for, {directory} has {len(set(whole.keys))}; lower it")
     return whole

@@ -1,26 +1,36 @@
 """WebDataset shards of parallel groups: schema, deterministic writer, verified reader.
 
 A dataset is a directory (or an fsspec URL) of tars and a ``manifest.json``. A shard holds one member per parallel
-group, ``<key>.json``: ``{"label": 0 | null, "texts": {"en": {"premise": ..., "hypothesis": ...}, "de": {...}}}``.
+group, ``<key>.json``: ``{"label": 0 | [0, 2] | null, "texts": {"en": {"premise": ..., "hypothesis": ...}, "de": {}}}``,
+and ``"candidates": {"en": [...], "de": [...]}``, ``"apart"`` and ``"category"`` where groups have such.
 """
 
 import io
 import json
 import tarfile
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeVar
 from urllib.parse import quote, unquote
 
-import fsspec
-from fsspec.core import split_protocol
+from pydantic import ConfigDict, Field
 
 from alsace_dist import reading
+from alsace_dist.config import Section
+from alsace_dist.config_file import validate
 from alsace_dist.errors import NotReady, UserError
-from alsace_dist.files.manifest import FORMAT_VERSION, MANIFEST, Manifest, atomic_path, digest_bytes, write_manifest
+from alsace_dist.files.manifest import (
+    FORMAT_VERSION,
+    MANIFEST,
+    Manifest,
+    atomic_path,
+    digest_bytes,
+    parse_manifest,
+    write_manifest,
+)
 
 KIND = "dataset"
 MAX_SHARD_BYTES = 8 << 30  # a shard is held in memory whole
@@ -28,16 +38,52 @@ MAX_SHARD_BYTES = 8 << 30  # a shard is held in memory whole
 ALLOWED_SCHEMES = ("file", "s3", "gs", "gcs", "abfs", "az", "hdfs", "https", "memory")
 
 
+Value = TypeVar("Value")
+Label = int | tuple[int, ...] | None  # which candidate is right, or which several are; None: nobody says
+
+
 @dataclass(frozen=True)
 class ParallelGroup:
     """One example in several languages.
 
-    ``label``: index into the task's labels, or None. ``texts``: language -> field -> text.
+    ``label``: index into the task's labels, or into the group's own candidates. ``texts``: language -> field -> text.
+    ``candidates``: language -> the group's own candidates, in an order that is the same in all languages but those in
+    ``apart``: their candidates correspond to nobody else's, and they have labels of their own. ``category``: by what
+    results are shown beside language, such as the country that is asked about.
     """
 
     key: str
-    label: int | None
+    label: Label
     texts: dict[str, dict[str, str]]
+    candidates: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    apart: dict[str, Label] = field(default_factory=dict)
+    category: str = ""
+
+    def label_of(self, language: str) -> Label:
+        """The label in the order that a language has the candidates in."""
+        return self.apart.get(language, self.label)
+
+    def without_labels(self) -> "ParallelGroup":
+        """The same with nobody saying what is right."""
+        return replace(self, label=None, apart=dict.fromkeys(self.apart))
+
+    def in_languages(self, languages: Collection[str]) -> "ParallelGroup":
+        """The same in these languages alone."""
+        return replace(
+            self,
+            texts=_in(self.texts, languages),
+            candidates=_in(self.candidates, languages),
+            apart=_in(self.apart, languages),
+        )
+
+
+def _in(values: Mapping[str, Value], languages: Collection[str]) -> dict[str, Value]:
+    return {language: value for language, value in values.items() if language in languages}
+
+
+def golds(label: Label) -> tuple[int, ...]:
+    """The right candidates of a label; none without one."""
+    return () if label is None else (label,) if isinstance(label, int) else label
 
 
 @dataclass(frozen=True)
@@ -69,6 +115,56 @@ class Dataset:
     def num_groups(self) -> int:
         """Groups over all shards."""
         return sum(shard.num_groups for shard in self.shards)
+
+
+Number = Annotated[int, Field(ge=0)]
+
+
+class _ShardRow(Section):
+    name: Annotated[str, Field(pattern=r"^[^/]+\.tar$")]  # later stages name files after the stem
+    num_groups: Number
+    num_examples: dict[str, Number]
+
+
+class SplitCounts(Section):
+    """What a split holds. ``languages_per_group``: number of languages -> groups; ``rows``: language -> rows;
+    ``labels``: language -> label -> rows, where groups have labels; ``apart``: language -> rows whose candidates
+    correspond to no other language's."""
+
+    num_groups: Number
+    languages_per_group: dict[Annotated[str, Field(pattern="^[0-9]+$")], Number]
+    rows: dict[str, Number]
+    labels: dict[str, dict[str, Number]]
+    apart: dict[str, Number] = {}
+
+
+class Audit(Section):
+    """The audit of prepared data: split -> counts, and languages that only one of the splits has."""
+
+    splits: dict[str, SplitCounts] = {}
+    only_in_one_split: dict[str, str] = {}
+
+
+class DataDetails(Section):
+    """The ``details`` of the manifest over all prepared splits, as far as this program reads them. ``bad_records``:
+    kind -> records left out; ``num_missing``: language -> texts that say that there is no translation; ``num_changed``:
+    language -> rows in which a field was corrected that all languages share."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    audit: Audit = Audit()
+    bad_records: dict[str, Number] = {}
+    num_missing: dict[str, Number] = {}
+    num_changed: dict[str, Number] = {}
+
+
+class DatasetDetails(Section):
+    """The ``details`` of a dataset's manifest, as far as this program reads them."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    shards: list[_ShardRow]
+    labels: list[str]
 
 
 def write_dataset(
@@ -110,7 +206,8 @@ def _write_tar(path: Path, groups: Iterable[ParallelGroup]) -> None:
         ) as writer,
     ):
         for group in groups:
-            record = {"label": group.label, "texts": group.texts}
+            more = {"candidates": group.candidates, "apart": group.apart, "category": group.category}
+            record = {"label": group.label, "texts": group.texts} | {key: one for key, one in more.items() if one}
             data = json.dumps(record, sort_keys=True, ensure_ascii=False).encode()
             writer.write({"__key__": _encode_key(group.key), "json": data})
 
@@ -130,32 +227,42 @@ def open_dataset(url: str | Path) -> Dataset:
     location = str(url).rstrip("/")
     path = f"{location}/{MANIFEST}"
     try:
-        value = json.loads(_read_bytes(path))
+        data = _read_bytes(path)
     except FileNotFoundError:
         raise NotReady(f"{path}: no such file; run `alsace prepare`, or name a prepared dataset") from None
-    except ValueError as error:
-        raise UserError(f"{path}: broken ({error}); delete {location} and run `alsace prepare` again") from None
+    remedy = f"delete {location} and run `alsace prepare` again"
+    value = reading.parse_json(data, f"{path}: ", remedy)
     if not isinstance(value, dict) or value.get("kind") != KIND or value.get("format_version") != FORMAT_VERSION:
         raise UserError(f"{path}: not the manifest of a dataset; name a directory that `alsace prepare` wrote")
-    try:
-        return _dataset(location, Manifest(**value))
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{path}: broken ({error!r}); delete {location} and run `alsace prepare` again") from None
+    return _dataset(location, parse_manifest(value, KIND, path, remedy))
 
 
 def _dataset(url: str, manifest: Manifest) -> Dataset:
+    details = read_details(manifest, url)
     shards = tuple(
-        ShardInfo(row["name"], manifest.files[row["name"]]["sha256"], row["num_groups"], row["num_examples"])
-        for row in manifest.details["shards"]
+        ShardInfo(row.name, manifest.files[row.name]["sha256"], row.num_groups, row.num_examples)
+        for row in details.shards
     )
-    for shard in shards:
-        if "/" in shard.name or not shard.name.endswith(".tar"):  # later stages name files after the stem
-            raise ValueError(f"{shard.name!r} is not the name of a shard")
     languages = sorted({language for shard in shards for language in shard.num_examples})
-    return Dataset(url, shards, tuple(languages), tuple(manifest.details["labels"]), manifest.digest)
+    return Dataset(url, shards, tuple(languages), tuple(details.labels), manifest.digest)
+
+
+def read_details(manifest: Manifest, url: str | Path) -> "DatasetDetails":
+    """What a dataset's manifest says of it. Raises ``UserError`` that names the manifest if that is not what
+    ``write_dataset`` writes."""
+    remedy = f"delete {url} and run `alsace prepare` again"
+    details = validate(DatasetDetails, manifest.details, f"{url}/{MANIFEST}: details.", remedy)
+    listed = [row.name for row in details.shards]
+    if sorted(listed) != sorted(manifest.files):  # one that is listed twice, or not at all
+        odd = next(name for name in (*listed, *manifest.files) if listed.count(name) != 1 or name not in manifest.files)
+        raise UserError(f"{url}/{MANIFEST}: lists the shard {odd!r} in one place and not in the other; {remedy}")
+    return details
 
 
 def _read_bytes(url: str) -> bytes:
+    import fsspec  # stages that read no shard start without it
+    from fsspec.core import split_protocol
+
     protocol, path = split_protocol(url)  # as fsspec itself will read it: "data:..." is a URL, too
     scheme = protocol or "file"
     if scheme not in ALLOWED_SCHEMES or "::" in url:
@@ -188,8 +295,8 @@ def read_shard(dataset: Dataset, shard: ShardInfo) -> list[ParallelGroup]:
     try:
         groups = list(_parse_tar(url, data))
     except tarfile.TarError as error:
-        raise UserError(f"{url}: not a readable tar ({error}); {remedy}") from None
-    indices = range(len(dataset.labels))
+        reason = str(error).partition(" @ ")[0]  # webdataset adds what it was reading from: an object in memory
+        raise UserError(f"{url}: not a readable tar ({reason}); {remedy}") from None
     found = Counter(language for group in groups for language in group.texts)
     if len(groups) != shard.num_groups or found != Counter(shard.num_examples):
         raise UserError(
@@ -198,8 +305,11 @@ def read_shard(dataset: Dataset, shard: ShardInfo) -> list[ParallelGroup]:
         )
     if len({group.key for group in groups}) != len(groups):
         raise UserError(f"{url}: holds a key twice; {remedy}")
-    if bad := [group.key for group in groups if group.label is not None and group.label not in indices]:
-        raise UserError(f"{url}: the label of {bad[0]!r} is not one of {len(indices)} labels; {remedy}")
+    for group in groups:
+        for language in group.texts:
+            number = len(group.candidates[language]) if group.candidates else len(dataset.labels)
+            if any(index not in range(number) for index in golds(group.label_of(language))):
+                raise UserError(f"{url}: the label of {group.key!r} is not one of {number} labels; {remedy}")
     return groups
 
 
@@ -210,17 +320,50 @@ def _parse_tar(url: str, data: bytes) -> Iterator[ParallelGroup]:
         name = member["fname"]
         if not name.endswith(".json"):
             raise UserError(f"{url}: member {name!r} is not .json; other members are never read: remove it")
+        record = reading.parse_json(member["data"], f"{url}: member {name!r}: ", "prepare it again")
         try:
-            yield _parse_group(unquote(name.removesuffix(".json")), json.loads(member["data"]))
-        except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
-            raise UserError(f"{url}: member {name!r} is not a parallel group ({error!r}); prepare it again") from None
+            yield _parse_group(unquote(name.removesuffix(".json")), record)
+        except ValueError as error:
+            raise UserError(f"{url}: member {name!r} is not a parallel group ({error}); prepare it again") from None
 
 
-def _parse_group(key: str, record: dict[str, Any]) -> ParallelGroup:
-    label, texts = record["label"], record["texts"]
-    if not (label is None or type(label) is int):
-        raise ValueError(f"label {label!r} is neither a number nor null")
+# What a group may have beside label and texts, and of which kind it is.
+_FURTHER: dict[str, type] = {"candidates": dict, "apart": dict, "category": str}
+
+
+def _parse_group(key: str, record: Any) -> ParallelGroup:
+    """Raises ``ValueError`` for a record that `prepare` does not write."""
+    if not isinstance(record, dict) or "label" not in record or not isinstance(record.get("texts"), dict):
+        raise ValueError("it must map label and texts to their values")
+    label, texts = _parse_label(record["label"]), record["texts"]
+    candidates, apart, category = (record.get(name, kind()) for name, kind in _FURTHER.items())
+    for name, kind in _FURTHER.items():
+        if not isinstance(record.get(name, kind()), kind):
+            raise ValueError(f"{name} is of another kind")
+    if not key.strip():
+        raise ValueError("its name holds no id")
     for language, fields in texts.items():
-        if not fields or not all(isinstance(text, str) for text in fields.values()):
+        is_mapping = isinstance(fields, dict) and len(fields) > 0
+        if not is_mapping or not all(isinstance(text, str) and text.strip() for text in fields.values()):
             raise ValueError(f"language {language!r} lacks fields of text")
-    return ParallelGroup(key, label, texts)
+    if not all(isinstance(own, list) for own in candidates.values()):
+        raise ValueError("its candidates are no lists")
+    if candidates and candidates.keys() != texts.keys():
+        raise ValueError("its candidates and its texts are in different languages")
+    for language, own in candidates.items():
+        if len(own) < 2 or not all(isinstance(text, str) and text.strip() for text in own):
+            raise ValueError(f"language {language!r} lacks candidates of text")
+    if not apart.keys() <= candidates.keys():
+        raise ValueError("languages stand apart that have no candidates")
+    if len({len(own) for language, own in candidates.items() if language not in apart}) > 1:
+        raise ValueError("candidates that correspond are not equally many")
+    labels = {language: _parse_label(own) for language, own in apart.items()}
+    own_candidates = {language: tuple(own) for language, own in candidates.items()}
+    return ParallelGroup(key, label, texts, own_candidates, labels, category)
+
+
+def _parse_label(value: Any) -> Label:
+    several = value if isinstance(value, list) and value else [] if value is None else [value]
+    if not all(type(one) is int for one in several) or len(set(several)) != len(several):
+        raise ValueError(f"label {value!r} is neither a number nor null, nor a list of different numbers")
+    return tuple(value) if isinstance(value, list) else value

@@ -14,14 +14,15 @@ from alsace_dist.method import GroupScores
 def calibrate(group: GroupScores, biases: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Log-probabilities with each language's bias per candidate added, normalised again."""
     return {
-        language: _normalise(row + biases[language]) if language in biases else row for language, row in group.items()
+        language: normalised(row + biases[language]) if language in biases else row for language, row in group.items()
     }
 
 
-def _normalise(logits: np.ndarray) -> np.ndarray:
+def normalised(logits: np.ndarray) -> np.ndarray:
+    """Logits [..., K] as log-probabilities."""
     shifted = logits - logits.max(axis=-1, keepdims=True)
-    normalised: np.ndarray = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
-    return normalised
+    found: np.ndarray = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+    return found
 
 
 def marginal_biases(
@@ -62,7 +63,7 @@ def _match_marginal(log_probs: np.ndarray, aim: np.ndarray, num_iterations: int,
     """Bias b with mean_i softmax(log_probs_i + b) = aim, by iterative scaling (Deming and Stephan 1940)."""
     bias = np.zeros(aim.shape)
     for _ in range(num_iterations):
-        marginal = np.exp(_normalise(log_probs + bias)).mean(axis=0)
+        marginal = np.exp(normalised(log_probs + bias)).mean(axis=0)
         if np.abs(marginal - aim).max() < tolerance:
             break
         bias += np.log(aim) - np.log(np.maximum(marginal, 1e-12))

@@ -1,6 +1,6 @@
 """Which languages teach, and with what weight: votes, language scores, rules, weights."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 
 import numpy as np
 
@@ -39,7 +39,21 @@ def language_scores(
     """
     sums: dict[str, float] = {}
     counts: dict[str, int] = {}
-    for group in groups:
+    for _, language, value in score_values(groups, agreement, soft, leave_one_out, source_language):
+        sums[language] = sums.get(language, 0.0) + value
+        counts[language] = counts.get(language, 0) + 1
+    return {language: sums[language] / counts[language] for language in sorted(sums)}
+
+
+def score_values(
+    groups: Iterable[GroupScores],
+    agreement: bool = False,
+    soft: bool = False,
+    leave_one_out: bool = False,
+    source_language: str | None = None,
+) -> Iterator[tuple[int, str, float]]:
+    """What ``language_scores`` takes the means of: index of a group, language, value."""
+    for index, group in enumerate(groups):
         if source_language is not None and source_language not in group:
             continue
         whole = None if leave_one_out else vote(group, soft)
@@ -49,10 +63,20 @@ def language_scores(
             if leave_one_out and len(group) < 2:
                 continue
             answer = vote(group, soft, language) if whole is None else whole
-            value = float(np.argmax(row) == answer) if agreement else float(np.exp(np.float64(row[answer])))
-            sums[language] = sums.get(language, 0.0) + value
-            counts[language] = counts.get(language, 0) + 1
-    return {language: sums[language] / counts[language] for language in sorted(sums)}
+            yield (
+                index,
+                language,
+                float(np.argmax(row) == answer) if agreement else float(np.exp(np.float64(row[answer]))),
+            )
+
+
+def accuracies(groups: Iterable[GroupScores], labels: Iterable[Collection[int]]) -> dict[str, float]:
+    """Share of groups in which a language's best answer is a right one: for analysis, as no method may know it."""
+    right: dict[str, list[bool]] = {}
+    for group, label in zip(groups, labels, strict=True):
+        for language, row in group.items():
+            right.setdefault(language, []).append(int(np.argmax(row)) in label)
+    return {language: float(np.mean(right[language])) for language in sorted(right)}
 
 
 def softmax_scores(scores: Mapping[str, float]) -> dict[str, float]:
@@ -106,7 +130,7 @@ def _explicit(section: SelectConfig, scores: Scores, source_language: str, seed:
     ranked = best_first(scores)
     if unknown := sorted(set(section.teachers) - set(ranked)):
         raise UserError(f"select.teachers: {', '.join(unknown)} not among the scored languages {', '.join(ranked)}")
-    return [language for language in ranked if language in section.teachers]
+    return list(dict.fromkeys(section.teachers))  # whose order is the ranking that targets: ranked goes by
 
 
 def _all(section: SelectConfig, scores: Scores, source_language: str, seed: int) -> list[str]:

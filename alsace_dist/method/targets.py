@@ -4,14 +4,19 @@ The paper's loss (section 3, Cross-lingual Self-Distillation) is the mean over p
 of KL(P(x_a) || P(x_b)); with frozen teachers one target per language does the work of all its pairs.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple, get_args
 
 import numpy as np
 
+from alsace_dist.config import NO_TEACHERS, Targets
 from alsace_dist.method import GroupScores
+from alsace_dist.method.calibration import normalised
+from alsace_dist.method.selection import vote
 
-MODES = ("others", "ensemble", "anchor")  # distill.targets: what a teacher learns from
+MODES: tuple[str, ...] = get_args(Targets)  # distill.targets: what a teacher learns from
 
 
 @dataclass(frozen=True)
@@ -27,56 +32,115 @@ class Target:
     entropy: float
 
 
-def targets(group: GroupScores, weights: Mapping[str, float], mode: str) -> dict[str, Target]:
-    """Frozen-teacher targets of every language of a group that has any.
+class Lesson(NamedTuple):
+    """Who teaches one language of a group. ``shares`` add up to 1; ``weight``: number of pairs that it stands for.
+    Nobody teaches votes and labels. ``mass``: of the weight of all teachers that the language has anywhere, the share
+    that those of this group have.
+    """
 
-    ``group``: calibrated scores, language -> log-probabilities [K]. ``weights``: teacher -> weight. With ``p_b`` the
-    weighted mean of the teachers' distributions other than b itself, ``mean_a KL(p_a || q_b) = CE(p_b, q_b) - mean_a
-    H(p_a)``: one forward per (group, language) instead of one per pair. ``mode`` says what a teacher learns from:
-    "others" (the paper), "ensemble" (all teachers with itself), "anchor" (its own distribution). Every language counts
-    once in the mean over pairs under the last two, and as often as it has teachers under "others".
+    teachers: tuple[str, ...]
+    shares: np.ndarray
+    weight: float
+    mass: float = 1.0
+
+
+def lessons(languages: Iterable[str], weights: Mapping[str, float], mode: str) -> dict[str, Lesson]:
+    """The lesson of every language of a group that has a teacher there.
+
+    ``languages``: of the group; ``weights``: teacher -> weight, the best teacher first. ``mode`` says what a teacher
+    learns from: "others" (the paper: every other teacher), "ranked" (the authors' code: the teachers before it),
+    "ensemble" (all teachers with itself), "anchor" (itself alone). Every language counts once in the mean over pairs
+    under these two and where nobody teaches, and as often as it has teachers under the first two.
     """
     assert mode in MODES, mode
-    probabilities = {
-        language: np.exp(np.asarray(row, dtype=np.float64)) for language, row in group.items() if language in weights
-    }
-    found: dict[str, Target] = {}
-    for language in group:
-        if mode == "anchor" and language in weights:
-            teachers = [language]
-        elif mode == "others":
-            teachers = [teacher for teacher in probabilities if teacher != language]
-        else:
-            teachers = list(probabilities)
+    if mode in NO_TEACHERS:
+        return {language: Lesson((), np.empty(0), 1.0) for language in languages}
+    present, ranking = set(languages), list(weights)
+    found: dict[str, Lesson] = {}
+    for language in languages:
+        everyone = _teachers_of(language, ranking, mode)
+        teachers = [teacher for teacher in everyone if teacher in present]
         if not teachers:
             continue
-        share = np.array([weights[teacher] for teacher in teachers])
+        shares = np.array([weights[teacher] for teacher in teachers])
+        mass = shares.sum() / total if (total := sum(weights[teacher] for teacher in everyone)) > 0 else 1.0
         # exp(beta * score) of weak teachers may underflow to 0. Where all teachers that a group has are such, they
         # teach as equals.
-        share = share / share.sum() if share.sum() > 0 else np.full(len(teachers), 1 / len(teachers))
-        rows = np.stack([probabilities[teacher] for teacher in teachers])
-        entropy = -(rows * np.log(np.maximum(rows, 1e-30))).sum(axis=1)
-        pairs = float(len(teachers)) if mode == "others" else 1.0
-        found[language] = Target(share @ rows, pairs, float(share @ entropy))
+        shares = shares / shares.sum() if shares.sum() > 0 else np.full(len(teachers), 1 / len(teachers))
+        weight = float(len(teachers)) if mode in ("others", "ranked") else 1.0
+        found[language] = Lesson(tuple(teachers), shares, weight, float(mass))
     return found
 
 
-def num_pairs(groups: Iterable[GroupScores], weights: Mapping[str, float], mode: str) -> float:
-    """Sum of the weights of all targets of these groups: the number of pairs that the mean loss is taken over."""
-    total = 0.0
-    for group in groups:
-        num_teachers = sum(language in weights for language in group)
-        for language in group:
-            is_teacher = language in weights
-            if mode == "others":
-                total += num_teachers - is_teacher
-            elif num_teachers or (mode == "anchor" and is_teacher):
-                total += 1
-    return total
+def _teachers_of(language: str, ranking: list[str], mode: str) -> list[str]:
+    """Who teaches a language, of these teachers with the best first."""
+    if mode == "anchor" and language in ranking:
+        return [language]
+    if mode == "others":
+        return [teacher for teacher in ranking if teacher != language]
+    if mode == "ranked" and language in ranking:
+        return ranking[: ranking.index(language)]
+    return ranking
+
+
+def targets(
+    group: GroupScores,
+    weights: Mapping[str, float],
+    mode: str,
+    log_pool_mass: float | None = None,
+    by_presence: bool = False,
+) -> dict[str, Target]:
+    """Frozen-teacher targets of every language of a group that has any; under "votes" the majority's answer.
+
+    ``group``: calibrated scores, language -> log-probabilities [K]. ``weights`` and ``mode`` as in ``lessons``, but for
+    "labels", which scores do not tell. With ``p_b`` the mean of the distributions of b's teachers by their shares,
+    ``mean_a KL(p_a || q_b) = CE(p_b, q_b) - mean_a H(p_a)``: one forward per (group, language) instead of one per pair.
+
+    ``log_pool_mass``: the target is the teachers' logarithmic pool instead, ``p_b ~ prod_a p_a ** (mass * share_a)``
+    (Genest and Zidek 1986), whose exponents add up to this mass. ``by_presence``: a target counts as much as the weight
+    of its teachers that this group has, of all of them.
+    """
+    assert mode != "labels", "the labels of a group are no scores"
+    if mode == "votes" and group:
+        one_hot = np.eye(len(next(iter(group.values()))))[vote(group)]
+        return {language: Target(one_hot, 1.0, 0.0) for language in group}
+    log_probs = {language: np.asarray(row, dtype=np.float64) for language, row in group.items() if language in weights}
+    found: dict[str, Target] = {}
+    for language, lesson in lessons(group, weights, mode).items():
+        rows = np.stack([log_probs[teacher] for teacher in lesson.teachers])
+        if log_pool_mass is None:
+            pooled, entropy = lesson.shares @ np.exp(rows), lesson.shares @ entropies(np.exp(rows))
+        else:
+            pooled = np.exp(normalised(log_pool_mass * lesson.shares @ rows))
+            entropy = entropies(pooled)
+        weight = lesson.weight * (lesson.mass if by_presence else 1.0)
+        found[language] = Target(pooled, weight, float(entropy))
+    return found
+
+
+def entropies(probabilities: np.ndarray) -> np.ndarray:
+    """Entropy in nats of distributions [..., K]."""
+    found: np.ndarray = -(probabilities * np.log(np.maximum(probabilities, 1e-30))).sum(axis=-1)
+    return found
+
+
+def num_pairs(groups: Iterable[Iterable[str]], weights: Mapping[str, float], mode: str) -> float:
+    """Sum of the weights of all lessons of these groups: the number of pairs that the mean loss is taken over.
+
+    ``groups``: the languages of each group.
+    """
+    counts = Counter(tuple(group) for group in groups)
+    return sum(
+        number * sum(lesson.weight for lesson in lessons(languages, weights, mode).values())
+        for languages, number in counts.items()
+    )
 
 
 def learners(languages: Sequence[str], weights: Mapping[str, float], mode: str) -> list[str]:
-    """The languages that have a teacher: all, but for an only teacher that learns from the other teachers alone."""
+    """The languages that have a teacher: all, but for an only teacher that learns from the other teachers alone, and
+    the first in the authors' ranking."""
     if mode == "others" and len(weights) == 1:
         return [language for language in languages if language not in weights]
+    if mode == "ranked":
+        return [language for language in languages if language != next(iter(weights))]
     return list(languages)

@@ -6,38 +6,74 @@ Training, scoring, the plan and the export know models through this page alone.
 
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from torch import Tensor, nn
 
-from alsace_dist.data.rows import Answers, Candidates, EncodedRow, Part, Row
+from alsace_dist.config import Config, Masks, Mode, Pooling
+from alsace_dist.data.rows import GAP, Answers, Candidates, EncodedRow, Part, Row
 from alsace_dist.errors import UserError
 from alsace_dist.models import prompts
-from alsace_dist.models.batches import Inputs
-from alsace_dist.models.weights import load_tokenizer, read_config
+from alsace_dist.models.batches import CandidateScore, Inputs
+from alsace_dist.models.weights import SOUND, load_tokenizer, read_config
+from alsace_dist.reading import shorten
 
 # ``model_type`` of config.json -> module and class.
-FAMILIES = {"mt5": "mt5:MT5"}
+FAMILIES = {
+    "mt5": "mt5:MT5",
+    "xlm-roberta": "xlmr:XLMR",
+    "xlm-roberta-xl": "xlmr:XLMR",
+    "t5gemma2": "t5gemma2:T5Gemma2",
+}
+
+# Relatives of these that would load and score wrongly -> why.
+REFUSED = {
+    "umt5": "umT5 has a position bias in every layer where mT5 has one in the first, and is not verified here; use mT5",
+    "t5gemma": "the first T5Gemma has attention and names of its own; use T5Gemma 2",
+    "t5": "T5 shares its head with its embedding and scales what it reads; use mT5",
+}
 
 WHOLE = slice(None)
 
 
 @dataclass(frozen=True)
+class Options:
+    """What a config says of how a model is to score. ``seed``: of parts that the checkpoint lacks."""
+
+    mode: Mode = "auto"
+    pooling: Pooling | None = None
+    seed: int = 0
+    masks: Masks = "together"
+
+    @classmethod
+    def of(cls, config: Config) -> "Options":
+        """The options of a run."""
+        return cls(config.model.mode, config.model.pooling, config.seed, config.model.masks)
+
+
+DEFAULTS = Options()
+
+
+@dataclass(frozen=True)
 class Parameters:
-    """Parameter counts. ``body`` includes ``embedding``; ``kept_head``: the head's rows that are held in memory."""
+    """Parameter counts. ``body`` includes ``embedding``; ``kept_head``: the part of the head that is held in memory;
+    ``vocabulary``: in matrices with a row for each piece of the vocabulary. ``beside``: in parts of the exported model
+    that are not held, for they neither score nor are trained."""
 
     body: int
     embedding: int
     whole_head: int
     kept_head: int
+    vocabulary: int = 0
+    beside: int = 0
 
     @property
     def total(self) -> int:
         """Number of parameters of the exported model, its whole output head included."""
-        return self.body + self.whole_head
+        return self.body + self.whole_head + self.beside
 
     @property
     def kept(self) -> int:
@@ -53,11 +89,13 @@ class TrainableModel(Protocol):
     """What training and export need of a model. Names of parameters are those of the module that ``build`` makes.
 
     ``directory``: a ``transformers`` directory whose config and tokenizer the exported model takes over.
-    ``vocabulary``: the parameters that ``freeze_vocabulary`` keeps fixed. ``delicate``: the parameters that are
-    compared with the file once the module is loaded.
+    ``config_changes``: keys of its config.json that have another value in the exported model's. ``vocabulary``: the
+    parameters that ``freeze_vocabulary`` keeps fixed. ``delicate``: the parameters that are compared with the file once
+    the module is loaded.
     """
 
     directory: Path
+    config_changes: Mapping[str, Any]
     vocabulary: frozenset[str]
     delicate: tuple[str, ...]
 
@@ -75,21 +113,58 @@ class TrainableModel(Protocol):
 
 
 class Family(ABC):
-    """A model directory as a scorer of a task's candidates: a ``TrainableModel`` that encodes rows, too."""
+    """A model directory as a scorer of a task's candidates: a ``TrainableModel`` that encodes rows, too.
 
+    ``name``: for people. ``modes``: values of ``model.mode`` that the family has beside auto. ``gap``: how its
+    templates mark the place of the answer; empty if nothing does. ``mode``: the one that scores here.
+    """
+
+    name: ClassVar[str]
+    modes: ClassVar[tuple[Mode, ...]] = ()
+    gap: ClassVar[str]
+
+    mode: Mode
+    config_changes: Mapping[str, Any]
     vocabulary: frozenset[str]
     delicate: tuple[str, ...]
 
-    def __init__(self, directory: Path, answers: Answers) -> None:
-        """Raises ``UserError`` if config, tokenizer and the fixed candidates of ``answers`` do not fit together."""
+    def __init__(self, directory: Path, answers: Answers, options: Options) -> None:
+        """Raises ``UserError`` if config, tokenizer, options and the fixed candidates do not fit together."""
         self.directory = directory
-        self.answers = answers
+        self.options = options
+        self.mode = self.mode_of(answers, options)
+        self.answers = answers = self.with_gaps(answers)
         self.config = self.load_config(directory)
         self.tokenizer = load_tokenizer(directory)
         self._encoded: dict[tuple[str, ...], Candidates] = {}
         self._control = prompts.control_tokens(self.tokenizer)
         self.check_tokenizer()
-        prompts.check_sentinels(self.tokenizer, answers.templates, answers.decoder_prefix, answers.max_tokens)
+        prompts.check_gaps(self.tokenizer, answers.templates, answers.decoder_prefix, answers.max_tokens, self.gap)
+        prompts.check_controls(self._control, self.gap, answers.templates, answers.decoder_prefix)
+
+    @classmethod
+    def mode_of(cls, answers: Answers, options: Options) -> Mode:
+        """The mode in which the model scores. Raises ``UserError`` if the family, or the task, has no such options."""
+        if options.mode not in ("auto", *cls.modes):
+            raise UserError(f"model.mode: {options.mode} is nothing that {cls.name} has; remove it")
+        if options.pooling and "head" not in cls.modes:
+            raise UserError(f"model.pooling: {cls.name} has no classification head; remove it")
+        if options.masks != "together" and "cloze" not in cls.modes:
+            raise UserError(f"model.masks: {cls.name} fills no masks; remove it")
+        return options.mode
+
+    def with_gaps(self, answers: Answers) -> Answers:
+        """The answers with templates in which {answer} is written as the family writes it."""
+        return replace(answers, templates=tuple(prompts.with_gap(one, self.gap_after) for one in answers.templates))
+
+    @staticmethod
+    def templates_with(gap: str, answers: Answers) -> list[str]:
+        """The templates with this in the place of {answer}."""
+        return [prompts.with_gap(one, lambda before: gap) for one in answers.templates]
+
+    def gap_after(self, text: str) -> str:
+        """How the place of the answer is written behind this text."""
+        return self.gap
 
     @staticmethod
     @abstractmethod
@@ -103,22 +178,34 @@ class Family(ABC):
 
     @staticmethod
     @abstractmethod
-    def count_parameters(config: Any, num_head_rows: int | None) -> Parameters:
+    def count_parameters(config: Any, num_head_rows: int | None, mode: Mode = "auto") -> Parameters:
         """Counts, without weights. ``num_head_rows``: rows of the output head that are kept; None: all."""
 
     @staticmethod
     @abstractmethod
-    def forward_flops(config: Any, lengths: Sequence[int], num_decoder_tokens: int) -> float:
-        """FLOPs of one forward pass over prompts of these lengths, a multiplication and an addition counting two."""
+    def forward_flops(config: Any, lengths: Sequence[int], num_answer_tokens: int) -> float:
+        """FLOPs of one forward pass over prompts of these lengths, a multiplication and an addition counting two.
+
+        ``num_answer_tokens``: positions of each prompt at which answers are scored. The output head is left out.
+        """
 
     @property
     @abstractmethod
-    def head_rows(self) -> list[int] | None:
-        """The rows of the output head that are kept, as vocabulary ids; None: all."""
+    def num_head_rows(self) -> int | None:
+        """How many rows of the output head are kept; None: all."""
+
+    @property
+    @abstractmethod
+    def answers_in_words(self) -> str:
+        """How the candidates are scored, for people."""
 
     @abstractmethod
-    def check_weights(self) -> None:
-        """Compare names and shapes of the checkpoint with the model. Raises ``UserError`` with what does not fit."""
+    def check_weights(self, may_be_new: bool = False) -> list[str]:
+        """Compare names and shapes of the checkpoint with the model. Raises ``UserError`` with what does not fit.
+
+        ``may_be_new``: the model is going to be trained on labels, so parts that the family can make from nothing may
+        be missing. Returns what people should be warned of.
+        """
 
     @abstractmethod
     def build(self, dropout: float, gradient_checkpointing: bool) -> nn.Module:
@@ -147,18 +234,30 @@ class Family(ABC):
     def collate(self, rows: Sequence[EncodedRow]) -> Inputs:
         """A padded batch, on the CPU."""
 
+    def num_tokens(self, row: EncodedRow) -> int:
+        """Tokens that the encoder reads of a row, by which batches are cut."""
+        return len(row.input_ids) + len(row.context_free_ids)
+
     def encode(self, rows: Sequence[Row]) -> list[EncodedRow]:
         """Tokenise prompts, whose texts are cut where one has more than ``max_tokens``, and candidates."""
         if not rows:
             return []
-        plain = [
-            [part._replace(content=prompts.as_plain_text(part.content, self._control)) if part.is_text else part
-             for part in row.prompt]
-            for row in rows
-        ]  # fmt: skip
+        plain = [self._written(row.prompt) for row in rows]
         texts = ["".join(part.content for part in parts) for parts in plain]
         encodings = self.tokenizer(texts, return_attention_mask=False, verbose=False).encodings
         return [self._encoded_row(*one) for one in zip(rows, plain, encodings, strict=True)]
+
+    def _written(self, prompt: Sequence[Part]) -> list[Part]:
+        """A prompt whose texts are nothing but text, and whose gap is written as the family writes it."""
+        parts: list[Part] = []
+        for part in prompt:
+            content = part.content
+            if part == GAP:
+                content = self.gap_after("".join(one.content for one in parts))
+            elif part.is_text:
+                content = prompts.as_plain_text(content, self._control)
+            parts.append(part._replace(content=content))
+        return parts
 
     def _encoded_row(self, row: Row, parts: Sequence[Part], encoding: Any) -> EncodedRow:
         most = self.answers.max_tokens
@@ -166,11 +265,31 @@ class Family(ABC):
         ids = (prompts.cut(self.tokenizer, parts, encoding, most) if is_cut else encoding).ids
         candidates = self.candidates(row.candidates, row.language)
         num_unknown = ids.count(self.tokenizer.unk_token_id)
-        return EncodedRow(row.key, row.language, row.label, ids, candidates, num_unknown, is_cut)
+        about = (row.key, row.language, row.label, ids, candidates, num_unknown, is_cut, row.is_apart, row.category)
+        return EncodedRow(*about, self._context_free_ids(row))
+
+    def _context_free_ids(self, row: Row) -> tuple[int, ...]:
+        """The prompt without context as tokens; what is cut or unknown there is so in the prompt, too."""
+        if not self.answers.less_context_free:
+            return ()
+        parts = self._written(row.context_free)
+        encoding = self.tokenizer(["".join(part.content for part in parts)], verbose=False).encodings[0]
+        most = self.answers.max_tokens
+        return tuple((prompts.cut(self.tokenizer, parts, encoding, most) if len(encoding.ids) > most else encoding).ids)
+
+    @property
+    def candidate_score(self) -> CandidateScore:
+        """How the module makes scores of candidates."""
+        return CandidateScore(self.answers.by_token, self.answers.less_context_free)
+
+    def with_context_free(self, rows: Sequence[EncodedRow]) -> list[EncodedRow]:
+        """The rows of a batch, and behind them the same without context where scores are compared with these."""
+        return [*rows, *(row.context_free for row in rows if self.answers.less_context_free)]
 
     def check_tokenizer(self) -> None:
-        """Raises ``UserError`` if the tokenizer's ids go beyond the embedding, or it lacks a token that is needed."""
-        size, most = len(self.tokenizer), int(self.config.vocab_size)
+        """Raises ``UserError`` if the tokenizer's ids go beyond the embedding, it lacks a token that is needed, or it
+        does not put around a text what the model has learnt."""
+        size, most = self.num_pieces(), int(self.config.vocab_size)
         remedy = "they are of different models; get a sound checkpoint"
         if size > most:
             raise UserError(
@@ -179,21 +298,56 @@ class Family(ABC):
         for name in ("eos_token_id", "pad_token_id", "unk_token_id"):
             if getattr(self.tokenizer, name) is None:
                 raise UserError(f"{self.directory}: the tokenizer has no {name.removesuffix('_id')}; {remedy}")
+        try:
+            ids = self.tokenizer("a text \u2603")["input_ids"]
+        except Exception as error:  # tokenizers raises bare exceptions
+            raise UserError(f"{self.directory}: the tokenizer fails on a text ({shorten(error)}); {remedy}") from None
+        self.check_ends(ids)
+
+    def num_pieces(self) -> int:
+        """How many rows of an embedding the tokenizer needs."""
+        return len(self.tokenizer)
+
+    def check_ends(self, ids: Sequence[int]) -> None:
+        """Raises ``UserError`` if the tokens of a text do not begin or end as the model has learnt."""
+        if ids[-1:] != [self.tokenizer.eos_token_id]:
+            raise UserError(
+                f"{self.directory}: the tokenizer does not end texts with its eos_token; they are of different models; "
+                f"{SOUND}"
+            )
 
     def candidates(self, texts: tuple[str, ...], language: str) -> Candidates:
-        """Encoded candidates, the same object for the same texts.
+        """Encoded candidates, of fixed answers the same object for the same texts.
 
         Raises ``UserError`` if a candidate is empty or holds unknown tokens, or two of them are the same tokens.
         """
+        if not self.answers.fixed:  # a row's own, which no other row has
+            return self._own_candidates(texts, language)
         if texts not in self._encoded:
             self.check_candidates(texts, language)
             self._encoded[texts] = self.encode_candidates(texts)
         return self._encoded[texts]
 
+    def _own_candidates(self, texts: tuple[str, ...], language: str) -> Candidates:
+        """Candidates that the data holds: plain text, as long as a prompt at most; unknown tokens are the data's."""
+        found = self.encode_candidates(tuple(prompts.as_plain_text(text, self._control) for text in texts))
+        for text, tokens in zip(texts, found.tokens, strict=True):
+            if not tokens or len(tokens) > self.answers.max_tokens:
+                raise UserError(
+                    f"task.candidates: {shorten(text, 40)!r} in {language!r} has {len(tokens)} tokens, and 1 to "
+                    f"task.max_tokens ({self.answers.max_tokens}) are possible; correct it, or raise the limit"
+                )
+        return found
+
     def check_candidates(self, texts: tuple[str, ...], language: str) -> None:
         """Raises ``UserError`` as ``candidates`` does."""
         rows = [self.token_ids(text) for text in texts]
         for text, row in zip(texts, rows, strict=True):
+            if found := self._control.search(text):
+                raise UserError(
+                    f"task.verbalizers: the answer {text!r} for {language!r} holds {found[0]}, which is no text but a "
+                    "token of control; write words"
+                )
             if not row:
                 raise UserError(f"task.verbalizers: the answer {text!r} for {language!r} has no tokens; give it text")
             if self.tokenizer.unk_token_id in row:
@@ -214,14 +368,16 @@ class Family(ABC):
 def family_of(directory: Path) -> type[Family]:
     """The family of a model directory. Raises ``UserError`` if config.json is missing or of a family unknown here."""
     kind = read_config(directory).get("model_type")
-    if kind not in FAMILIES:
-        known = ", ".join(map(repr, FAMILIES))
-        raise UserError(f"{directory / 'config.json'}: model_type is {kind!r}; only {known} is supported")
+    if isinstance(kind, str) and kind in REFUSED:
+        raise UserError(f"{directory / 'config.json'}: model_type is {kind!r}: {REFUSED[kind]}")
+    if not isinstance(kind, str) or kind not in FAMILIES:
+        known, shown = ", ".join(map(repr, FAMILIES)), shorten(repr(kind), 60)
+        raise UserError(f"{directory / 'config.json'}: model_type is {shown}; what is supported is {known}")
     module, name = FAMILIES[kind].split(":")
     found: type[Family] = getattr(importlib.import_module(f"alsace_dist.models.{module}"), name)
     return found
 
 
-def open_model(directory: Path, answers: Answers) -> Family:
+def open_model(directory: Path, answers: Answers, options: Options = DEFAULTS) -> Family:
     """A model directory as a scorer of these answers. Raises ``UserError`` if they do not fit together."""
-    return family_of(directory)(directory, answers)
+    return family_of(directory)(directory, answers, options)

@@ -4,7 +4,7 @@ import io
 import math
 import unicodedata
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,15 +13,18 @@ import torch
 from torch import Tensor, nn
 
 from alsace_dist.config import NanoConfig
+from alsace_dist.errors import UserError
 from alsace_dist.files.manifest import write_text
-from alsace_dist.models.batches import IGNORED, Inputs, pad
+from alsace_dist.models.batches import IGNORED, Inputs, attention_over, pad, pad_prompts
 from alsace_dist.models.family import WHOLE
 from alsace_dist.models.mt5 import HEAD, CandidateHead, load_config, make_body
 from alsace_dist.models.weights import load_tokenizer
+from alsace_dist.reading import shorten
 
 NUM_SENTINELS = 100
 SENTINELS = tuple(f"<extra_id_{index}>" for index in range(NUM_SENTINELS))
 MAX_TOKENIZER_TEXTS = 200_000
+MAX_TEXT_BYTES = 1 << 24  # of one text that the tokenizer learns from; SentencePiece's own default is 4,192
 MAX_WORD_LENGTH = 16  # in characters, as SentencePiece's own limit
 PAD, END, UNKNOWN = "<pad>", "</s>", "<unk>"
 
@@ -39,7 +42,10 @@ class LanguageModel(nn.Module):
     ) -> Tensor:
         """Mean cross-entropy of each row's target tokens (answer_ids [batch, target], -100 = not counted): [batch]."""
         hidden = self.body(
-            input_ids=input_ids, attention_mask=attention_mask, decoder_input_ids=decoder_input_ids, use_cache=False
+            input_ids=input_ids,
+            attention_mask=attention_over(attention_mask),
+            decoder_input_ids=decoder_input_ids,
+            use_cache=False,
         ).last_hidden_state
         # A float32 product over the whole vocabulary would take too long; the loss is computed in float32 all the same.
         logits = nn.functional.linear(hidden.flatten(0, 1), self.head.weight).float()
@@ -80,6 +86,7 @@ def write_start(directory: Path, nano: NanoConfig, texts: Iterable[str], answers
 class NanoModel:
     """What ``write_start`` has written, with new weights, as a ``TrainableModel``; its module is a language model."""
 
+    config_changes: Mapping[str, Any] = {"tie_word_embeddings": False}
     vocabulary = frozenset({"body.shared.weight"})
     delicate: tuple[str, ...] = ()
 
@@ -137,26 +144,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, answers: Iterable[lis
     from transformers import PreTrainedTokenizerFast
 
     normalised = [unicodedata.normalize("NFKC", text) for text in islice(texts, MAX_TOKENIZER_TEXTS)]
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(normalised),
-        model_writer=model,
-        model_type="unigram",
-        vocab_size=vocab_size,
-        hard_vocab_limit=False,  # a small corpus may hold fewer pieces
-        character_coverage=0.9999,
-        normalization_rule_name="identity",
-        num_threads=1,
-        pad_id=0,
-        eos_id=1,
-        unk_id=2,
-        bos_id=-1,
-        pad_piece=PAD,
-        eos_piece=END,
-        unk_piece=UNKNOWN,
-        minloglevel=2,
-    )
-    pieces = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+    pieces = sentencepiece.SentencePieceProcessor(model_proto=_train_pieces(normalised, vocab_size))
     vocabulary = [(pieces.id_to_piece(index), pieces.get_score(index)) for index in range(pieces.get_piece_size())]
     vocabulary += _missing_words(normalised, {piece for piece, _ in vocabulary}, vocab_size - len(vocabulary))
     tokenizer = Tokenizer(models.Unigram(vocabulary, unk_id=2))
@@ -171,6 +159,39 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, answers: Iterable[lis
         single=f"$A {END}", special_tokens=[(END, tokenizer.token_to_id(END))]
     )
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, eos_token=END, unk_token=UNKNOWN)
+
+
+def _train_pieces(texts: list[str], vocab_size: int) -> bytes:
+    """SentencePiece's Unigram model of some texts. Raises ``UserError`` if they do not make one of this size."""
+    import sentencepiece
+
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(texts),
+            model_writer=model,
+            model_type="unigram",
+            vocab_size=vocab_size,
+            hard_vocab_limit=False,  # a small corpus may hold fewer pieces
+            max_sentence_length=MAX_TEXT_BYTES,  # SentencePiece passes over longer texts without a word
+            character_coverage=0.9999,
+            normalization_rule_name="identity",
+            num_threads=1,
+            pad_id=0,
+            eos_id=1,
+            unk_id=2,
+            bos_id=-1,
+            pad_piece=PAD,
+            eos_piece=END,
+            unk_piece=UNKNOWN,
+            minloglevel=2,
+        )
+    except (RuntimeError, OSError) as error:
+        raise UserError(
+            f"model.nano.vocab_size: SentencePiece makes no vocabulary of {vocab_size:,} pieces from the pretrain "
+            f"split ({shorten(str(error).rpartition('] ')[2] or error)}); raise it, or add texts"
+        ) from None
+    return model.getvalue()
 
 
 def _missing_words(texts: list[str], known: set[str], most: int) -> list[tuple[str, float]]:
@@ -192,7 +213,6 @@ def _missing_words(texts: list[str], known: set[str], most: int) -> list[tuple[s
 
 def collate_spans(examples: Sequence[SpanTokens], pad_id: int, decoder_start: int) -> Inputs:
     """Padded tensors for ``LanguageModel``; the decoder's input is the target shifted by one."""
-    ids = pad([example.input_ids for example in examples], pad_id)
-    mask = pad([[1] * len(example.input_ids) for example in examples], 0)
+    ids, mask = pad_prompts([example.input_ids for example in examples], pad_id)
     decoder = pad([[decoder_start, *example.target_ids[:-1]] for example in examples], pad_id)
-    return Inputs(ids, mask, decoder, pad([example.target_ids for example in examples], IGNORED))
+    return Inputs(ids, mask, (decoder, pad([example.target_ids for example in examples], IGNORED)))

@@ -5,13 +5,20 @@ says must not steer the model: ``</s>`` in a text is four characters, no end of 
 """
 
 import re
-from collections.abc import Iterable, Sequence
+import unicodedata
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from alsace_dist.data.rows import Part
 from alsace_dist.errors import UserError
 
 SENTINEL = re.compile(r"<extra_id_\d+>")
+# How templates mark the place of the answer, in the words of one family or another.
+GAP = re.compile(rf"{SENTINEL.pattern}|<mask>|\[MASK\]")
+_ANSWER = re.compile(r"(?<!\{){answer}(?!\})")
+# The same as people misspell it, without blanks, dashes and capitals: <MASK>, <extra id 0>, [mask].
+_IN_BRACKETS = re.compile(r"[<\[][^<>\[\]{}]{1,20}[>\]]")
+_LIKE_A_GAP = re.compile(r"[<\[](extraid\d+|mask)[>\]]")
 _NEIGHBOURS = ("word", "字", "1.")  # what a field may end with, for a sentinel right behind it
 
 
@@ -24,30 +31,51 @@ def control_tokens(tokenizer: Any) -> "re.Pattern[str]":
 
 def as_plain_text(text: str, control: "re.Pattern[str]") -> str:
     """A text in which no token of control is left: a blank after its first character takes it apart."""
-    if "<" not in text and "[" not in text and not control.search(text):
-        return text
+    if not control.search(text):
+        # Tokenizers that look for ``<mask>`` in the normalised text find it in full-width letters, too.
+        if text.isascii() or not control.search(normal := unicodedata.normalize("NFKC", text)):
+            return text
+        text = normal
     return control.sub(lambda match: f"{match[0][0]} {match[0][1:]}", text)
 
 
-def check_sentinels(tokenizer: Any, templates: Iterable[str], decoder_prefix: str, max_tokens: int) -> None:
-    """Every sentinel of a template or of the decoder's prefix must be one token, wherever a text may end before it.
+def check_controls(control: "re.Pattern[str]", gap: str, templates: Iterable[str], decoder_prefix: str) -> None:
+    """Raises ``UserError`` for a token of control in a template or the decoder's prefix that is no gap, and for what
+    looks like one to a person and is plain text to the tokenizer: <MASK>, <extra_id 0>, full-width letters."""
+    for where, text in [("template", one) for one in templates] + [("decoder_prefix", decoder_prefix)]:
+        for found in control.finditer(text):
+            if not GAP.fullmatch(found[0]):
+                raise UserError(f"task.{where}: {text!r} holds {found[0]}, a token of control; remove it")
+        rest = unicodedata.normalize("NFKC", control.sub("", text))
+        for found in _IN_BRACKETS.finditer(rest):
+            if _LIKE_A_GAP.fullmatch(re.sub(r"[\s_-]", "", found[0]).casefold()):
+                remedy = f"write {gap}" if gap else "remove it"
+                raise UserError(f"task.{where}: {found[0]} in {text!r} is plain text to this model; {remedy}")
 
-    mT5's vocabulary holds them as pieces with a blank in front, so that "text<extra_id_0>" silently becomes seven
-    tokens. Raises ``UserError`` that says what to write, also if the templates alone leave no room for a text.
+
+def check_gaps(tokenizer: Any, templates: Iterable[str], decoder_prefix: str, max_tokens: int, gap: str) -> None:
+    """Every gap of a template or of the decoder's prefix must be one token, wherever a text may end before it.
+
+    mT5's vocabulary holds its sentinels as pieces with a blank in front, so that "text<extra_id_0>" silently becomes
+    seven tokens. ``gap``: how this family writes its (first) gap; empty if it has none. Raises ``UserError`` that says
+    what to write, also if the templates alone leave no room for a text.
     """
     for where, text in [("template", one) for one in templates] + [("decoder_prefix", decoder_prefix)]:
-        for sentinel in SENTINEL.findall(text):
-            known = _sentinel_id(tokenizer, sentinel)
-            if known is None:
+        for found in GAP.findall(text):
+            if not gap:
                 raise UserError(
-                    f"task.{where}: {sentinel} is no token of this model, in {text!r}; the first is <extra_id_0>"
+                    f"task.{where}: {text!r} holds {found}, and this model answers after the prompt, where nothing "
+                    "marks a gap; remove it"
                 )
+            known = _token_id(tokenizer, found)
+            if known is None:
+                raise UserError(f"task.{where}: {found} is no token of this model, in {text!r}; write {gap}")
             for neighbour in _NEIGHBOURS:
                 rendered = re.sub(r"{\w+}", neighbour, text)
                 ids = tokenizer(rendered, add_special_tokens=False)["input_ids"]
-                if ids.count(known) != rendered.count(sentinel):
+                if ids.count(known) != rendered.count(found):
                     raise UserError(
-                        f"task.{where}: {sentinel} does not become one token in {text!r}: this model needs a blank "
+                        f"task.{where}: {found} does not become one token in {text!r}: this model needs a blank "
                         "before it"
                     )
         if where == "template":
@@ -59,8 +87,14 @@ def check_sentinels(tokenizer: Any, templates: Iterable[str], decoder_prefix: st
                 )
 
 
-def _sentinel_id(tokenizer: Any, sentinel: str) -> int | None:
-    for name in (sentinel, "▁" + sentinel):
+def with_gap(template: str, gap_after: Callable[[str], str]) -> str:
+    """A template in which ``{answer}`` is written as a model writes it. ``gap_after``: behind the text before it."""
+    before, *rest = _ANSWER.split(template, maxsplit=1)
+    return before + gap_after(before) + rest[0] if rest else template
+
+
+def _token_id(tokenizer: Any, text: str) -> int | None:
+    for name in (text, "▁" + text):
         found = tokenizer.convert_tokens_to_ids(name)
         if found is not None and found != tokenizer.unk_token_id:
             return int(found)

@@ -2,9 +2,12 @@
 
 import math
 import sys
+import time
 
 from alsace_dist.errors import UserError
 from alsace_dist.ranks import job
+
+MOST_BF16_SLOWDOWN = 3.0  # where bf16 is at home it is faster than float32, and this is noise
 
 
 def warn(text: str) -> None:
@@ -26,6 +29,32 @@ class LeadCheck:
                 f"a job's end: set lead_seconds in the site profile to {2 * seconds:.0f}, or work is lost"
             )
             self.lead_seconds = float("inf")
+
+
+def check_bf16() -> None:
+    """Warns where the CPU computes bf16 far slower than float32."""
+    if (slowdown := bf16_slowdown()) > MOST_BF16_SLOWDOWN:
+        warn(f"this CPU has no bf16 of its own: a product takes {slowdown:.0f} times float32's; set engine.dtype: fp32")
+
+
+def bf16_slowdown() -> float:
+    """Seconds of a matrix product in bf16 on this CPU over those in float32, the best of five each.
+
+    Measured (in milliseconds) and not read off the CPU's name: without AVX-512 or its like torch falls back on loops
+    that take 50 times as long.
+    """
+    import torch
+
+    def best(dtype: torch.dtype) -> float:
+        a, b = torch.ones(128, 256, dtype=dtype), torch.ones(256, 256, dtype=dtype)
+        seconds = []
+        for _ in range(5):
+            start = time.perf_counter()
+            a @ b
+            seconds.append(time.perf_counter() - start)
+        return min(seconds)
+
+    return best(torch.bfloat16) / best(torch.float32)
 
 
 def check_loss(loss: float, step: int, kind: str, directory: object) -> None:

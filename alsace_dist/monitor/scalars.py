@@ -8,7 +8,9 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
+from alsace_dist.errors import UserError
 from alsace_dist.files.manifest import write_text
+from alsace_dist.reading import parse_json, read_text
 
 METRICS = "metrics.jsonl"
 
@@ -71,10 +73,18 @@ class ScalarWriter:
 
 def read_scalars(path: Path) -> list[dict[str, Any]]:
     """The rows of a ``metrics.jsonl``; a last line that a killed process left unfinished is not a row."""
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+    rows: list[dict[str, Any]] = []
+    remedy = "it is not what a stage writes: move it away"
+    lines = read_text(path, remedy).splitlines() if path.exists() else []
+    for number, line in enumerate(lines, start=1):
+        place = f"{path}:{number}: "
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
+            row = parse_json(line, place, remedy)
+        except UserError:
+            if number < len(lines):
+                raise
             break
+        if not isinstance(row, dict) or type(row.get("step")) is not int:
+            raise UserError(f"{place}is no line of scalars; {remedy}")
+        rows.append(row)
     return rows

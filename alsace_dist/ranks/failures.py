@@ -39,6 +39,15 @@ _PEER_GONE = (
 )
 
 
+def error_directory() -> Path | None:
+    """Where a rank leaves its error and process id for the launcher; None without a launcher.
+
+    The launcher makes it: a variable that names no directory is what an earlier start has left in the environment.
+    """
+    text = os.environ.get(ERROR_DIR, "")
+    return Path(text) if text and Path(text).is_dir() else None
+
+
 def in_group() -> bool:
     """Whether this process is a rank that torchrun (or srun with torchrun's variables) started.
 
@@ -107,7 +116,7 @@ def _message(error: BaseException) -> str:
 
 def record_failure(error: BaseException) -> None:
     """Leave this rank's error for the launcher, which prints the first one last."""
-    if directory := os.environ.get(ERROR_DIR):
+    if directory := error_directory():
         row = {
             "seconds": time.time(),
             "message": _message(error),
@@ -116,7 +125,7 @@ def record_failure(error: BaseException) -> None:
             "is_secondary": is_secondary(error),
             "traceback": "".join(traceback.format_exception(error)),
         }
-        (Path(directory) / f"rank{os.environ['RANK']}.json").write_text(json.dumps(row))
+        (directory / f"rank{os.environ['RANK']}.json").write_text(json.dumps(row))
 
 
 def record_cause(error: BaseException) -> None:

@@ -3,25 +3,28 @@
 import ctypes
 import os
 import signal
+import socket
 import sys
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
-from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from alsace_dist.config import EngineConfig
 from alsace_dist.errors import STOPPED, PeerFailed, RankFailed, Stopped, UserError
 from alsace_dist.ranks import job
-from alsace_dist.ranks.failures import ERROR_DIR
+from alsace_dist.ranks.failures import error_directory, is_secondary
+from alsace_dist.reading import shorten
 
 if TYPE_CHECKING:
     import torch
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP)
+MAX_PORT = 65_535
+NOTICE_SECONDS = 10.0
 JOIN_SECONDS = 300.0  # time for all ranks to load the program and to meet, from a slow shared disk
 _PR_SET_PDEATHSIG = 1
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -4, -8  # malloc.h
@@ -141,6 +144,15 @@ class Ranks:
         return lambda amount=1: store.add(name, amount) - amount
 
 
+def check_threads(engine: EngineConfig) -> None:
+    """Raises ``UserError`` for more threads than a machine can ever run side by side: a typo would make it crawl."""
+    num_cores = len(os.sched_getaffinity(0))
+    if engine.num_threads > 4 * num_cores:
+        raise UserError(
+            f"engine.num_threads: {engine.num_threads} for a rank, and this machine has {num_cores} cores; lower it"
+        )
+
+
 def start(engine: EngineConfig) -> Ranks:
     """Join the process group (NCCL with GPUs, else gloo) as the environment says.
 
@@ -148,13 +160,20 @@ def start(engine: EngineConfig) -> Ranks:
     """
     stop = StopFlag()
     stop.install()
-    job.log_apart(int(os.environ["RANK"]))
+    rank, world_size, local_rank = (job.number(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    if job.number("MASTER_PORT") > MAX_PORT:
+        raise UserError(f"MASTER_PORT={os.environ['MASTER_PORT']} in the environment: ports end at {MAX_PORT:,}")
+    if rank >= world_size:
+        raise UserError(
+            f"the environment says RANK={rank} and WORLD_SIZE={world_size}, and RANK must be the smaller one; torchrun "
+            "sets both, unset them outside a group"
+        )
+    job.log_apart(rank)
     _die_with_parent()  # and tell the launcher that this rank takes signals
     import torch
     import torch.distributed as dist
 
-    rank, world_size, local_rank = (_number(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    _number("MASTER_PORT")
+    check_threads(engine)
     torch.set_num_threads(engine.num_threads)
     if torch.cuda.is_available():
         if local_rank >= torch.cuda.device_count():
@@ -171,16 +190,22 @@ def start(engine: EngineConfig) -> Ranks:
     store = _meet(stop, min(JOIN_SECONDS, engine.timeout_seconds))
     store.set_timeout(timeout)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
-    control = dist.new_group(backend="gloo", timeout=timeout)
+    try:
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+        control = dist.new_group(backend="gloo", timeout=timeout)
+    except (RuntimeError, ValueError) as error:  # torch and gloo raise both for what the environment has wrong
+        if is_secondary(error):
+            raise
+        raise _kind_of_failure()(
+            f"the ranks cannot make a group ({shorten(error)}); if they are set, GLOO_SOCKET_IFNAME and "
+            "NCCL_SOCKET_IFNAME must name interfaces of this machine, and RANK must be below WORLD_SIZE"
+        ) from None
     return Ranks(rank, world_size, local_rank, device, control, stop)
 
 
-def _number(name: str) -> int:
-    text = os.environ.get(name, "0")
-    if not text.isdecimal():
-        raise UserError(f"{name}={text!r} in the environment is no number; torchrun sets it, unset it outside a group")
-    return int(text)
+def _kind_of_failure() -> type[Exception]:
+    """In a job a node that is away may be back at the next start, so that it is requeued."""
+    return RankFailed if job.attempt_directory() else UserError
 
 
 def _meet(stop: StopFlag, seconds: float) -> Any:
@@ -195,26 +220,50 @@ def _meet(stop: StopFlag, seconds: float) -> Any:
 
     def wait() -> None:
         try:
+            if os.environ["RANK"] != "0" or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+                _knock(os.environ["MASTER_ADDR"], job.number("MASTER_PORT"), seconds)
+            else:  # this rank listens there, and calls itself under that name
+                socket.getaddrinfo(os.environ["MASTER_ADDR"], None)
             found.append(next(iter(rendezvous("env://", timeout=timedelta(seconds=seconds)))))
         except Exception as error:  # torch raises several kinds; all mean that the ranks have not met
             found.append(error)
 
     thread = threading.Thread(target=wait, daemon=True)
     thread.start()
-    deadline = time.monotonic() + seconds + 30
-    while thread.is_alive() and time.monotonic() < deadline:
+    start, is_said = time.monotonic(), False
+    while thread.is_alive() and time.monotonic() < start + seconds + 30:
         thread.join(0.1)
+        if not is_said and time.monotonic() > start + NOTICE_SECONDS:
+            is_said = True
+            expected = f"the {os.environ['WORLD_SIZE']} ranks that RANK and WORLD_SIZE speak of"
+            place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+            print(f"waiting up to {seconds:.0f} s for {expected}, at {place}", file=sys.stderr, flush=True)
         if stop.is_set:
             raise Stopped(STOPPED)
     if found and not isinstance(found[0], Exception):
         return found[0][0]
     reason = " ".join(str(found[0]).split("\n")[0].split())[:200] if found else "no answer"
-    kind = RankFailed if job.attempt_directory() else UserError  # a node that is away may be back at the next start
-    raise kind(
+    raise _kind_of_failure()(
         f"the {os.environ['WORLD_SIZE']} ranks that RANK and WORLD_SIZE speak of have not met at "
         f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} within {seconds:.0f} s ({reason}); outside a group "
         "unset RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, inside one see that all ranks start and reach that port"
     )
+
+
+def _knock(host: str, port: int, seconds: float) -> None:
+    """Wait until somebody listens there: torch would print the stack of its C++ code at every try.
+
+    Raises ``OSError`` if nobody does in time.
+    """
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            socket.create_connection((host, port), timeout=5).close()
+            return
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.1)
 
 
 def finish() -> None:
@@ -227,9 +276,10 @@ def finish() -> None:
 
 def _die_with_parent() -> None:
     """A rank must not outlive its launcher: it would go on writing into a directory that a rerun already uses."""
-    if ERROR_DIR in os.environ and sys.platform == "linux":
+    directory = error_directory()
+    if directory and sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        (Path(os.environ[ERROR_DIR]) / f"rank{os.environ['RANK']}.pid").write_text(str(os.getpid()))
+        (directory / f"rank{os.environ['RANK']}.pid").write_text(str(os.getpid()))
 
 
 def _keep_memory() -> None:

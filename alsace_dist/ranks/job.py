@@ -5,7 +5,9 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
+from alsace_dist.errors import UserError
 from alsace_dist.files.manifest import write_text
+from alsace_dist.reading import shorten
 
 ATTEMPT_DIR = "ALSACE_ATTEMPT_DIR"  # where tasks leave their output and the cause of a failure
 LEAD_SECONDS = "ALSACE_LEAD_SECONDS"  # how long before the end of the job its stop signal comes
@@ -14,18 +16,38 @@ NUM_NODES, NODE_RANK, RANKS_PER_NODE = "ALSACE_NUM_NODES", "ALSACE_NODE_RANK", "
 
 
 def attempt_directory() -> Path | None:
-    """Directory in which this start of a job leaves its logs and causes; None outside a job."""
-    return Path(os.environ[ATTEMPT_DIR]) if ATTEMPT_DIR in os.environ else None
+    """Directory in which this start of a job leaves its logs and causes; None outside a job.
+
+    The job script makes it: a variable that names no directory is what an earlier job has left in the environment.
+    """
+    text = os.environ.get(ATTEMPT_DIR, "")
+    return Path(text) if text and Path(text).is_dir() else None
+
+
+def number(name: str, default: int = 0) -> int:
+    """A whole number of the environment. Raises ``UserError`` if the variable holds something else."""
+    text = os.environ.get(name, str(default))
+    if not (text.isascii() and text.isdecimal() and len(text) < 10):
+        raise UserError(
+            f"{name}={shorten(text)!r} in the environment is no number; torchrun or a job sets it, unset it outside one"
+        )
+    return int(text)
 
 
 def num_nodes() -> int:
-    """Nodes of this job; outside a job one, whatever an earlier job has left in the environment."""
-    return int(os.environ.get(NUM_NODES, 1)) if attempt_directory() else 1
+    """Nodes of this job; outside a job one, whatever an earlier job has left in the environment.
+
+    Raises ``UserError`` if this should be a job and its directory is not there: each node would work by itself.
+    """
+    if os.environ.get(ATTEMPT_DIR) and not attempt_directory():
+        text = shorten(os.environ[ATTEMPT_DIR])
+        raise UserError(f"{ATTEMPT_DIR}={text} in the environment is no directory; outside a job unset it")
+    return number(NUM_NODES, 1) if attempt_directory() else 1
 
 
 def lead_seconds() -> float:
     """Seconds between the job's stop signal and its end; infinite outside a job."""
-    return float(os.environ.get(LEAD_SECONDS, "inf"))
+    return number(LEAD_SECONDS) if LEAD_SECONDS in os.environ else float("inf")
 
 
 def note_position(text: str) -> None:

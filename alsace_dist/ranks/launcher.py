@@ -17,7 +17,7 @@ from alsace_dist.config import EngineConfig
 from alsace_dist.errors import EXIT_STOPPED, STOPPED, PeerFailed, RankFailed, Stopped, UserError
 from alsace_dist.ranks import job
 from alsace_dist.ranks.failures import ERROR_DIR
-from alsace_dist.ranks.group import STOP_SIGNALS
+from alsace_dist.ranks.group import STOP_SIGNALS, check_threads
 from alsace_dist.ranks.job import NODE_RANK, RANKS_PER_NODE
 
 RENDEZVOUS_SECONDS = 600  # some nodes load the program slowly from a shared disk
@@ -26,7 +26,7 @@ RENDEZVOUS_SECONDS = 600  # some nodes load the program slowly from a shared dis
 def num_local_processes(engine: EngineConfig) -> int:
     """Ranks to start on this machine."""
     if job.attempt_directory() and RANKS_PER_NODE in os.environ:
-        return int(os.environ[RANKS_PER_NODE])
+        return job.number(RANKS_PER_NODE)
     if engine.num_processes != "auto":
         return engine.num_processes
     import torch
@@ -37,8 +37,7 @@ def num_local_processes(engine: EngineConfig) -> int:
 def check_room(engine: EngineConfig) -> None:
     """Raises ``UserError`` for more ranks or threads than this machine can ever hold: a typo would hang it."""
     num_cores, num_ranks = len(os.sched_getaffinity(0)), num_local_processes(engine)
-    if engine.num_threads > 4 * num_cores:
-        raise UserError(f"engine.num_threads: {engine.num_threads} for a rank, and this machine has {num_cores} cores")
+    check_threads(engine)
     if num_ranks > max(16, 4 * num_cores):
         raise UserError(
             f"engine.num_processes: {num_ranks} ranks on a machine of {num_cores} cores; each takes a GPU or a core, "
@@ -115,7 +114,7 @@ def _rendezvous() -> dict[str, Any]:
         "max_nodes": num_nodes,
         "rdzv_backend": "static",
         "rdzv_endpoint": f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}",
-        "rdzv_configs": {"rank": int(os.environ[NODE_RANK]), "timeout": RENDEZVOUS_SECONDS},
+        "rdzv_configs": {"rank": job.number(NODE_RANK), "timeout": RENDEZVOUS_SECONDS},
     }
 
 

@@ -3,6 +3,7 @@
 import faulthandler
 import json
 import os
+import re
 import sys
 import threading
 import time
@@ -13,7 +14,7 @@ from types import TracebackType
 from typing import Any, Self, TextIO
 
 from alsace_dist.errors import RankFailed
-from alsace_dist.files.manifest import HANG, write_text
+from alsace_dist.files.manifest import HANG, remove_own, write_text
 from alsace_dist.ranks import failures, job
 from alsace_dist.ranks.group import Ranks
 
@@ -21,6 +22,7 @@ JOIN_SECONDS = 10.0  # time for a message to the store to come back
 WAIT_SECONDS = 15.0  # time for the other ranks to say where they are
 # A C timer kills a rank whose main thread holds the GIL, so that the watching thread never runs; this much later.
 GRACE_SECONDS = 60.0
+_LEFT = re.compile(r"rank\d{5,}\.(stacks|place|collectives\.json)")
 
 
 class Watchdog:
@@ -43,8 +45,7 @@ class Watchdog:
 
     def _clear(self) -> None:
         """Remove what an earlier hang has left: it would be taken for this hang's."""
-        for path in self.directory.glob("rank*"):
-            path.unlink()
+        remove_own(self.directory, _LEFT)
 
     def __enter__(self) -> Self:
         if self.seconds is not None:
@@ -119,7 +120,7 @@ class Watchdog:
         self._dump_collectives()
         error = RankFailed(f"hang: {self._compare(seconds, store, name)}; stacks of all threads: {self.directory}")
         failures.record_failure(error)
-        if failures.ERROR_DIR not in os.environ:
+        if failures.error_directory() is None:
             failures.record_cause(error)
         print(f"error: {error}", file=sys.stderr, flush=True)
         os._exit(failures.exit_code(error))  # the main thread hangs, so this thread ends the process

@@ -47,15 +47,22 @@ def summary(accuracy: Mapping[str, float], source_language: str) -> Summary:
 
 
 def mcnemar_exact(before: np.ndarray, after: np.ndarray) -> float:
-    """Two-sided exact p-value of McNemar's test (McNemar 1947) on paired outcomes; bool [N] each.
+    """Two-sided exact p-value of McNemar's test on paired outcomes; bool [N] each, see ``mcnemar_of_counts``.
 
-    Given the ``n`` discordant pairs, the number ``k`` of one kind is Binomial(n, 1/2) under the null hypothesis, so
-    p = min(1, 2 P(X <= min(k, n - k))); 1 if there are none. Raises ``ValueError`` if the shapes differ.
+    Raises ``ValueError`` if the shapes differ.
     """
     before, after = np.asarray(before, dtype=bool), np.asarray(after, dtype=bool)
     if before.shape != after.shape or before.ndim != 1:
         raise ValueError(f"paired outcomes must be two vectors of one length, not {before.shape} and {after.shape}")
-    gained, lost = int((~before & after).sum()), int((before & ~after).sum())
+    return mcnemar_of_counts(int((~before & after).sum()), int((before & ~after).sum()))
+
+
+def mcnemar_of_counts(gained: int, lost: int) -> float:
+    """Two-sided exact p-value of McNemar's test (McNemar 1947) of the examples that changed one way and the other.
+
+    Given the ``n`` discordant pairs, the number ``k`` of one kind is Binomial(n, 1/2) under the null hypothesis, so
+    p = min(1, 2 P(X <= min(k, n - k))); 1 if there are none.
+    """
     n, k = gained + lost, min(gained, lost)
     # log C(n, i) for i = 0..k by its recurrence; the largest term is the last one, since k <= n / 2.
     i = np.arange(1, k + 1, dtype=np.float64)
@@ -77,12 +84,35 @@ def holm(p_values: Mapping[str, float]) -> dict[str, float]:
     return {name: adjusted[name] for name in p_values}
 
 
+def paired_gap(right: np.ndarray, present: np.ndarray, source_column: int | None) -> float | None:
+    """Accuracy in the source language minus that of another language on the groups that both have, mean over the
+    other languages; None where no group has both.
+
+    ``right``, ``present``: bool [N groups, T languages]. Where translations are missing, the plain gap compares
+    accuracies on different groups, and groups that lack a translation may be harder.
+    """
+    if source_column is None:
+        return None
+    both = present & present[:, [source_column]]
+    gaps = [
+        float(right[shared, source_column].mean() - right[shared, column].mean())
+        for column, shared in enumerate(both.T)
+        if column != source_column and shared.any()
+    ]
+    return math.fsum(gaps) / len(gaps) if gaps else None
+
+
 @dataclass(frozen=True)
 class BootstrapIntervals:
-    """95 % intervals (low, high) of after - before; ``gap`` is None where the gap is not defined."""
+    """95 % intervals (low, high) of after - before; those of the gaps are None where they are not defined.
+
+    ``languages``: of each language's accuracy, in the order of the columns.
+    """
 
     average: tuple[float, float]
     gap: tuple[float, float] | None
+    paired_gap: tuple[float, float] | None
+    languages: tuple[tuple[float, float], ...]
 
 
 def paired_bootstrap(
@@ -93,7 +123,7 @@ def paired_bootstrap(
     num_resamples: int,
     rng: np.random.Generator,
 ) -> BootstrapIntervals:
-    """Percentile intervals (Efron 1979) for the change of the macro average and of the gap.
+    """Percentile intervals (Efron 1979) for the change of the macro average, of both gaps and of each language.
 
     ``before``, ``after``, ``present``: bool [N groups, T languages]; outcomes count only where ``present``.
     ``source_column``: column of the source language, None if it is not among them.
@@ -108,7 +138,10 @@ def paired_bootstrap(
         raise ValueError("every language needs at least one example")
     num_groups, num_languages = present.shape
     difference = np.where(present, after.astype(np.float64) - before.astype(np.float64), 0.0)
-    columns = np.concatenate([difference, present.astype(np.float64)], axis=1)  # [N, 2T]
+    both = present & present[:, [source_column]] if source_column is not None else np.zeros_like(present)
+    difference_to_source = np.where(both, difference[:, [source_column or 0]] - difference, 0.0)
+    parts = [difference, present, difference_to_source, both]
+    columns = np.concatenate([part.astype(np.float64) for part in parts], axis=1)  # [N, 4T]
 
     rows_at_once = max(1, MAX_CELLS // num_groups)
     sums = np.concatenate(
@@ -116,18 +149,27 @@ def paired_bootstrap(
             _multiplicities(num_groups, min(rows_at_once, num_resamples - start), rng) @ columns
             for start in range(0, num_resamples, rows_at_once)
         ]
-    )  # [resamples, 2T]; whole numbers, hence exact in any order of summation
-    counts = sums[:, num_languages:]
-    drawn = counts > 0
-    change = np.where(drawn, sums[:, :num_languages] / np.where(drawn, counts, 1.0), 0.0)  # of accuracy, [resamples, T]
+    )  # [resamples, 4T]; whole numbers, hence exact in any order of summation
+    change, drawn = _means(sums[:, :num_languages], sums[:, num_languages : 2 * num_languages])  # of accuracy
     average = _interval(change.sum(axis=1) / drawn.sum(axis=1))
+    languages = tuple(_interval(change[drawn[:, column], column]) for column in range(num_languages))
     if source_column is None or num_languages == 1:
-        return BootstrapIntervals(average, None)
+        return BootstrapIntervals(average, None, None, languages)
     others = np.arange(num_languages) != source_column
     num_others = drawn[:, others].sum(axis=1)
     defined = drawn[:, source_column] & (num_others > 0)
     gap = change[defined, source_column] - change[defined][:, others].sum(axis=1) / num_others[defined]
-    return BootstrapIntervals(average, _interval(gap) if len(gap) else None)
+    apart, shared = _means(sums[:, 2 * num_languages : 3 * num_languages], sums[:, 3 * num_languages :])
+    num_shared = shared[:, others].sum(axis=1)
+    paired = apart[:, others].sum(axis=1)[num_shared > 0] / num_shared[num_shared > 0]
+    of_gap, of_paired_gap = (_interval(values) if len(values) else None for values in (gap, paired))
+    return BootstrapIntervals(average, of_gap, of_paired_gap, languages)
+
+
+def _means(sums: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Means, 0 where there is nothing; and where there is something."""
+    drawn = counts > 0
+    return np.where(drawn, sums / np.where(drawn, counts, 1.0), 0.0), drawn
 
 
 def _multiplicities(num_groups: int, num_resamples: int, rng: np.random.Generator) -> np.ndarray:

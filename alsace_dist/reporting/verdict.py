@@ -106,6 +106,19 @@ def _gap_shrank(gap: GapChange) -> Condition:
     return Condition(shrank, f"the gap {'shrank' if shrank else 'grew'} {ends}")
 
 
+def ruled_out(evaluation: Evaluation, margin: float) -> str:
+    """In which languages a loss of a margin or more can be ruled out (non-inferiority): "nobody is significantly worse"
+    also holds where a test set is too small to see a loss."""
+    loss = f"a loss of {percent(margin)} points or more"
+    open_ones = {name: row for name, row in sorted(evaluation.languages.items()) if row.ci95[0] <= -margin}
+    if not open_ones:
+        return f"In every language {loss} can be ruled out (95 % interval)."
+    number = f"{len(evaluation.languages) - len(open_ones)} of {len(evaluation.languages)} languages"
+    shown = ", ".join(f"{printable(name)} ({interval(row.ci95)})" for name, row in list(open_ones.items())[:5])
+    more = f", and {len(open_ones) - 5} more" if len(open_ones) > 5 else ""
+    return f"In {number} {loss} can be ruled out (95 % interval), not in {shown}{more}."
+
+
 def headline(found: Sequence[Condition]) -> str:
     """How many of the three conditions hold, in words."""
     number = sum(one.holds for one in found)

@@ -13,15 +13,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from alsace_dist import __version__
 from alsace_dist.config import NOT_IN_FINGERPRINT, Config, EngineConfig, Split, TrainConfig
+from alsace_dist.data.rows import answers_of
 from alsace_dist.errors import NotReady, UserError
 from alsace_dist.files import manifest
 from alsace_dist.files.layout import DATA, DISTILL, FINETUNE, MODEL, PRETRAIN, Layout
 from alsace_dist.files.manifest import Manifest
 from alsace_dist.files.shards import Dataset
+from alsace_dist.monitor.health import warn
 from alsace_dist.ranks.group import Ranks
 
 if TYPE_CHECKING:
-    from alsace_dist.models.family import TrainableModel
+    from alsace_dist.models.family import Family, TrainableModel
     from alsace_dist.training.loop import Examples
 
 
@@ -203,6 +205,28 @@ def checked_model(stage: Stage, round_: int, ranks: Ranks) -> Path:
     return output.directory / MODEL
 
 
+def open_model(stage: Stage, round_: int, languages: Sequence[str], ranks: Ranks) -> "Family":
+    """The model after a round as a scorer of the task's answers, its weights' names and shapes checked. Collective.
+
+    Raises ``UserError`` if files, weights, options and answers do not fit together.
+    """
+    from alsace_dist.models import family
+
+    config = stage.config
+    directory = checked_model(stage, round_, ranks)
+    model = family.open_model(directory, answers_of(config.task, languages), family.Options.of(config))
+    for remark in model.check_weights(may_be_new=round_ < 0):
+        if ranks.is_main:
+            warn(remark)
+    return model
+
+
+def options_fingerprint(config: Config) -> dict[str, Any]:
+    """How a model is to score, as far as a config says; nothing where it says nothing."""
+    options = config.model.model_dump(mode="json", include={"mode", "pooling", "masks"}, exclude_defaults=True)
+    return {"model_options": options} if options else {}
+
+
 def _given_model(config: Config) -> Path:
     from alsace_dist.models import weights
 
@@ -239,7 +263,7 @@ def training_fingerprint(stage: Stage, section: TrainConfig, model: dict[str, An
         "seed": config.seed,
         "model": model,
         "code": __version__,
-    }
+    } | options_fingerprint(config)
 
 
 def train(stage: Stage, section: TrainConfig, model: "TrainableModel", examples: "Examples", ranks: Ranks) -> None:

@@ -1,22 +1,23 @@
-"""Stage 2 of the method: every language is trained towards the frozen distributions of the selected teachers.
+"""Stage 2 of the method: every language is trained towards the distributions of the selected teachers.
 
-The targets come from the scores before the round, joined to their shard by file name and key.
+Those of frozen teachers come from the scores before the round, joined to their shard by file name and key; those of
+live teachers from the weights as they are.
 """
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from alsace_dist.config import Config, DistillConfig, EngineConfig, Split
-from alsace_dist.data.rows import EncodedRow, Example, answers_of
+from alsace_dist.data.rows import EncodedRow, Example, one_hot_example
 from alsace_dist.errors import UserError
 from alsace_dist.files import scores as score_files
 from alsace_dist.files.layout import DISTILL, data_url
 from alsace_dist.files.manifest import load_manifest
 from alsace_dist.files.selection import KIND as SELECTION
-from alsace_dist.files.selection import read_selection
+from alsace_dist.files.selection import Selection, read_selection
 from alsace_dist.files.shards import Dataset, open_dataset
 from alsace_dist.method.calibration import calibrate
 from alsace_dist.method.targets import Target, learners, targets
@@ -24,13 +25,16 @@ from alsace_dist.ranks.group import Ranks
 from alsace_dist.stages.base import (
     Output,
     Stage,
-    checked_model,
     data_inputs,
     model_identity,
     model_inputs,
+    open_model,
     train,
     training_fingerprint,
 )
+
+if TYPE_CHECKING:
+    from alsace_dist.models.family import Family
 
 KIND = DISTILL
 ON_RANKS = True
@@ -66,33 +70,86 @@ def fingerprint(stage: Stage, output: Output) -> dict[str, Any]:
 
 def run(stage: Stage, ranks: Ranks | None) -> None:
     """Train every language that has a teacher. Raises ``UserError`` if none has."""
-    from alsace_dist.models.family import open_model
-    from alsace_dist.training.examples import TargetExamples
 
     assert ranks is not None
     config, mode = stage.config, str(stage.config.distill.targets)
     dataset = open_dataset(data_url(config, "unlabeled"))
-    scores, selection = _scores(stage).directory, read_selection(_selection(stage).directory)
-    languages = learners(dataset.languages, selection.weights, mode)
-    counts = example_counts(dataset, languages, selection.num_groups)
-    if sum(counts) == 0:
+    selection = read_selection(_selection(stage).directory)
+    languages = learning(learners(dataset.languages, selection.ranked_weights, mode), dataset, config)
+    if selection.num_groups > dataset.num_groups:
+        raise UserError(
+            f"{_selection(stage).directory}: made of {selection.num_groups:,} groups, and {dataset.url} has "
+            f"{dataset.num_groups:,}; delete it and select again"
+        )
+    if not languages or selection.num_pairs[mode] == 0:
         teachers = ", ".join(selection.weights)
         raise UserError(
             f"{_selection(stage).directory}: {teachers} teaches, and there is no other language to learn from it"
+            + (", by distill.languages" if config.distill.languages else "")
         )
-    listed, biases = load_manifest(scores, score_files.KIND), selection.bias_rows()
-    # The mean over all pairs, not over a batch's pairs: so a batch needs to know nothing of other batches.
-    mean_weight = selection.num_pairs[mode] / max(1, sum(counts))
+    is_live = config.distill.teachers == "live"
+    answered = dataset.languages if is_live else languages
+    model = open_model(stage, stage.round - 1, answered, ranks)
+    if is_live:
+        _train_live(stage, dataset, selection, model, ranks)
+    else:
+        _train_frozen(stage, dataset, selection, languages, model, ranks)
+
+
+def _train_frozen(
+    stage: Stage, dataset: Dataset, selection: Selection, languages: list[str], model: "Family", ranks: Ranks
+) -> None:
+    """Every row learns from the distribution that its teachers had in the scoring pass."""
+    from alsace_dist.training.examples import TargetExamples
+
+    config, section, mode = stage.config, stage.config.distill, str(stage.config.distill.targets)
+    scores, biases = _scores(stage).directory, selection.bias_rows()
+    listed = load_manifest(scores, score_files.KIND)
+    counts = example_counts(dataset, languages, selection.num_groups)
+    # The mean over all pairs, not over a batch's pairs: so a batch needs to know nothing of other batches. And over all
+    # languages that have teachers, whichever of them learn: so leaving one out changes no other's weight.
+    taught = learners(dataset.languages, selection.ranked_weights, mode)
+    mean_weight = selection.num_pairs[mode] / max(1, sum(example_counts(dataset, taught, selection.num_groups)))
+    log_pool_mass = (section.pool_mass or 1.0) if section.pool == "logarithmic" else None
 
     def give_targets(shard: int, rows: list[EncodedRow]) -> list[Example]:
-        groups = score_files.read_verified(scores, listed, f"{dataset.shards[shard].stem}.parquet").groups()
-        found = {key: targets(calibrate(group, biases), selection.weights, mode) for key, group in groups.items()}
-        return [example_of(row, found, mean_weight, scores) for row in rows]
+        name = f"{dataset.shards[shard].stem}.parquet"
+        groups = score_files.read_verified(scores, listed, name).groups()
+        check_scores(rows, groups, biases, scores / name)
+        weights = selection.ranked_weights
+        if mode == "labels":
+            return [one_hot_example(row, dataset.url) for row in rows]
+        found = {
+            key: targets(calibrate(group, biases), weights, mode, log_pool_mass, section.group_weight == "presence")
+            for key, group in groups.items()
+        }
+        return [example_of(row, {} if row.is_apart else found[row.key], mean_weight) for row in rows]
 
-    model = open_model(checked_model(stage, stage.round - 1, ranks), answers_of(config.task, languages))
-    model.check_weights()
     examples = TargetExamples(dataset, config.task, languages, counts, give_targets, model, ranks.device)
     train(stage, config.distill, model, examples, ranks)
+
+
+def _train_live(stage: Stage, dataset: Dataset, selection: Selection, model: "Family", ranks: Ranks) -> None:
+    """Every row learns from what the current weights say of the same group in its teachers' languages."""
+    from alsace_dist.training.examples import GroupExamples
+    from alsace_dist.training.losses import Divergence
+
+    config, section, mode = stage.config, stage.config.distill, str(stage.config.distill.targets)
+    counts = group_counts(dataset, selection.num_groups)
+    examples = GroupExamples(
+        dataset=dataset,
+        task=config.task,
+        counts=counts,
+        weights=selection.ranked_weights,
+        biases=selection.bias_rows(),
+        mode=mode,
+        mean_pairs=selection.num_pairs[mode] / sum(counts),
+        divergence=Divergence(str(section.divergence), bool(section.teacher_gradient), section.temperature),
+        model=model,
+        device=ranks.device,
+    )
+    num_groups = max(1, section.micro_batch_size // len(dataset.languages))  # rows, as people count them
+    train(stage, section.model_copy(update={"micro_batch_size": num_groups}), model, examples, ranks)
 
 
 def section_of(config: Config) -> DistillConfig:
@@ -106,26 +163,72 @@ def engine_of(config: Config) -> EngineConfig:
 
 
 def most_examples(dataset: Dataset, config: Config) -> list[int]:
-    """Examples of all languages: only the selection will tell which languages have a teacher."""
-    return example_counts(dataset, dataset.languages, config.select.num_groups)
+    """Examples of all languages: only the selection will tell which have a teacher. With live teachers groups."""
+    if config.distill.teachers == "live":
+        return group_counts(dataset, config.select.num_groups)
+    return example_counts(dataset, learning(dataset.languages, dataset, config), config.select.num_groups)
+
+
+def learning(languages: Sequence[str], dataset: Dataset, config: Config) -> list[str]:
+    """Those of the languages that are to learn. Raises ``UserError`` if the dataset lacks one that the config names."""
+    wanted = config.distill.languages
+    if wanted is None:
+        return list(languages)
+    if wanted == "source":
+        wanted = [config.data.source_language]
+    if unknown := sorted(set(wanted) - set(dataset.languages)):
+        raise UserError(
+            f"distill.languages: {', '.join(unknown)} not among {', '.join(dataset.languages)} of {dataset.url}; "
+            "correct it"
+        )
+    return [language for language in languages if language in wanted]
 
 
 def example_counts(dataset: Dataset, languages: Sequence[str], num_groups: int | None) -> list[int]:
     """Examples of each shard. ``num_groups``: of the first so many groups, rounded up to whole shards; None: of all."""
+    return [
+        sum(shard.num_examples.get(language, 0) for language in languages) if number else 0
+        for shard, number in zip(dataset.shards, group_counts(dataset, num_groups), strict=True)
+    ]
+
+
+def group_counts(dataset: Dataset, num_groups: int | None) -> list[int]:
+    """Groups of each shard, as ``example_counts`` counts examples."""
     num_before = np.cumsum([0, *(shard.num_groups for shard in dataset.shards)])
     return [
-        sum(shard.num_examples.get(language, 0) for language in languages)
-        if num_groups is None or before < num_groups
-        else 0
+        shard.num_groups if num_groups is None or before < num_groups else 0
         for shard, before in zip(dataset.shards, num_before, strict=False)
     ]
 
 
-def example_of(row: EncodedRow, found: dict[str, dict[str, Target]], mean_weight: float, scores: Path) -> Example:
-    """A row with its target; ``found``: key -> language -> target. Raises ``UserError`` if its group has no scores."""
-    if row.key not in found:
-        raise UserError(f"{scores}: has no scores of group {row.key!r}; delete it and score this dataset again")
-    target = found[row.key].get(row.language)
+def check_scores(
+    rows: Sequence[EncodedRow], groups: dict[str, dict[str, np.ndarray]], biases: dict[str, np.ndarray], file: Path
+) -> None:
+    """Hold a shard's scores (key -> language -> log-probabilities) against its rows and the biases of the selection.
+
+    Raises ``UserError`` if a row has no scores, or not as many as candidates or biases, or some that are no numbers.
+    """
+    for row in (row for row in rows if not row.is_apart):
+        own = groups.get(row.key, {}).get(row.language)
+        where = f"{file}: group {row.key!r}, language {row.language!r}"
+        if own is None:
+            raise UserError(f"{where}: has no scores; delete {file.parent} and score this dataset again")
+        for what, size in (("candidates", len(row.candidates)), ("biases", len(biases.get(row.language, own)))):
+            if size != len(own):
+                raise UserError(f"{where}: {len(own)} scores and {size} {what}; score and select again")
+    for key, group in groups.items():
+        if not all(np.isfinite(own).all() for own in group.values()):
+            raise UserError(
+                f"{file}: group {key!r}: scores that are no numbers; the model has diverged: lower its learning rate, "
+                "train and score again"
+            )
+        if len({len(own) for own in group.values()}) > 1:
+            raise UserError(f"{file}: group {key!r}: languages have different numbers of candidates; score again")
+
+
+def example_of(row: EncodedRow, found: dict[str, Target], mean_weight: float) -> Example:
+    """A row with its target; ``found``: of its group, language -> target."""
+    target = found.get(row.language)
     if target is None:  # no teacher has this group: the example stays, so that positions are known, and counts nothing
         return Example(row, np.zeros(1, dtype=np.float32), 0.0, 0.0)
     return Example(row, target.probabilities.astype(np.float32), target.weight / mean_weight, target.entropy)

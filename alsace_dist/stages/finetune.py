@@ -5,18 +5,20 @@ from typing import Any
 import numpy as np
 
 from alsace_dist.config import Config, EngineConfig, FinetuneConfig, Split
-from alsace_dist.data.rows import EncodedRow, Example, answers_of
+from alsace_dist.data.rows import EncodedRow, Example, one_hot_example
+from alsace_dist.data.texts import check_texts
 from alsace_dist.errors import UserError
 from alsace_dist.files.layout import FINETUNE, data_url
-from alsace_dist.files.shards import Dataset, open_dataset
+from alsace_dist.files.manifest import digest_bytes
+from alsace_dist.files.shards import Dataset, Label, open_dataset, read_shard
 from alsace_dist.ranks.group import Ranks
 from alsace_dist.stages.base import (
     Output,
     Stage,
-    checked_model,
     data_inputs,
     model_identity,
     model_inputs,
+    open_model,
     train,
     training_fingerprint,
 )
@@ -45,21 +47,21 @@ def fingerprint(stage: Stage, output: Output) -> dict[str, Any]:
 
 def run(stage: Stage, ranks: Ranks | None) -> None:
     """Train on the labels of the source language. Raises ``UserError`` if there are too few."""
-    from alsace_dist.models.family import open_model
     from alsace_dist.training.examples import TargetExamples
 
     assert ranks is not None
     config, section = stage.config, section_of(stage.config)
     dataset = open_dataset(data_url(config, "labeled"))
     languages = [config.data.source_language]
-    counts = example_counts(dataset, config)
-    one_hot = np.eye(len(config.task.labels), dtype=np.float32)
+    chosen = ranks.from_main(_chosen(dataset, config) if ranks.is_main else None)
+    counts = [len(keys) for keys in chosen]
 
     def targets(shard: int, rows: list[EncodedRow]) -> list[Example]:
-        return [_example(row, one_hot, dataset.url) for row in rows[: counts[shard]]]
+        keys = set(chosen[shard])
+        return [one_hot_example(row, dataset.url) for row in rows if row.key in keys]
 
-    model = open_model(checked_model(stage, START, ranks), answers_of(config.task, languages))
-    model.check_weights()
+    model = open_model(stage, START, languages, ranks)
+    ranks.main_first(lambda: check_texts(model.encode, dataset, languages, config))
     examples = TargetExamples(dataset, config.task, languages, counts, targets, model, ranks.device)
     train(stage, section, model, examples, ranks)
 
@@ -75,26 +77,47 @@ def most_examples(dataset: Dataset, config: Config) -> list[int]:
 
 
 def example_counts(dataset: Dataset, config: Config) -> list[int]:
-    """Labeled groups of each shard that are learnt from. Raises ``UserError`` if there are too few."""
-    language, limit = config.data.source_language, section_of(config).num_examples
+    """Labeled groups of each shard that are learnt from: how many in all, if not yet of which shards (``shots``).
+
+    Raises ``UserError`` if there are too few.
+    """
+    language, section = config.data.source_language, section_of(config)
+    limit = section.num_examples or (section.shots or 0) * len(config.task.labels) or None
     counts = [shard.num_examples.get(language, 0) for shard in dataset.shards]
     if sum(counts) == 0:
         raise UserError(f"{dataset.url}: no groups in {language!r}; check data.source_language")
     if limit is None:
         return counts
     if limit > sum(counts):
-        raise UserError(f"finetune.num_examples: {limit} asked for, {dataset.url} has {sum(counts)}; lower it")
+        name = "shots" if section.shots else "num_examples"
+        raise UserError(f"finetune.{name}: {limit} labeled groups asked for, {dataset.url} has {sum(counts)}; lower it")
     first: list[int] = np.diff(np.minimum(np.cumsum([0, *counts]), limit)).tolist()
     return first
+
+
+def _chosen(dataset: Dataset, config: Config) -> list[list[str]]:
+    """Ids of each shard's labeled groups that are learnt from. Raises ``UserError`` if a label has too few."""
+    language, shots = config.data.source_language, section_of(config).shots
+    counts = example_counts(dataset, config)
+    groups = [[group for group in read_shard(dataset, shard) if language in group.texts] for shard in dataset.shards]
+    if shots is None:
+        return [[group.key for group in part[:count]] for part, count in zip(groups, counts, strict=True)]
+    by_label: dict[Label, list[str]] = {}
+    for group in (group for part in groups for group in part):
+        by_label.setdefault(group.label, []).append(group.key)
+    kept: set[str] = set()
+    for label, name in enumerate(config.task.labels):
+        keys = sorted(by_label.get(label, []), key=lambda key: digest_bytes(f"{config.seed}:{key}".encode()))
+        if len(keys) < shots:
+            raise UserError(
+                f"finetune.shots: {shots} of label {name!r} asked for, {dataset.url} has {len(keys)} in {language!r}; "
+                "lower it, or add labeled groups"
+            )
+        kept.update(keys[:shots])
+    return [[group.key for group in part if group.key in kept] for part in groups]
 
 
 def section_of(config: Config) -> FinetuneConfig:
     """``finetune``."""
     assert config.finetune is not None, "the stage is only there with its section"
     return config.finetune
-
-
-def _example(row: EncodedRow, one_hot: np.ndarray, url: str) -> Example:
-    if row.label is None or not 0 <= row.label < len(one_hot):
-        raise UserError(f"{url}: group {row.key!r} has the label {row.label}; prepare the data again")
-    return Example(row, one_hot[row.label], 1.0, 0.0)

@@ -9,31 +9,30 @@ makes the whole record bad: silently thinner groups would bias what is later com
 
 import itertools
 import sys
-import unicodedata
 from collections import Counter
 from collections.abc import Collection, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from alsace_dist.config import Config, Split
+from alsace_dist.config import Config, InputConfig
 from alsace_dist.data import audit
-from alsace_dist.data.audit import Skipped, check_audit, check_spelling
-from alsace_dist.data.config_check import check_languages
-from alsace_dist.data.inputs import check_inputs, contents, read_groups
-from alsace_dist.data.records import BAD_RECORDS, BadRecords, Place, RecordRow, is_unicode, whole
+from alsace_dist.data.audit import LeftOut, Skipped, check_audit, check_spelling
+from alsace_dist.data.checking import check_group, shown
+from alsace_dist.data.config_check import check_calibration, check_languages
+from alsace_dist.data.inputs import check_inputs, contents, kind_of, read_groups
+from alsace_dist.data.records import BAD_RECORDS, BadRecords, Place, RecordRow, whole
+from alsace_dist.data.splits import NEED_LABELS, Entry, check_sizes, divide, wanted_splits
 from alsace_dist.errors import UserError
 from alsace_dist.files.layout import DATA
-from alsace_dist.files.manifest import MANIFEST, begin, digest_bytes, digest_json, write_manifest
+from alsace_dist.files.manifest import MANIFEST, begin, digest_json, remove_own, write_manifest
 from alsace_dist.files.shards import Dataset, ParallelGroup, write_dataset
 from alsace_dist.ranks.group import Ranks
 from alsace_dist.stages.base import Output, Stage, only
 
 KIND = DATA
 ON_RANKS = False
-# Splits take undivided groups in this order, so that asking for more training data leaves the test groups as they are.
-SPLITS: tuple[Split, ...] = ("test", "labeled", "unlabeled", "pretrain")
-NEED_LABELS: tuple[Split, ...] = ("test", "labeled")
+# What is no part of the prepared data, but decides whether a run goes on with it.
+LIMITS = {"on_bad", "max_skipped", "min_parallel", "max_unknown", "max_cut"}
 
 
 def inputs(stage: Stage) -> list[Output]:
@@ -56,14 +55,6 @@ def run(stage: Stage, ranks: Ranks | None) -> None:
     prepare(stage.config, only(stage.outputs).directory)
 
 
-class Entry(NamedTuple):
-    """A good group, the split that its input goes to (None: undivided), and where it stands."""
-
-    group: ParallelGroup
-    split: Split | None
-    place: Place
-
-
 def fingerprint_of(config: Config) -> dict[str, Any]:
     """What the prepared data depends on: settings and the content of the inputs, as JSON.
 
@@ -71,8 +62,9 @@ def fingerprint_of(config: Config) -> dict[str, Any]:
     person has accepted, and later stages need not be told again. Raises ``UserError`` if an input file is missing.
     """
     return {
-        "data": config.data.model_dump(mode="json", exclude={"on_bad", "max_skipped", "min_parallel"}),
-        "task": {"fields": config.task.fields, "labels": config.task.labels},
+        "data": config.data.model_dump(mode="json", exclude=LIMITS),
+        "task": {"fields": config.task.fields, "labels": config.task.labels}
+        | ({"candidates": "own"} if config.task.has_own_candidates else {}),
         "seed": config.seed,
         "sources": contents(config),
     }
@@ -90,9 +82,9 @@ def prepare(config: Config, directory: Path) -> dict[str, Dataset]:
     _check_settings(config)
     identity = fingerprint_of(config)
     bad = BadRecords()
-    skipped, num_missing = Skipped(), Counter[str]()
-    entries, num_no_language = _read_inputs(config, bad, skipped, num_missing)
-    divided = _divide(entries, config)
+    skipped, left_out = Skipped(), LeftOut()
+    entries = _read_inputs(config, bad, skipped, left_out)
+    divided = divide(entries, config, left_out)
     parts: dict[str, list[Entry]] = {split: [] for split in divided}
     for split, part in divided.items():
         for entry in part:
@@ -101,13 +93,14 @@ def prepare(config: Config, directory: Path) -> dict[str, Dataset]:
             skipped.count(f"split {split}", "", fits)
     details = {
         "bad_records": bad.counts(),
-        "num_missing": dict(sorted(num_missing.items())),
-        "num_no_language": num_no_language,
+        **left_out.details(),
         "num_left_out": len(entries) - sum(len(part) for part in divided.values()),
     }
     try:
         bad.settle(directory.parent / BAD_RECORDS, config.data.on_bad == "skip")
         skipped.check(config.data.max_skipped)
+        for line in left_out.lines():
+            print(line, file=sys.stderr)
         _check_parts(parts, entries, config)
         return _write(parts, config, directory, identity, details)
     except OSError as error:
@@ -125,61 +118,86 @@ def _check_settings(config: Config) -> None:
         if amount >= 1 and amount != int(amount):
             raise UserError(f"data.splits.{split}: {amount} is neither a share below 1 nor a whole number")
     for split in NEED_LABELS:
-        if split in data.withhold_labels and split in _wanted_splits(config):
+        if split in data.withhold_labels and split in wanted_splits(config):
             raise UserError(f"data.withhold_labels: {split} needs its labels; remove it there")
     for number, one in enumerate(data.inputs):
         if unknown := sorted(one.columns.fields.keys() - set(config.task.fields)):
             raise UserError(f"data.inputs.{number}.columns.fields.{unknown[0]}: not one of task.fields; remove it")
 
 
-def _wanted_splits(config: Config) -> list[Split]:
-    own = {one.split for one in config.data.inputs}
-    return [split for split in SPLITS if split in own or split in config.data.splits]
-
-
 # --- reading -------------------------------------------------------------------------------------------------------
 
 
-def _read_inputs(
-    config: Config, bad: BadRecords, skipped: Skipped, num_missing: Counter[str]
-) -> tuple[list[Entry], int]:
-    """All good groups, and the number of groups of which ``data.languages`` left nothing; the rest goes to ``bad``.
-
-    ``num_missing``: language -> texts that ``data.missing`` says are none; both are counted on the way.
-    """
+def _read_inputs(config: Config, bad: BadRecords, skipped: Skipped, left_out: LeftOut) -> list[Entry]:
+    """All good groups. What is wrong goes to ``bad``; ``skipped`` and ``left_out`` are counted on the way."""
     entries: list[Entry] = []
-    num_no_language = 0
     places: dict[str, Place] = {}
     for one in config.data.inputs:
         where, num_problems = f"input {one.path or one.kind}", len(bad.problems)
-        for rows in read_groups(one, config, bad):
-            present = [row for row in rows if not _is_missing(row, config.data.missing)]
-            num_missing.update(str(row.language) for row in rows if row not in present)
-            if not present:
-                num_no_language += 1
+        placeholders = _placeholders_of(one, config)
+        for every in read_groups(one, config, bad):
+            rows = _known_rows(every, placeholders, where, left_out)
+            if not rows:
                 continue
-            rows = present
-            group = _check_group(rows, config, bad)
+            group = check_group(rows, config, bad)
             key, place = rows[0].key, rows[0].place
             label = next((str(row.label) for row in rows if row.label is not None), "")
             skipped.count(where, label, group is not None)
             if key is not None and key in places:
-                bad.add(place, "duplicate id", f"id {_show(key)} is at {places[key]} already")
+                bad.add(place, "duplicate id", f"id {shown(key)} is at {places[key]} already")
                 continue
             if key is not None:
                 places[key] = place
-            if (
-                key in bad.broken_keys
-            ):  # a row of the group was unreadable, so that a language may be missing: leave it out
+            if not rows[0].is_whole:  # a row of the group was unreadable, so that a language may be missing
                 continue
             if group is not None and not group.texts:
-                num_no_language += 1
+                left_out.num_no_language += 1
             elif group is not None:
-                entries.append(Entry(group, one.split, place))
+                entries.append(Entry(group, one.split, place, _unit_of(rows, config.data.source_language)))
         # Lines that could not be read have made no rows, and are counted by their places.
         num_places = len({place for place, _, _ in bad.problems[num_problems:]})
         skipped.bad[where, ""] = max(skipped.bad[where, ""], num_places)
-    return entries, num_no_language
+    return entries
+
+
+class _Placeholders(NamedTuple):
+    """What stands in an input where there is no text or no label; an empty label is none at all.
+
+    ``need_label``: whether groups of the input may go to a split that needs labels.
+    """
+
+    texts: frozenset[str]
+    labels: frozenset[str]
+    need_label: bool
+
+
+def _placeholders_of(one: InputConfig, config: Config) -> _Placeholders:
+    kind, data = kind_of(one), config.data
+    splits = [one.split] if one.split else list(data.splits)
+    need_label = any(split in NEED_LABELS for split in splits)
+    return _Placeholders(kind.missing | set(data.missing), kind.no_label | set(data.no_label), need_label)
+
+
+def _known_rows(every: list[RecordRow], placeholders: _Placeholders, where: str, left_out: LeftOut) -> list[RecordRow]:
+    """The rows of a group that is translated and labeled: without placeholders of texts and labels.
+
+    Empty if the group is to be left out, which is counted.
+    """
+    absent = [_is_missing(row, placeholders.texts) for row in every]
+    left_out.num_missing.update(str(row.language) for row in itertools.compress(every, absent))
+    left_out.num_changed.update(str(row.language) for row in every if row.is_changed)
+    rows = [row for row, is_absent in zip(every, absent, strict=True) if not is_absent]
+    if not rows:
+        left_out.num_no_language += 1
+        return []
+    spelled = ["" if row.label is None else whole(str(row.label)) for row in rows]
+    if placeholders.need_label and placeholders.labels.issuperset(spelled):
+        left_out.num_no_label[where] += 1
+        return []
+    return [
+        row._replace(label=None) if label in placeholders.labels else row
+        for row, label in zip(rows, spelled, strict=True)
+    ]
 
 
 def _is_missing(row: RecordRow, missing: Collection[str]) -> bool:
@@ -188,139 +206,35 @@ def _is_missing(row: RecordRow, missing: Collection[str]) -> bool:
     return bool(missing) and any(isinstance(text, str) and text.strip() in missing for text in texts)
 
 
-# --- checking ------------------------------------------------------------------------------------------------------
+def _unit_of(rows: list[RecordRow], source_language: str) -> str | None:
+    """What a group belongs to, as its source language says it, or else the first that it has."""
+    units = {str(row.language): row.unit for row in rows if row.unit is not None}
+    return units.get(source_language, units[min(units)]) if units else None
 
 
-def _check_group(rows: list[RecordRow], config: Config, bad: BadRecords) -> ParallelGroup | None:
-    """The group that the rows make, possibly of no wanted language; None if something is wrong and was reported."""
-    num_before = len(bad.problems)
-    key, place = rows[0].key, rows[0].place
-    if key is None:
-        bad.add(place, "missing id", "the id must be a non-empty text or a number")
-    elif not is_unicode(key):
-        bad.add(place, "invalid UTF-8", f"in the id {_show(key)}")
-    label = _check_label(rows, config.task.labels, bad)
-    texts: dict[str, dict[str, str]] = {}
-    places: dict[str, Place] = {}
-    for row in rows:
-        if (
-            not isinstance(row.language, str)
-            or not row.language.isprintable()
-            or row.language.split() != [row.language]
-        ):
-            bad.add(row.place, "missing language", f"{_show(row.language)} does not name a language")
-        elif row.language in places:
-            earlier = places[row.language]
-            bad.add(row.place, "duplicate id", f"id {_show(key)} has language {row.language} at {earlier} already")
-        elif config.data.languages is None or row.language in config.data.languages:
-            places[row.language] = row.place
-            texts[row.language] = _check_fields(row, config.task.fields, bad)
-    return ParallelGroup(key, label, texts) if key is not None and len(bad.problems) == num_before else None
-
-
-def _check_label(rows: list[RecordRow], labels: list[str], bad: BadRecords) -> int | None:
-    """Index of the group's label; None without label. A language without label (null) contradicts no other language."""
-    found: dict[str, Place] = {}
-    for row in rows:
-        if row.label is not None:
-            found.setdefault(_label_name(row.label, labels), row.place)
-    if not found:
-        return None
-    for name, place in found.items():
-        if name not in labels:
-            bad.add(place, "unknown label", f"{_show(name)} is not one of task.labels")
-    (first, earlier), *others = found.items()
-    for name, place in others:
-        detail = f"id {_show(rows[0].key)} has {_show(name)} here and {_show(first)} at {earlier}"
-        bad.add(place, "conflicting labels", detail)
-    return labels.index(first) if first in labels else None
-
-
-def _label_name(label: Any, labels: list[str]) -> str:
-    """The label as ``task.labels`` spells it: Python and pandas write True, and 1.0 for 1 beside gaps."""
-    spellings = [str(label)]
-    if str(label) in ("True", "False"):
-        spellings.append(str(label).lower())
-    else:
-        spellings.append(whole(str(label)))
-    return next((name for name in spellings if name in labels), spellings[0])
-
-
-def _check_fields(row: RecordRow, names: list[str], bad: BadRecords) -> dict[str, str]:
-    """The task's fields in one language; what is wrong with them goes to ``bad``."""
-    fields = {names[0]: row.fields} if isinstance(row.fields, str) and len(names) == 1 else row.fields
-    if not isinstance(fields, dict):
-        bad.add(row.place, "missing field", f"{row.language} must map {', '.join(names)} to texts, not {_show(fields)}")
-        return {}
-    texts: dict[str, str] = {}
-    for name in names:
-        text = fields.get(name)
-        if text is None:
-            bad.add(row.place, "missing field", f"{row.language}.{name}")
-        elif not isinstance(text, str):
-            bad.add(row.place, "non-string text", f"{row.language}.{name} is {_show(text)}")
-        elif not is_unicode(text):
-            bad.add(row.place, "invalid UTF-8", f"in {row.language}.{name}: {_show(text)}")
-        elif not any(unicodedata.category(character)[0] not in "CZ" for character in text):
-            bad.add(row.place, "empty text", f"{row.language}.{name}")
-        else:
-            texts[name] = text
-    return texts
-
-
-def _show(value: Any) -> str:
-    text = ascii(value) if isinstance(value, str) and not is_unicode(value) else repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-# --- dividing and writing ------------------------------------------------------------------------------------------
-
-
-def _divide(entries: list[Entry], config: Config) -> dict[str, list[Entry]]:
-    """Split -> its groups, ordered by a hash of (seed, id): a shuffle that depends on nothing else."""
-    ordered = sorted(entries, key=lambda entry: digest_bytes(f"{config.seed}:{entry.group.key}".encode()))
-    sizes = _sizes(config.data.splits, sum(entry.split is None for entry in entries))
-    undivided = itertools.chain.from_iterable(itertools.repeat(split, sizes.get(split, 0)) for split in SPLITS)
-    parts: dict[str, list[Entry]] = {split: [] for split in _wanted_splits(config)}
-    for entry in ordered:
-        split = entry.split or next(undivided, None)
-        if split is not None:
-            parts[split].append(entry)
-    return parts
-
-
-def _sizes(splits: Mapping[Any, float], num_groups: int) -> dict[str, int]:
-    """Split -> number of groups. Shares are cut at rounded cumulative sums: shares of 1 in all leave no group out."""
-    sizes: dict[str, int] = {}
-    shares = 0.0
-    for split in (split for split in SPLITS if split in splits):
-        if splits[split] >= 1:
-            sizes[split] = int(splits[split])
-        else:
-            start, shares = round(shares * num_groups), shares + splits[split]
-            sizes[split] = round(shares * num_groups) - start
-    return sizes
+# --- writing -------------------------------------------------------------------------------------------------------
 
 
 def _fits_split(entry: Entry, split: str, config: Config, bad: BadRecords) -> bool:
     """Whether a group can serve in its split; why not goes to ``bad``."""
     source_language = config.data.source_language
-    if split in NEED_LABELS and entry.group.label is None:
-        bad.add(entry.place, "missing label", f"id {_show(entry.group.key)} is in split {split}")
+    if split in NEED_LABELS and not _is_labeled(entry.group):
+        bad.add(entry.place, "missing label", f"id {shown(entry.group.key)} is in split {split}")
         return False
     if split == "labeled" and source_language not in entry.group.texts:
-        detail = f"id {_show(entry.group.key)} is in split labeled without {source_language}"
+        detail = f"id {shown(entry.group.key)} is in split labeled without {source_language}"
         bad.add(entry.place, "missing source language", detail)
         return False
     return True
 
 
+def _is_labeled(group: ParallelGroup) -> bool:
+    return all(group.label_of(language) is not None for language in group.texts)
+
+
 def _check_parts(parts: dict[str, list[Entry]], entries: list[Entry], config: Config) -> None:
     """Raise ``UserError`` if a split got nothing, more was asked for than there is, or a wanted language is nowhere."""
-    num_undivided = sum(entry.split is None for entry in entries)
-    num_asked = sum(_sizes(config.data.splits, num_undivided).values())
-    if num_asked > num_undivided:
-        raise UserError(f"data.splits: asks for {num_asked} groups of {num_undivided}; ask for less or add inputs")
+    check_sizes(parts, entries, config)
     for split, part in parts.items():
         if not part:
             what = "labeled groups" if split in NEED_LABELS else "groups"
@@ -334,6 +248,7 @@ def _check_parts(parts: dict[str, list[Entry]], entries: list[Entry], config: Co
         raise UserError(f"data.exposure.{missing[0]}: the pretrain split has nothing in that language; remove it")
     check_spelling(by_split)
     check_languages(config, by_split)
+    check_calibration(config, (entry.group for entry in parts.get("unlabeled", [])))
 
 
 def _thin_out(groups: list[ParallelGroup], exposure: Mapping[str, float], seed: int) -> list[ParallelGroup]:
@@ -343,10 +258,7 @@ def _thin_out(groups: list[ParallelGroup], exposure: Mapping[str, float], seed: 
         drawn = int(digest_json([seed, language, key])[:13], 16) / 16**13
         return drawn < exposure.get(language, 1.0)
 
-    thinned = (
-        replace(group, texts={name: text for name, text in group.texts.items() if is_kept(group.key, name)})
-        for group in groups
-    )
+    thinned = (group.in_languages([name for name in group.texts if is_kept(group.key, name)]) for group in groups)
     return [group for group in thinned if group.texts]
 
 
@@ -368,9 +280,8 @@ def _write(
     statistics: dict[str, Any] = {}
     for split, groups in groups_of.items():
         target = directory / split
-        for pattern in (MANIFEST, "*.tar", ".*.tmp"):  # a killed run may have written more shards
-            for stale in target.glob(pattern):
-                stale.unlink()
+        # Shards that a killed start has left are written over: equal fingerprints give equal names and bytes.
+        remove_own(target)
         shown = rich.progress.track(
             groups, f"writing {split}", console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()
         )
@@ -379,11 +290,12 @@ def _write(
         written[split] = write_dataset(target, shown, labels, config.data.groups_per_shard, split_identity)
         statistics[split] = {
             "num_groups": len(groups),
-            "num_labeled": sum(group.label is not None for group in groups),
+            "num_labeled": sum(_is_labeled(group) for group in groups),
             "num_examples": dict(sorted(Counter(language for group in groups for language in group.texts).items())),
         }
     manifests = [directory / split / MANIFEST for split in parts]
-    write_manifest(directory, KIND, identity, manifests, {"splits": statistics, **details, "audit": found})
+    details = {"splits": statistics, "audit": found.model_dump(mode="json")} | details
+    write_manifest(directory, KIND, identity, manifests, details)
     return written
 
 
@@ -391,7 +303,7 @@ def _groups_of(split: str, part: list[Entry], config: Config) -> list[ParallelGr
     """The groups of a split as they are written: without labels that are withheld, and thinned out."""
     groups = [entry.group for entry in part]
     if split in config.data.withhold_labels:
-        groups = [replace(group, label=None) for group in groups]
+        groups = [group.without_labels() for group in groups]
     if split == "pretrain" and config.data.exposure:
         groups = _thin_out(groups, config.data.exposure, config.seed)
     return groups

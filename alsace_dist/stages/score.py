@@ -4,10 +4,12 @@ The unit of work is a shard, and its result does not depend on who computes it. 
 counter; what a killed run has finished is kept.
 """
 
+import json
 import time
 from collections.abc import Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +17,9 @@ import numpy as np
 
 from alsace_dist import __version__
 from alsace_dist.config import Config
-from alsace_dist.data.rows import EncodedRow, answers_of, rows_of
+from alsace_dist.data.rows import EncodedRow, rows_of
 from alsace_dist.data.stream import ahead, score_batches
+from alsace_dist.data.texts import TEXTS, check_texts, count, lines, read_texts, total
 from alsace_dist.errors import PeerFailed, Stopped, UserError
 from alsace_dist.files import manifest
 from alsace_dist.files.layout import data_url
@@ -29,7 +32,15 @@ from alsace_dist.monitor.scalars import ScalarWriter
 from alsace_dist.ranks.group import Ranks
 from alsace_dist.ranks.job import note_position
 from alsace_dist.ranks.watchdog import Watchdog
-from alsace_dist.stages.base import Output, Stage, checked_model, data_inputs, model_identity, model_inputs
+from alsace_dist.stages.base import (
+    Output,
+    Stage,
+    data_inputs,
+    model_identity,
+    model_inputs,
+    open_model,
+    options_fingerprint,
+)
 from alsace_dist.training.settings import is_sharded
 
 if TYPE_CHECKING:
@@ -67,7 +78,7 @@ def fingerprint(stage: Stage, output: Output) -> dict[str, Any]:
         "model": model_identity(stage, stage.round),
         "data": open_dataset(_url_of(stage, output)).digest,
         "code": __version__,
-    }
+    } | options_fingerprint(config)
 
 
 def _url_of(stage: Stage, output: Output) -> str:
@@ -79,16 +90,16 @@ def run(stage: Stage, ranks: Ranks | None) -> None:
 
     Raises ``UserError`` for broken inputs, ``Stopped`` if a stop was agreed (finished shards are kept).
     """
-    from alsace_dist.models.family import open_model
     from alsace_dist.training.engine import inference_module, load_module
 
     assert ranks is not None
     config = stage.config
     opened = {output: open_dataset(_url_of(stage, output)) for output in stage.outputs}
     languages = sorted({language for dataset in opened.values() for language in dataset.languages})
-    model = open_model(checked_model(stage, stage.round, ranks), answers_of(config.task, languages))
-    model.check_weights()
+    model = open_model(stage, stage.round, languages, ranks)
     module = inference_module(load_module(model, 0.0, config.engine, ranks), config.engine, ranks)
+    for dataset in opened.values():
+        ranks.main_first(partial(check_texts, model.encode, dataset, dataset.languages, config))
     for output, dataset in opened.items():
         tensorboard = stage.layout.tensorboard(output.directory)
         work = ScoringPass(config, dataset, output.directory, stage.fingerprint(output), tensorboard)
@@ -112,7 +123,8 @@ class ShardWork:
     def scores(self) -> Scores:
         """The results as they are written: rows in shard order."""
         keys, languages = [row.key for row in self.rows], [row.language for row in self.rows]
-        return Scores(keys, languages, self.results, [row.label for row in self.rows])
+        apart, categories = [row.is_apart for row in self.rows], [row.category for row in self.rows]
+        return Scores(keys, languages, self.results, [row.label for row in self.rows], apart, categories)
 
 
 @dataclass(frozen=True)
@@ -128,20 +140,11 @@ class Batch:
 
 @dataclass
 class Counts:
-    """What this rank has scored: by language rows, tokens, unknown tokens and cut prompts; encoder tokens."""
+    """What this rank has scored since it started: rows, and encoder tokens without and with padding."""
 
-    languages: dict[str, list[int]] = field(default_factory=dict)
     num_rows: int = 0
     num_tokens: int = 0
     num_padded: int = 0
-
-    def add(self, rows: list[EncodedRow]) -> None:
-        """Count the rows of a finished shard."""
-        self.num_rows += len(rows)
-        for row in rows:
-            counts = self.languages.setdefault(row.language, [0, 0, 0, 0])
-            for index, value in enumerate((1, len(row.input_ids), row.num_unknown, int(row.is_cut))):
-                counts[index] += value
 
 
 class ScoringPass:
@@ -191,16 +194,19 @@ class ScoringPass:
         return self.metadata | {"shard": shard.sha256}
 
     def _is_done(self, shard: ShardInfo) -> bool:
-        return read_metadata(self._path(shard)) == self._metadata(shard)
+        found, wanted = read_metadata(self._path(shard)) or {}, self._metadata(shard)
+        return {name: found.get(name) for name in wanted} == wanted
 
     def _open(self, shard: ShardInfo, number: int) -> ShardWork:
         groups = read_shard(self.dataset, shard)
         rows = self.model.encode(rows_of(self.config.task, groups, self.dataset.languages))
-        cut = score_batches([len(row.input_ids) for row in rows], self.config.score.tokens_per_batch)
+        cut = score_batches([self.model.num_tokens(row) for row in rows], self.config.score.tokens_per_batch)
         return ShardWork(shard, number, rows, cut, [np.empty(0)] * len(rows))
 
     def _write(self, work: ShardWork) -> None:
-        write_scores(self._path(work.shard), work.scores(), self._metadata(work.shard))
+        texts = {language: counts.model_dump() for language, counts in count(work.rows).items()}
+        metadata = self._metadata(work.shard) | {TEXTS: json.dumps(texts, ensure_ascii=False)}
+        write_scores(self._path(work.shard), work.scores(), metadata)
 
     # --- batches ---------------------------------------------------------------------------------------------------
 
@@ -239,7 +245,7 @@ class ScoringPass:
         if batch.is_last:
             self._write(work)
             self.check_lead(time.monotonic() - work.begin, "score: a shard (data.groups_per_shard)")
-            self.counts.add(work.rows)
+            self.counts.num_rows += len(work.rows)
             advance(work.number - self.num_done)  # the shared counter tells how far all ranks are
             self.num_done = work.number
 
@@ -303,7 +309,6 @@ class ScoringPass:
         self.ranks.main_first(self._merge)
         if self.ranks.is_main:
             self._log(gathered, seconds)
-            warn_of_texts([counts.languages for counts in gathered])
 
     def _merge(self) -> None:
         for shard in self.dataset.shards:
@@ -314,7 +319,13 @@ class ScoringPass:
             if len(set(pairs)) != len(pairs) or found != shard.num_examples:
                 raise UserError(f"{path}: rows are missing or double; delete it and score again")
         files = [self._path(shard) for shard in self.dataset.shards]
-        details = {"num_examples": sum(sum(shard.num_examples.values()) for shard in self.dataset.shards)}
+        texts = total(read_texts(path) for path in files)
+        details = {
+            "num_examples": sum(sum(shard.num_examples.values()) for shard in self.dataset.shards),
+            TEXTS: {language: counts.model_dump() for language, counts in texts.items()},
+        }
+        for line in lines(texts):
+            warn(line)
         manifest.write_manifest(self.directory, KIND, self.fingerprint, files, details)
         clear_progress(self.directory)  # rank 0 may have drawn its last shard long before another rank drew the last
 
@@ -327,19 +338,3 @@ class ScoringPass:
         rates = {"sequences_per_second": num_rows / seconds, "tokens_per_second": num_tokens / seconds}
         writer.write(len(self.dataset.shards), rates | {"padding_share": padding_share})
         writer.close()
-
-
-def warn_of_texts(gathered: list[dict[str, list[int]]]) -> None:
-    """Warn of languages whose texts the vocabulary hardly covers, or whose prompts were cut.
-
-    ``gathered``: of every rank, language -> rows, tokens, unknown tokens, cut prompts.
-    """
-    total: dict[str, list[int]] = {}
-    for statistics in gathered:
-        for language, counts in statistics.items():
-            total[language] = [a + b for a, b in zip(total.get(language, [0] * 4), counts, strict=True)]
-    for language, (num_rows, num_tokens, num_unknown, num_cut) in sorted(total.items()):
-        if num_unknown > 0.01 * num_tokens:
-            warn(f"{language}: {num_unknown / num_tokens:.1%} of its tokens are unknown to the model")
-        if num_cut > 0.01 * num_rows:
-            warn(f"{language}: {num_cut} of {num_rows} prompts were cut at task.max_tokens")

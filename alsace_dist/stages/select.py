@@ -65,11 +65,12 @@ def run(stage: Stage, ranks: Ranks | None) -> None:
 def make_selection(config: Config, scores: Path) -> Selection:
     """Teachers, students, scores, weights (summing to 1) and calibration biases from a directory of scores.
 
-    Labels are not read, even where the score files have some.
-    Raises ``UserError`` if the rule names languages that the scores do not have.
+    Labels are not read, even where the score files have some, but for ``score: accuracy``.
+    Raises ``UserError`` if the rule names languages that the scores do not have, or labels are wanted and missing.
     """
     section, source_language = config.select, config.data.source_language
-    groups = list(score_files.read_scores(scores, section.num_groups).groups().values())
+    rows = score_files.read_scores(scores, section.num_groups, config.task.num_candidates)
+    groups = list(rows.groups().values())
     if not groups:
         raise UserError(f"{scores}: holds no scores; unlabeled groups are needed to select teachers")
     if not all(np.isfinite(row).all() for group in groups for row in group.values()):
@@ -81,27 +82,31 @@ def make_selection(config: Config, scores: Path) -> Selection:
         except ValueError as error:
             raise UserError(f"select.calibration: {error}; set it to none") from None
         groups = [calibrate(group, biases) for group in groups]
-    found = method.language_scores(
-        groups,
-        agreement=section.score == "agreement",
-        soft=section.vote == "soft",
-        leave_one_out=section.leave_one_out,
-        source_language=source_language if section.vote == "source" else None,
-    )
+    if section.score == "accuracy":
+        found = method.accuracies(groups, _labels(rows, scores))
+    else:
+        found = method.language_scores(
+            groups,
+            agreement=section.score == "agreement",
+            soft=section.vote == "soft",
+            leave_one_out=section.leave_one_out,
+            source_language=source_language if section.vote == "source" else None,
+        )
     if source_language not in found:
         raise UserError(
             f"{scores}: has no scores in the source language {source_language!r}; check data.source_language"
         )
+    assert section.rule is not None, "the config fills it in from the method"
     teachers = method.choose_teachers(section, found, source_language, config.seed)
     if section.weighting == "score":
         assert section.beta is not None
         weights = method.score_weights(found, teachers, section.beta)
     else:
-        weights = {teacher: 1 / len(teachers) for teacher in teachers}
+        weights = dict.fromkeys(teachers, 1 / len(teachers))
     normalised = method.softmax_scores(found)
     unscored = sorted({language for group in groups for language in group} - found.keys())
     return Selection(
-        rule=str(section.rule),
+        rule=section.rule,
         num_groups=len(groups),
         teachers=teachers,
         # Last the languages without a score: no group has them beside the source language, whose answers are the vote.
@@ -113,3 +118,14 @@ def make_selection(config: Config, scores: Path) -> Selection:
         biases={language: bias.tolist() for language, bias in biases.items()},
         num_pairs={mode: num_pairs(groups, weights, mode) for mode in MODES},
     )
+
+
+def _labels(rows: score_files.Scores, directory: Path) -> list[tuple[int, ...]]:
+    """The right candidates of each group, where candidates correspond. Raises ``UserError`` if one has no label."""
+    labels = list(rows.golds().values())
+    if lacking := labels.count(()):
+        raise UserError(
+            f"select.score: accuracy looks at labels, and {lacking} of {len(labels)} groups in "
+            f"{directory} have none; take unlabeled out of data.withhold_labels, or choose another score"
+        )
+    return labels

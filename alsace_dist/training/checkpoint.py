@@ -6,17 +6,23 @@ with others; and nothing that is executed on loading, as DeepSpeed's pickles are
 """
 
 import json
-import shutil
+import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from alsace_dist.errors import UserError
-from alsace_dist.files.manifest import MANIFEST, Manifest, load_manifest, verify_file, write_manifest
+from alsace_dist.files.manifest import MANIFEST, Manifest, load_manifest, remove_own, verify_file, write_manifest
 from alsace_dist.ranks.group import Ranks
+from alsace_dist.reading import shorten
 from alsace_dist.training.engine import WEIGHT, TrainEngine
 from alsace_dist.training.export import PartWriter
 
 KIND = "checkpoint"
+_STEP = re.compile(r"step-\d{8,}")
+_PART = re.compile(r"rank\d{5,}-\d{5,}\.safetensors")
 
 
 def save(directory: Path, engine: TrainEngine, step: int, fingerprint: dict[str, Any], keep: int) -> None:
@@ -41,18 +47,31 @@ def save(directory: Path, engine: TrainEngine, step: int, fingerprint: dict[str,
         write_manifest(target, KIND, fingerprint, [], {"step": step}, entries)
         # Checkpoints of later steps are broken: ``newest`` skipped them. They go, too.
         kept = [path for path in _steps(directory) if path <= target][:keep]
-        for old in set(directory.glob("step-*")) - set(kept):
-            (old / MANIFEST).unlink(
-                missing_ok=True
-            )  # the manifest goes first: no half-deleted checkpoint is taken for whole
-            shutil.rmtree(old)
+        for old in set(_directories(directory)) - set(kept):
+            remove_own(old, _PART)
 
     ranks.main_first(finish)
 
 
+def drop(directory: Path) -> None:
+    """Delete all checkpoints of a training that is complete."""
+    for path in _directories(directory):
+        remove_own(path, _PART)
+    with suppress(OSError):  # there was none, or a person keeps something there
+        directory.rmdir()
+
+
+def _directories(directory: Path) -> list[Path]:
+    """Checkpoints, finished or not, newest first. A copy that a person has made under another name is none of them."""
+    found = directory.iterdir() if directory.is_dir() else ()
+    return sorted(
+        (path for path in found if _STEP.fullmatch(path.name) and path.is_dir() and not path.is_symlink()), reverse=True
+    )
+
+
 def _steps(directory: Path) -> list[Path]:
     """Checkpoints that were finished, newest first."""
-    return sorted((path.parent for path in directory.glob(f"step-*/{MANIFEST}")), reverse=True)
+    return [path for path in _directories(directory) if (path / MANIFEST).exists()]
 
 
 def newest(directory: Path, fingerprint: dict[str, Any], ranks: Ranks) -> tuple[Path, int] | None:
@@ -69,7 +88,7 @@ def newest(directory: Path, fingerprint: dict[str, Any], ranks: Ranks) -> tuple[
                 raise UserError(f"{path}: of another configuration; delete {directory}")
             for name in sorted(manifest.files)[ranks.rank :: ranks.world_size]:
                 verify_file(path, manifest, name)
-            step = int(manifest.details["step"])
+            step = step_of(path, manifest)
         except UserError as error:
             problem = str(error).split("; ")[0]
         found = [text for text in ranks.gather(problem) if text]
@@ -79,6 +98,14 @@ def newest(directory: Path, fingerprint: dict[str, Any], ranks: Ranks) -> tuple[
     if problems:
         raise UserError(f"{problems[0]}; restore the file, or delete {directory} to train from the start")
     return None
+
+
+def step_of(path: Path, manifest: Manifest) -> int:
+    """The step after which a checkpoint was written. Raises ``UserError`` if it is not that of its directory's name."""
+    step = manifest.details.get("step")
+    if type(step) is not int or path.name != f"step-{step:08d}":
+        raise UserError(f"{path}: {MANIFEST} says step {shorten(repr(step))}, which is not that of its name")
+    return step
 
 
 def load(path: Path, engine: TrainEngine, step: int) -> None:
@@ -95,14 +122,34 @@ def load(path: Path, engine: TrainEngine, step: int) -> None:
         raise UserError(f"{path}: its parameters are not the model's (first: {different[0]}); delete it to start over")
     for name, parameter in engine.parameters.items():
         state = {part: file.get_tensor(f"{name}/{part}") for part, file in where[name].items()}
-        if state[WEIGHT].shape != getattr(parameter, "ds_shape", parameter.shape):
-            raise UserError(f"{path}: {name} has another shape than the model's; delete it to start over")
+        if problem := problem_of(state, tuple(getattr(parameter, "ds_shape", parameter.shape)), engine.moments):
+            raise UserError(f"{path}: {name} {problem}; delete it to start over")
         engine.load_weight(name, state.pop(WEIGHT))
         engine.load_moments(name, state)
     engine.set_num_steps(step)
 
 
-def _open(path: Path) -> Any:
-    from safetensors import safe_open
+def problem_of(state: dict[str, Tensor], shape: tuple[int, ...], moments: tuple[str, ...] | None) -> str:
+    """What is wrong with one parameter's weight and moments, in words; empty if nothing is.
 
-    return safe_open(path, framework="pt")
+    ``moments``: the names of the optimizer's moments, which have the weight's shape; None: shapes of their own.
+    """
+    if WEIGHT not in state or (moments is not None and state.keys() != {WEIGHT, *moments}):
+        return f"has {', '.join(sorted(state))}, not {', '.join((WEIGHT, *(moments or ())))}"
+    for part, value in state.items():
+        if tuple(value.shape) != shape and (part == WEIGHT or moments is not None):
+            return f"has another shape than the model's ({part}: {tuple(value.shape)}, not {shape})"
+        if not value.is_floating_point() or not bool(value.isfinite().all()):
+            return f"holds what is no finite number ({part}, {str(value.dtype).removeprefix('torch.')})"
+    if moments is not None and bool((state[moments[-1]] < 0).any()):
+        return f"has squares below 0 ({moments[-1]})"
+    return ""
+
+
+def _open(path: Path) -> Any:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: cannot be read as safetensors ({error}); delete {path.parent}") from None

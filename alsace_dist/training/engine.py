@@ -18,6 +18,7 @@ from alsace_dist.config import EngineConfig, TrainConfig
 from alsace_dist.errors import UserError
 from alsace_dist.models.family import TrainableModel
 from alsace_dist.models.weights import DTYPES
+from alsace_dist.monitor.health import check_bf16
 from alsace_dist.ranks.group import Ranks
 from alsace_dist.training.settings import deepspeed_settings, is_sharded, state_layout, with_buckets
 
@@ -66,6 +67,8 @@ def load_module(model: TrainableModel, dropout: float, engine: EngineConfig, ran
     head under ZeRO-3 silently.
     """
     dtype = DTYPES[engine.dtype]
+    if dtype is torch.bfloat16 and ranks.is_main and ranks.device.type == "cpu":
+        check_bf16()
     if not is_sharded(engine):
         with torch.device("meta"):
             module = model.build(dropout, engine.gradient_checkpointing).to(dtype)
@@ -180,6 +183,11 @@ class TrainEngine:
         """Whole float32 weight and optimizer state of one parameter, on the CPU. Collective under ZeRO."""
         tensors = self._state.read(name)
         return {key: value.detach().float().cpu().contiguous() for key, value in tensors.items()}
+
+    @property
+    def moments(self) -> tuple[str, ...] | None:
+        """Names of the optimizer's moments, of the weight's shape, the squares last; None: Adafactor's are its own."""
+        return None if isinstance(self.optimizer, torch.optim.Adafactor) else MOMENTS
 
     def load_weight(self, name: str, value: Tensor) -> None:
         """Set one parameter, in the float32 copy and in the engine's dtype. Collective under ZeRO-3."""

@@ -1,15 +1,17 @@
-"""The examples of finetuning and distillation: encoded rows of a dataset with the targets that they learn from."""
+"""The examples of finetuning and distillation: encoded rows with the targets that they learn from, or whole groups."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from alsace_dist.config import TaskConfig
 from alsace_dist.data.rows import EncodedRow, Example, rows_of
 from alsace_dist.files.shards import Dataset, read_shard
+from alsace_dist.method.targets import lessons
 from alsace_dist.models.family import Family
-from alsace_dist.training.losses import FrozenTargetLoss, MicroBatch
+from alsace_dist.training.losses import Divergence, FrozenTargetLoss, LiveTeacherLoss, MicroBatch, Pairs
 
 
 @dataclass(frozen=True)
@@ -38,9 +40,73 @@ class TargetExamples:
 
     def length(self, example: Example) -> int:
         """Encoder tokens."""
-        return len(example.row.input_ids)
+        return self.model.num_tokens(example.row)
 
     def collate(self, examples: list[Example]) -> MicroBatch:
         """A micro-batch with its loss."""
         inputs = self.model.collate([example.row for example in examples])
         return MicroBatch(FrozenTargetLoss(inputs, examples, self.device), *inputs.num_tokens)
+
+
+@dataclass(frozen=True)
+class GroupExamples:
+    """``loop.Examples`` for live teachers: an example is a parallel group, all of whose languages run together.
+
+    ``counts``: groups of each shard that are learnt from. ``weights``: teacher -> weight, the best first; ``biases``:
+    language -> bias per candidate, of teachers; ``mode``: ``distill.targets``. ``mean_pairs``: pairs of a group on
+    average, by which the loss is divided, so that it is the mean over pairs whatever groups a batch holds.
+    """
+
+    dataset: Dataset
+    task: TaskConfig
+    counts: Sequence[int]
+    weights: Mapping[str, float]
+    biases: Mapping[str, np.ndarray]
+    mode: str
+    mean_pairs: float
+    divergence: Divergence
+    model: Family
+    device: torch.device
+
+    def load(self, shard: int) -> list[list[EncodedRow]]:
+        """Read and encode a shard: for each group its rows, one a language."""
+        groups = read_shard(self.dataset, self.dataset.shards[shard])[: self.counts[shard]]
+        rows: dict[str, list[EncodedRow]] = {group.key: [] for group in groups}
+        for row in self.model.encode(rows_of(self.task, groups, self.dataset.languages)):
+            rows[row.key].append(row)
+        return list(rows.values())
+
+    def build(self, row: list[EncodedRow], pass_index: int) -> list[EncodedRow]:
+        """The same in every pass."""
+        return row
+
+    def length(self, example: list[EncodedRow]) -> int:
+        """Encoder tokens, padding within the group included."""
+        return len(example) * max(map(self.model.num_tokens, example))
+
+    def collate(self, examples: list[list[EncodedRow]]) -> MicroBatch:
+        """A micro-batch of whole groups with its loss."""
+        rows = [row for group in examples for row in group]
+        inputs = self.model.collate(rows)
+        biases = np.zeros((len(rows), inputs.num_candidates), dtype=np.float32)
+        for index, row in enumerate(rows):
+            if row.language in self.biases:
+                biases[index] = self.biases[row.language]
+        loss = LiveTeacherLoss(inputs, self._pairs(examples), torch.from_numpy(biases), self.divergence, self.device)
+        return MicroBatch(loss, *inputs.num_tokens)
+
+    def _pairs(self, examples: list[list[EncodedRow]]) -> Pairs:
+        found: list[tuple[int, int, float]] = []
+        start = 0
+        for group in examples:
+            place = {row.language: start + index for index, row in enumerate(group) if not row.is_apart}
+            for learner, lesson in lessons(place, self.weights, self.mode).items():
+                for teacher, share in zip(lesson.teachers, lesson.shares, strict=True):
+                    found.append((place[teacher], place[learner], lesson.weight * share / self.mean_pairs))
+            start += len(group)
+        teachers, learners, weights = zip(*found, strict=True) if found else ((), (), ())
+        return Pairs(
+            torch.tensor(teachers, dtype=torch.int64),
+            torch.tensor(learners, dtype=torch.int64),
+            torch.tensor(weights, dtype=torch.float32),
+        )

@@ -1,6 +1,8 @@
 """Models for people: trained weights as a ``transformers`` directory, and tensors written in files of bounded size."""
 
+import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +11,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from alsace_dist.errors import UserError
-from alsace_dist.files.manifest import MANIFEST, STARTED, atomic_path, file_entry, write_json
+from alsace_dist.files.manifest import MANIFEST, STARTED, FileEntry, atomic_path, file_entry, read_json, write_json
 from alsace_dist.models.family import TrainableModel
 from alsace_dist.training.engine import WEIGHT, TrainEngine
 
+COPIED = (".json", ".model")  # suffixes of a model's config and tokenizer
 NOT_COPIED = (MANIFEST, STARTED)
+WEIGHTS = re.compile(r"(part-\d{5,}|model|model-\d{5,}-of-\d{5,})\.safetensors|model\.safetensors\.index\.json")
 FILE_BYTES = 4 << 30  # largest part that a rank holds in memory before it writes
 
 
@@ -22,7 +26,7 @@ class PartWriter:
 
     def __init__(self, directory: Path, prefix: str, max_bytes: int = FILE_BYTES) -> None:
         self.directory, self.prefix, self.max_bytes = directory, prefix, max_bytes
-        self.entries: dict[str, dict[str, Any]] = {}
+        self.entries: dict[str, FileEntry] = {}
         self.keys: dict[str, list[str]] = {}
         self._pending: dict[str, Tensor] = {}
         self._bytes = 0
@@ -73,11 +77,32 @@ def export(directory: Path, engine: TrainEngine, model: TrainableModel, max_byte
         writer.flush()
         _name_for_transformers(directory, writer)
         for file in model.directory.iterdir():
-            if file.suffix in (".json", ".model") and file.name not in NOT_COPIED and "index" not in file.name:
+            if file.suffix in COPIED and file.name not in NOT_COPIED and "index" not in file.name:
                 with atomic_path(directory / file.name) as temporary:
                     shutil.copyfile(file, temporary)
+        _change_config(directory / "config.json", model.config_changes)
 
     ranks.main_first(finish)
+
+
+def _change_config(path: Path, changes: Mapping[str, Any]) -> None:
+    """Give keys of a config.json other values: those of ``changes``, and float32 where it names another type.
+
+    ``from_pretrained`` would round the weights to the type that config.json names, those of a part of the model, such
+    as a vision tower, to the type that the part's section names.
+    """
+    config = read_json(path, "train again")
+    wanted = _in_float32({**config, **changes})
+    if wanted != config:
+        write_json(path, wanted)
+
+
+def _in_float32(value: Any) -> Any:
+    """A config, or a value of one, in which every type of weights is float32."""
+    if not isinstance(value, dict):
+        return value
+    types = {key: "float32" for key in ("dtype", "torch_dtype") if value.get(key)}
+    return {key: _in_float32(one) for key, one in value.items()} | types
 
 
 def _name_for_transformers(directory: Path, writer: PartWriter) -> None:

@@ -1,7 +1,6 @@
 """The one training loop: batch, step, log, save. What is trained, and on what, is a ``Training``."""
 
 import math
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,13 +14,14 @@ from alsace_dist.config import EngineConfig, TrainConfig
 from alsace_dist.data.stream import PASS_COST, REDUCTION_COST, CanonicalOrder, TrainStream, micro_batches
 from alsace_dist.errors import Stopped, UserError
 from alsace_dist.files.layout import MODEL
+from alsace_dist.files.manifest import remove_own
 from alsace_dist.models.family import TrainableModel
 from alsace_dist.monitor.training import TrainingMonitor
 from alsace_dist.ranks.group import Ranks
 from alsace_dist.ranks.watchdog import Watchdog
 from alsace_dist.training import checkpoint
 from alsace_dist.training.engine import TrainEngine, load_module
-from alsace_dist.training.export import export
+from alsace_dist.training.export import COPIED, WEIGHTS, export
 from alsace_dist.training.losses import MicroBatch
 from alsace_dist.training.settings import every_backward_is_collective
 
@@ -140,12 +140,12 @@ def run(training: Training, ranks: Ranks) -> int:
 
 def drop_checkpoints(directory: Path) -> None:
     """Delete the checkpoints of a training that is complete."""
-    shutil.rmtree(directory / CHECKPOINTS, ignore_errors=True)
+    checkpoint.drop(directory / CHECKPOINTS)
 
 
 def model_files(directory: Path) -> list[Path]:
     """The files of a finished training's model, for its manifest."""
-    return sorted(path for path in (directory / MODEL).iterdir() if path.is_file())
+    return sorted(path for path in (directory / MODEL).iterdir() if path.suffix in (*COPIED, ".safetensors"))
 
 
 def _start(training: Training, ranks: Ranks) -> tuple[TrainEngine, int]:
@@ -190,6 +190,6 @@ def _enough_for_all_ranks(
 
 def _export(training: Training, engine: TrainEngine) -> None:
     model = training.directory / MODEL
-    if engine.ranks.is_main:
-        shutil.rmtree(model, ignore_errors=True)  # a start that was killed while exporting may have left files
+    # A start that was killed while exporting may have left parts.
+    engine.ranks.main_first(lambda: remove_own(model, WEIGHTS))
     export(model, engine, training.model)

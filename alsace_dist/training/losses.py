@@ -1,5 +1,6 @@
 """Losses: what is minimised over a micro-batch, and what else is counted on the way."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -49,6 +50,64 @@ class FrozenTargetLoss:
         # A candidate that a row lacks has probability 0: 0 * -inf must not count.
         cross_entropy = -torch.where(targets > 0, targets * log_probs, 0.0).sum(dim=-1)
         return {"loss": (weights * (cross_entropy - entropies)).sum()}
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Who teaches whom in a micro-batch of whole groups: rows of teachers and of learners, int64 [pairs], and the
+    weight of each pair, float32 [pairs]."""
+
+    teachers: Tensor
+    learners: Tensor
+    weights: Tensor
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """How live teachers are compared with their learners, as the config's ``distill`` section says it."""
+
+    kind: str
+    teacher_gradient: bool
+    temperature: float
+
+
+class LiveTeacherLoss:
+    """Sum over the pairs of a micro-batch of ``weight * D(teacher, learner)``, in float32, both from the same forward
+    pass. Every row runs once, however many pairs it is part of.
+
+    D is KL(P || Q) (ALSACE, section 3), KL(Q || P) (its authors' code) or the Jensen-Shannon divergence, of the
+    teacher's distribution P and the learner's Q at the temperature T, times T squared (Hinton et al. 2015, section 2).
+    ``biases``: float32 [rows, K], added to a row's log-probabilities where it teaches.
+    """
+
+    def __init__(
+        self, inputs: Inputs, pairs: Pairs, biases: Tensor, divergence: Divergence, device: torch.device
+    ) -> None:
+        self._inputs, self._pairs, self._biases = inputs, pairs, biases
+        self._divergence, self._device = divergence, device
+
+    def __call__(self, module: Any) -> dict[str, Tensor]:
+        teachers, learners, weights, biases = to_device(
+            self._device, self._pairs.teachers, self._pairs.learners, self._pairs.weights, self._biases
+        )
+        rows = module(*self._inputs.to(self._device))
+        temperature = self._divergence.temperature
+        log_q = torch.log_softmax(rows / temperature, dim=-1)[learners]
+        log_p = torch.log_softmax((rows + biases) / temperature, dim=-1)[teachers]
+        if not self._divergence.teacher_gradient:
+            log_p = log_p.detach()
+        # A candidate that a row lacks is -inf on both sides, and counts for nothing.
+        lacks = torch.isinf(log_p) | torch.isinf(log_q)
+        log_p, log_q = log_p.masked_fill(lacks, 0.0), log_q.masked_fill(lacks, 0.0)
+        p, q = log_p.exp().masked_fill(lacks, 0.0), log_q.exp().masked_fill(lacks, 0.0)
+        if self._divergence.kind == "forward":
+            values = p * (log_p - log_q)
+        elif self._divergence.kind == "reverse":
+            values = q * (log_q - log_p)
+        else:
+            log_middle = torch.logaddexp(log_p, log_q) - math.log(2)
+            values = (p * (log_p - log_middle) + q * (log_q - log_middle)) / 2
+        return {"loss": temperature**2 * (weights * values.sum(dim=-1)).sum()}
 
 
 def _stacked(rows: Sequence[np.ndarray], num_candidates: int) -> np.ndarray:

@@ -46,6 +46,8 @@ def deepspeed_settings(engine: EngineConfig, train: TrainConfig | None, ranks: R
         # Sums over ranks in bf16 would lose what the float32 loss keeps.
         "communication_data_type": "fp32",
         "steps_per_print": None,
+        # DeepSpeed's timer would wait for the device at every forward and step.
+        "timers": {"throughput": {"enabled": False}},
     }
     if not on_gpu and stage > 0:
         value["zero_optimization"]["overlap_comm"] = False

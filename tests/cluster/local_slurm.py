@@ -36,6 +36,7 @@ SwitchType=switch/none
 MpiDefault=none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core_Memory
+GresTypes=gpu
 DefMemPerCPU=8000
 JobAcctGatherType=jobacct_gather/linux
 JobAcctGatherFrequency=1
@@ -43,6 +44,7 @@ JobAcctGatherParams=OverMemoryKill
 AccountingStorageType=accounting_storage/none
 JobCompType=jobcomp/none
 JobRequeue=1
+MaxArraySize=20
 FirstJobId={first_job_id}
 ReturnToService=2
 SlurmdTimeout=10
@@ -52,14 +54,18 @@ UnkillableStepTimeout=60
 SchedulerParameters=sched_interval=1,sched_min_interval=100000,batch_sched_delay=0,bf_interval=1
 """
 TWO_NODES = """\
-NodeName=alpha NodeHostname={host} NodeAddr=127.0.0.1 Port={alpha_port} CPUs=2 RealMemory=16000 State=UNKNOWN
-NodeName=beta NodeHostname={host} NodeAddr=127.0.0.1 Port={beta_port} CPUs=2 RealMemory=16000 State=UNKNOWN
+NodeName=alpha NodeHostname={host} NodeAddr=127.0.0.1 Port={alpha_port} CPUs=2 RealMemory=16000 Gres=gpu:2 State=UNKNOWN
+NodeName=beta NodeHostname={host} NodeAddr=127.0.0.1 Port={beta_port} CPUs=2 RealMemory=16000 Gres=gpu:2 State=UNKNOWN
 PartitionName=main Nodes=ALL Default=YES MaxTime=60 State=UP
 PartitionName=short Nodes=ALL MaxTime=60 State=UP
 """
+# Devices that no program opens: Slurm gives them out as if they were GPUs.
+GPUS = """\
+Name=gpu File=/dev/null
+Name=gpu File=/dev/zero
+"""
 # Nodes that are not there: enough to ask the controller whether it would take a job.
 BIG = """\
-GresTypes=gpu
 SuspendProgram=/bin/true
 ResumeProgram=/bin/true
 SuspendTime=60
@@ -115,6 +121,7 @@ class LocalSlurm:
         (root / "slurm.conf").write_text(
             CONFIG.format(root=root, host=host, first_job_id=first_job_id, **ports) + nodes.format(host=host, **ports)
         )
+        (root / "gres.conf").write_text(GPUS)
 
     def start(self) -> None:
         """Start everything and wait until both nodes are idle."""
@@ -201,7 +208,7 @@ class LocalSlurm:
         if "slurmctld" not in self.daemons:
             self.start_controller()
             _wait(lambda: bool(self.states()), 60, "the controller")
-        if ids := list(self.jobs()):
+        if ids := sorted({job.partition("_")[0] for job in self.jobs()}):  # of an array all that is left of it
             self.client("scancel", *ids, check=False)
         _wait(lambda: not self.jobs(), 60, "jobs to end")
 

@@ -1,10 +1,13 @@
 """Runs on the Slurm that the tests here share: how one is made and submitted, and what it leaves."""
 
 import json
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 import tiny
 import yaml
 
@@ -32,6 +35,16 @@ def site(directory: Path, **changes: Any) -> Path:
     return path
 
 
+def wrap(monkeypatch: pytest.MonkeyPatch, directory: Path, before: str, after: str = "") -> None:
+    """Let commands of this test find an sbatch that does something before, and something else after its own work."""
+    own = shutil.which("sbatch")
+    (directory / "tools").mkdir(exist_ok=True)
+    program = directory / "tools/sbatch"
+    program.write_text(f'#!/bin/bash\n{before}\n{own} "$@"\nstatus=$?\n{after}\nexit $status\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{directory}/tools:{os.environ['PATH']}")
+
+
 def log(directory: Path, name: str) -> str:
     """What a job has said so far, over all its starts."""
     (path,) = (directory / "run/slurm/logs").glob(f"*-{name}.log")
@@ -39,7 +52,7 @@ def log(directory: Path, name: str) -> str:
 
 
 # Long enough to be stopped in the middle of, short enough to wait for.
-LONG = {"num_steps": 300, "checkpoint_every_steps": 5, "log_every_steps": 1}
+LONG = {"num_steps": 120, "checkpoint_every_steps": 5, "log_every_steps": 1}
 
 
 def losses(directory: Path) -> list[tuple[int, float]]:

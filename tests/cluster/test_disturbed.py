@@ -75,6 +75,8 @@ def test_a_step_that_takes_more_memory_than_the_job_has(
     )
     environment = {"MASTER_ADDR": "127.0.0.1", "BASH_ENV": str(hog)}  # which slurm_task.sh reads, in the step
     submit(config, "--stages=finetune", site=site(tmp_path, memory="3G", environment=environment))
+    tiny.wait_for(lambda: any(tmp_path.glob("run/finetune/checkpoints/*/manifest.json")))
+    rank_of("beta").suspend()  # Slurm looks at memory every few seconds only: training must not end before
     slurm.wait_for_jobs(200)
     text = log(tmp_path, "finetune")
     assert "exceeded memory limit" in text
@@ -114,15 +116,25 @@ def test_a_controller_that_is_away_when_a_rank_dies(
     assert losses(tmp_path) == losses(undisturbed)
 
 
-def test_a_signal_while_the_users_profile_is_read(
-    slurm: LocalSlurm, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("where", ["the user's profile", "Python"])
+def test_a_signal_before_the_ranks_can_take_it(
+    slurm: LocalSlurm, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
-    """It requeues the job, which succeeds the next time."""
+    """While files are read at the start: it requeues the job, which succeeds the next time."""
     text = f"[[ ${{SLURM_RESTART_COUNT:-0}} -gt 0 ]] || {{ touch {tmp_path}/begun; sleep 4; }}\n"
-    (tmp_path / ".bash_profile").write_text(text)
+    environment = {"MASTER_ADDR": "127.0.0.1"}
+    if where == "Python":
+        (tmp_path / "sitecustomize.py").write_text(
+            "import os, time\nif os.environ.get('SLURM_RESTART_COUNT', '0') == '0':\n"
+            f"    open('{tmp_path}/begun', 'w')\n    time.sleep(4)\n"
+        )
+        environment["PYTHONPATH"] = str(tmp_path)
+    else:
+        (tmp_path / ".bash_profile").write_text(text)
     config = make_run(world, tmp_path, finetune={"num_steps": 2})
     monkeypatch.setenv("HOME", str(tmp_path))
-    (job,) = submit(config, "--stages=finetune").values()
+    profile = site(tmp_path, environment=environment)
+    (job,) = submit(config, "--stages=finetune", "--nodes=1", site=profile).values()
     tiny.wait_for(lambda: (tmp_path / "begun").exists())
     slurm.client("scancel", "--batch", "--signal=USR2", job)
     slurm.wait_for_jobs(100)

@@ -18,7 +18,7 @@ import yaml
 from cluster.local_slurm import BIG, LocalSlurm, why_not
 
 from alsace_dist.cluster.profile import JOB_COMMANDS, SiteProfile, load_profile
-from alsace_dist.cluster.scripts import Job, jobs_of, render
+from alsace_dist.cluster.scripts import Array, Job, jobs_of, render, write_scripts
 from alsace_dist.config_file import load_config, validate
 from alsace_dist.errors import UserError
 from alsace_dist.pipeline import stages
@@ -72,6 +72,9 @@ def scripts(num_nodes: int = 64) -> dict[str, str]:
             profile = profile.model_copy(update={"venv": "/home/me/alsace_dist/.venv"})
         for job in (jobs["distill round 1"], jobs["select round 1"]):
             made[f"{name}-{job.command}.sh"] = render(config, profile, job, num_nodes)
+            if name == "pyxis":
+                array = Array((Path("/shared/runs/xxl/seed-1"), Path("/shared/runs/xxl/seed-2")), (0, 1), at_once=1)
+                made[f"sweep-{job.command}.sh"] = render(config, profile, job, num_nodes, array)
     return made
 
 
@@ -195,14 +198,14 @@ def run_script(
     login shell reads."""
     tools, home = script.parent / "tools", script.parent / "home"
     for directory in (tools, home):
-        directory.mkdir()
+        directory.mkdir(exist_ok=True)
     # Nobody waits here for a controller that is away.
     for name, text in {"srun": srun, "scontrol": scontrol, "sleep": f'echo "$1" >>{script.parent}/slept'}.items():
         (tools / name).write_text(f"#!/bin/bash\n{text}\n")
         (tools / name).chmod(0o755)
     (home / ".bash_profile").write_text(f"export PATH={tools}:$PATH\n{profile}\n")  # /etc/profile sets it anew
     slurm = {"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "x", "SLURM_JOB_NODELIST": "n", "SLURM_CPUS_PER_TASK": "2"}
-    env = os.environ | slurm | {"HOME": str(home)} | (environment or {})
+    env = os.environ | slurm | {"HOME": str(home), "PATH": f"{tools}:{os.environ['PATH']}"} | (environment or {})
     return subprocess.run(["bash", str(script)], env=env, capture_output=True, text=True, check=False)
 
 
@@ -236,6 +239,118 @@ def test_a_signal_as_srun_ends_requeues(script: Path, end: str) -> None:
     assert "requeued, 1 of at most 20 times" in done.stderr
 
 
+@pytest.mark.parametrize(
+    "profile",
+    [
+        "echo hello; false",
+        "set -euf -o pipefail -C; set -o posix",
+        "shopt -s failglob nullglob nocasematch expand_aliases; alias mkdir=false",
+        "IFS=/; trap 'exit 9' USR2 EXIT; trap : ERR DEBUG RETURN",
+        "PATH=/nonexistent",
+        "unset PATH",
+        "cd /; CDPATH=/tmp; step=1; status=9; job=x; run=y",
+    ],
+)
+def test_the_users_profile_does_not_change_how_a_job_goes_on(script: Path, profile: str) -> None:
+    """The step is told to stop and requeued, which takes the whole script."""
+    done = run_script(script, f"touch {script}.begun; kill -USR2 $PPID; exit 75", "exit 0", profile=profile)
+    assert done.returncode == 75, done.stderr
+    assert "exit code 75, requeued, 1 of at most 20 times" in done.stderr
+    assert Path(f"{script}.begun").exists()
+
+
+@pytest.mark.parametrize("profile", ["exit 3", "exit 0", "set -e; false", "set -u; echo $nothing"])
+def test_a_users_profile_that_ends_the_job_is_named(script: Path, profile: str) -> None:
+    done = run_script(script, f"touch {script}.begun", profile=profile)
+    assert done.returncode == 2
+    assert f"error: {script.parent}/home/.bash_profile ends the job" in done.stderr
+    assert not Path(f"{script}.begun").exists()
+
+
+def test_a_node_without_srun_is_not_tried_again(script: Path) -> None:
+    script.write_text(script.read_text().replace("command -v srun", "command -v no-such-srun"))
+    done = run_script(script, f"touch {script}.begun")
+    assert done.returncode == 2 and "error: srun is not on the PATH of this node" in done.stderr
+    assert not Path(f"{script}.begun").exists()
+
+
+def test_scratch_space_that_is_not_on_the_node() -> None:
+    task = ["bash", str(ROOT / "launchers/slurm_task.sh"), "bash", "-c", "echo $TMPDIR"]
+    for given, seen in {"/nonexistent": "/tmp", "/var/tmp": "/var/tmp"}.items():
+        env = os.environ | {"SLURM_JOB_ID": "7", "MASTER_ADDR": "x", "TMPDIR": given, "ALSACE_LAUNCHER": "none"}
+        env |= {"ALSACE_ATTEMPT_DIR": "/tmp"}
+        done = subprocess.run(task, env=env, capture_output=True, text=True, check=True)
+        assert done.stdout.strip() == seen
+
+
+def array_of(script: Path, *names: str, command: str = "score") -> Path:
+    """The script of a sweep with runs of these names."""
+    config = load_config(ROOT / "configs/demo.yaml", {"run_dir": "run"})
+    job = Job(1, command, command, (command, "config.yaml", "--round=0"), "one", None)
+    array = Array(tuple(script.parent / name for name in names), tuple(range(len(names))))
+    script.write_text(render(config, SiteProfile(python="python"), job, 1, array))
+    return script
+
+
+def test_a_task_of_a_sweep_does_its_own_run(script: Path) -> None:
+    array_of(script, *HOSTILE)
+    for task, name in enumerate(HOSTILE):
+        ids = {"SLURM_ARRAY_JOB_ID": "9", "SLURM_ARRAY_TASK_ID": str(task)}
+        done = run_script(script, f'printf "%s\\0" "$@" >{script.parent}/called', environment=ids)
+        assert done.returncode == 0, done.stderr
+        called = (script.parent / "called").read_text().split("\0")
+        assert called[-4:-1] == ["score", f"{script.parent}/{name}/config.yaml", "--round=0"]
+        assert (script.parent / f"run/slurm/attempts/9_{task}/0").is_dir()
+    assert list(script.parent.rglob("pwned")) == []
+
+
+def test_the_report_of_a_sweeps_run(script: Path) -> None:
+    ids = {"SLURM_ARRAY_JOB_ID": "9", "SLURM_ARRAY_TASK_ID": "1"}
+    array_of(script, "a", "b", command="report")
+    done = run_script(script, f'printf "%s\\0" "$@" >{script.parent}/called', environment=ids)
+    assert done.returncode == 0, done.stderr
+    assert f"\0report\0{script.parent}/b\0" in (script.parent / "called").read_text()
+
+
+@pytest.mark.parametrize("task", ["", "2", "-1", "00", "a[$(touch pwned)]", "runs", "99999999999999999999"])
+def test_a_task_that_the_sweep_does_not_have(script: Path, task: str) -> None:
+    done = run_script(array_of(script, "a", "b"), "exit 0", environment={"SLURM_ARRAY_TASK_ID": task})
+    assert done.returncode == 2, done.stderr
+    assert "is not a number" in done.stderr or "no task of the sweep" in done.stderr
+    assert list(script.parent.rglob("pwned")) == []
+
+
+def test_requeues_are_counted_for_each_task(script: Path) -> None:
+    """Three failures of one task at the same point do not count for another."""
+    array_of(script, "a", "b")
+    for task, restarts, words in (
+        ("0", 0, "requeued, 1 of at most 20"),
+        ("0", 1, "requeued, 2 of at most 20"),
+        ("1", 0, "requeued, 1 of at most 20"),
+        ("0", 2, "not requeued: failed 3 times in a row"),
+        ("1", 1, "requeued, 2 of at most 20"),
+    ):
+        ids = {"SLURM_ARRAY_JOB_ID": "9", "SLURM_ARRAY_TASK_ID": task, "SLURM_RESTART_COUNT": str(restarts)}
+        done = run_script(script, "exit 1", f'[[ "$*" != requeue* ]] || [[ $2 == 9_{task} ]]', environment=ids)
+        assert words in done.stderr, done.stderr
+    ids["SLURM_RESTART_COUNT"] = "21"
+    assert "requeued 21 times; submit again" in run_script(script, "exit 0", environment=ids).stderr
+
+
+def test_a_persons_file_is_not_written_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = load_config(ROOT / "configs/demo.yaml", {"run_dir": "run"})
+    job = Job(1, "score", "score", ("score", "config.yaml"), "one", None)
+    (path,) = write_scripts(config, SiteProfile(), [job], 1).values()
+    write_scripts(config, SiteProfile(), [job], 1)
+    for make in (lambda: path.write_text("#!/bin/bash\necho mine\n"), lambda: path.symlink_to("elsewhere")):
+        path.unlink()
+        make()
+        with pytest.raises(UserError, match=r"01-score.sh: is not a script of alsace, and would be written over"):
+            write_scripts(config, SiteProfile(), [job], 1)
+    assert path.is_symlink() and not (tmp_path / "run/slurm/elsewhere").exists()
+
+
 def test_a_controller_that_is_away_is_asked_again(script: Path) -> None:
     count = f'echo "$1" >>{script}.asked; (($(wc -l <{script}.asked) > 7))'
     done = run_script(script, "exit 1", count)
@@ -265,7 +380,6 @@ def test_names_of_causes_are_never_evaluated(script: Path, name: str) -> None:
     assert done.returncode == 9 and "exit code 9, requeued" in done.stderr, done.stderr
     assert "arithmetic" not in done.stderr and "value too great" not in done.stderr
     (start / "cause-0-2-2-rank0").write_text("a mistake\n")
-    shutil.rmtree(script.parent / "tools"), shutil.rmtree(script.parent / "home")
     done = run_script(script, "exit 9", "exit 0")
     assert done.returncode == 2 and done.stderr.endswith("not requeued\na mistake\n"), done.stderr
     assert list(script.parent.rglob("pwned")) == []
@@ -376,12 +490,25 @@ def test_a_line_break_is_refused(key: str) -> None:
         ({"nodes": 0}, "nodes: Input should be greater than or equal to 1"),
         ({"signal": "KILL"}, "signal: Input should be 'USR1' or 'USR2'"),
         ({"max_requeues": True}, "max_requeues: must be a number, not true"),
+        ({"max_requeues": 2**70}, "max_requeues: Input should be less than or equal to"),
+        ({"partition": "  "}, "partition: is blank"),
+        ({"memory": "-1"}, "memory: '-1' is no memory as Slurm writes it; write 480G"),
+        ({"small": {"memory": "lots"}}, "small.memory: 'lots' is no memory"),
+        ({"time": "9" * 5000}, "' is no duration; write minutes"),
+        ({"time": "999999999"}, "time: 999999999 is longer than ten years"),
+        ({"time": "٣٠"}, "time: '٣٠' is no duration"),
+        ({"sbatch": ["--part=x"]}, "sbatch.0: --part (--partition) is set from this profile's own keys"),
+        ({"sbatch": ["--arr=1-9"]}, "sbatch.0: --arr (--array) is set"),
+        ({"environment": {"UID": "0"}}, "environment: UID is bash's own or set by the job script"),
+        ({"environment": {"WORLD_SIZE": 4}}, "environment: WORLD_SIZE is bash's own or set"),
+        ({"environment": {"alsace_told": 1}}, "environment: alsace_told is bash's own or set"),
+        ({"container": {"kind": "pyxis", "image": "x", "mounts": ["/a,/b"]}}, "mounts: '/a,/b' holds a comma"),
     ],
 )
 def test_a_mistake_in_a_profile_names_the_key(value: dict[str, Any], words: str) -> None:
     with pytest.raises(UserError) as caught:
         validate(SiteProfile, value, "site: ")
-    assert words in str(caught.value)
+    assert words in str(caught.value) and len(str(caught.value)) < 600
 
 
 def test_the_number_of_ranks_must_be_known(monkeypatch: pytest.MonkeyPatch) -> None:

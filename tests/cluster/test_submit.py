@@ -1,6 +1,8 @@
 """What is refused, and what is said, on a real Slurm: nothing is half submitted, and every failure has its reason."""
 
 import json
+import os
+import socket
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -9,9 +11,10 @@ from typing import Any
 import pytest
 import tiny
 from cluster.local_slurm import LocalSlurm
-from cluster.runs import SITE, log, make_run, site, submit
+from cluster.runs import SITE, log, make_run, site, submit, wrap
 
-from alsace_dist.errors import EXIT_USER_ERROR
+from alsace_dist.cluster import jobs
+from alsace_dist.errors import EXIT_USER_ERROR, UserError
 
 SPLITS = {"labeled": 40, "unlabeled": 45, "test": 30}
 
@@ -62,7 +65,7 @@ def test_what_slurm_refuses_leaves_nothing_in_the_queue(
 def test_nodes_that_are_down_are_waited_for(slurm: LocalSlurm, world: Path, tmp_path: Path) -> None:
     """Slurm's own check says the same of them as of nodes that are too small."""
     config = make_run(world, tmp_path)
-    slurm.client("scontrol", "update", "NodeName=beta", "State=DOWN", "Reason=test")
+    slurm.client("scontrol", "update", "NodeName=beta", "State=DRAIN", "Reason=test")  # a down one comes back
     try:
         line = refusal(config, "--stages=finetune", profile=site(tmp_path, memory="9000G"))
         assert "node configuration is not available" in line
@@ -96,7 +99,9 @@ def test_of_four_submits_at_once_one_is_accepted(slurm: LocalSlurm, world: Path,
     assert sorted(one.returncode for one in done) == [0, 2, 2, 2], [one.stderr for one in done]
     for one in done:
         assert (
-            one.returncode == 0 or "being submitted by another" in one.stderr or "has jobs in the queue" in one.stderr
+            one.returncode == 0
+            or "is being submitted by process" in one.stderr
+            or "has jobs in the queue" in one.stderr
         )
     assert len(slurm.jobs()) == 1
 
@@ -105,7 +110,9 @@ def test_the_lock_follows_no_link(world: Path, tmp_path: Path) -> None:
     config = make_run(world, tmp_path)
     (tmp_path / "run/slurm").mkdir(parents=True)
     (tmp_path / "run/slurm/submit.lock").symlink_to(tmp_path / "other")
-    assert "submit.lock: is a symbolic link, not the lock that alsace writes; remove it" in refusal(config, "--dry-run")
+    assert "submit.lock: is a symbolic link or a directory, not the lock of alsace; remove it" in refusal(
+        config, "--dry-run"
+    )
     assert not (tmp_path / "other").exists()
 
 
@@ -151,6 +158,116 @@ def test_a_controller_that_is_down(slurm: LocalSlurm, world: Path, tmp_path: Pat
     assert "Slurm is not asked: squeue: " in done.stderr
     assert "unknown: Slurm is not asked" in done.stdout
     assert "is the Slurm controller up?" in tiny.alsace("cancel", "run", check=False).stderr
+
+
+def test_a_controller_that_goes_away_during_a_submission(
+    slurm: LocalSlurm, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It goes before the second job: what cannot be cancelled is named, waits, and is cancelled later."""
+    config = make_run(world, tmp_path)
+    pid = slurm.daemons["slurmctld"].pid
+    away = f"kill {pid}; while grep -q 'State:.[^Z]' /proc/{pid}/status; do sleep 0.1; done"  # as for maintenance
+    with monkeypatch.context() as patched:
+        wrap(patched, tmp_path, f"[[ $* != *--parsable*-score.sh ]] || {{ {away}; }}")
+        line = refusal(config, "--stages=finetune,score")
+    (job,) = json.loads((tmp_path / "run/slurm/jobs.json").read_text())["jobs"]
+    assert f"; and {job['job_id']} cannot be cancelled: " in line and "is the Slurm controller up?" in line
+    slurm.daemons.pop("slurmctld").wait()
+    slurm.mend()
+    assert list(slurm.jobs().values()) == ["PENDING"]  # it is held, for its chain is not whole
+    assert f"{job['job_id']}  finetune: cancelled" in tiny.alsace("cancel", "run").stdout
+    tiny.wait_for(lambda: slurm.jobs() == {})
+
+
+def test_a_job_that_sbatch_does_not_name_is_found_and_cancelled(
+    slurm: LocalSlurm, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_run(world, tmp_path)
+    wrap(monkeypatch, tmp_path, '[[ $* != *--parsable*-score.sh ]] || exec > >(sed "s/.*/Welcome/")')
+    line = refusal(config, "--stages=finetune,score")
+    assert "sbatch: answered 'Welcome', which is no job's id" in line and "nothing is submitted" in line
+    tiny.wait_for(lambda: slurm.jobs() == {})
+
+
+def test_a_cancellation_waits_for_a_submission(
+    slurm: LocalSlurm, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that none of its jobs is left."""
+    config = make_run(world, tmp_path)
+    wrap(monkeypatch, tmp_path, "[[ $* != *--parsable* ]] || sleep 1")
+    listed = tmp_path / "run/slurm/jobs.json"
+    with tiny.started("submit", str(config), f"--cluster={SITE}", "--stages=finetune,score,select") as process:
+        tiny.wait_for(listed.exists)
+        gone = tiny.alsace("cancel", "run").stdout
+        assert process.wait(30) == 0
+    assert gone.count(": cancelled") == 3, gone
+    tiny.wait_for(lambda: slurm.jobs() == {})
+
+
+def test_a_cancellation_says_who_submits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs, "CANCEL_SECONDS", 0.2)
+    with jobs.alone(tmp_path), pytest.raises(UserError) as caught:
+        jobs.cancel(tmp_path)
+    who = f"process {os.getpid()} on {socket.gethostname()}"
+    assert str(caught.value) == f"{tmp_path}: is being submitted by {who}; wait for that one, or stop it"
+    assert jobs.cancel(tmp_path) == []
+
+
+def test_a_lock_of_somebody_else_is_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "slurm/submit.lock"
+    path.parent.mkdir()
+    path.write_text("my notes\n")
+    with (
+        pytest.raises(UserError, match=r"submit\.lock: is not the lock that alsace writes; move it"),
+        jobs.alone(tmp_path),
+    ):
+        pass
+    assert path.read_text() == "my notes\n"
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(UserError, match=r"submit\.lock: is a symbolic link or a directory"), jobs.alone(tmp_path):
+        pass
+
+
+def test_settings_of_slurm_that_are_not_there(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slurm's own programs would look for them for a minute."""
+    monkeypatch.setenv("SLURM_CONF", "/nonexistent/slurm.conf")
+    (tmp_path / "sbatch").write_text("#!/bin/bash\nsleep 100\n")
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    line = refusal(make_run(world, tmp_path), "--stages=finetune")
+    assert line == "error: SLURM_CONF=/nonexistent/slurm.conf: no such file; correct the variable, or unset it"
+
+
+def test_a_site_with_gres_modules_containers_and_named_nodes(
+    slurm: LocalSlurm, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Small jobs get neither nodes nor GPUs of the others; the user's profile does what users' profiles do."""
+    program = tmp_path / "apptainer"
+    program.write_text(f"""\
+#!/bin/bash
+echo "container: $* on GPUs ${{CUDA_VISIBLE_DEVICES:-none}}" >&2
+until [[ $1 == /x.sif ]]; do shift; done
+export CUDA_VISIBLE_DEVICES= PATH={Path(sys.executable).parent}:$PATH # Slurm's GPUs here are none
+exec "${{@:2}}"
+""")
+    program.chmod(0o755)
+    profile = 'module() { echo "module $*"; }; echo welcome; false; set -fu; IFS=/; PATH=/nonexistent\n'
+    (tmp_path / ".bash_profile").write_text(profile)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("SBATCH_ACCOUNT", "nobody")
+    changes = {"gpus_per_node": 2, "gpus_as": "gres", "cpus_per_node": 2, "sbatch": ["--nodelist=alpha,beta"]}
+    container = {"kind": "apptainer", "image": "/x.sif", "program": str(program)}
+    path = site(tmp_path, **changes, container=container, modules=["cuda/12"])
+    config = make_run(world, tmp_path, finetune={"num_steps": 2})
+    done = tiny.alsace("submit", str(config), f"--cluster={path}", "--stages=finetune,score,select")
+    assert "SBATCH_ACCOUNT: not used, only the site profile counts" in done.stderr
+    text = slurm.client("squeue", "--noheader", "--sort=i", "--format=%n|%b")
+    assert text.split() == ["alpha,beta|gres:gpu:2", "alpha,beta|gres:gpu:2", "|N/A"]
+    tiny.wait_for(lambda: any(tmp_path.glob("run/slurm/logs/*")))
+    tiny.wait_for(lambda: log(tmp_path, "finetune").count("container: ") == 2)
+    text = log(tmp_path, "finetune")
+    assert text.index("welcome") < text.index("module purge") < text.index("module load cuda/12")
+    assert text.count("container: exec --nv") == 2 and text.count("on GPUs 0,1") == 2, text
 
 
 def test_without_slurm(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

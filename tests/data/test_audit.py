@@ -49,7 +49,9 @@ def test_ids_that_do_not_join_stop_the_run_with_the_remedy() -> None:
     prepare(make_config([{"path": "a.jsonl", "split": "test"}], min_parallel=0.0), RUN)
 
 
-@pytest.mark.parametrize("names", [("zh-CN", "zh_CN"), ("pt_BR", "pt-br")])
+@pytest.mark.parametrize(
+    "names", [("zh-CN", "zh_CN"), ("pt_BR", "pt-br"), ("de", "deu"), ("iw", "he"), ("swh_Latn", "SWH-latn")]
+)
 def test_a_language_under_two_names_is_refused(names: tuple[str, str]) -> None:
     write_jsonl("a.jsonl", [record(i, languages=("en", names[0])) for i in range(3)])
     write_jsonl("b.jsonl", [record(i, languages=("en", names[1])) for i in range(10, 13)])

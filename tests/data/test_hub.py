@@ -1,13 +1,11 @@
 """Hugging Face datasets from local paths as stage prepare reads them: saved ones, folders, subsets, and no network."""
 
-import os
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from data.preparing import EXPECTED, LONG_FORM, Record, by_key, make_config, problems, write_jsonl
-
-os.environ["HF_HUB_OFFLINE"] = "1"  # before datasets is imported: it reads this once
 
 from alsace_dist.errors import UserError
 from alsace_dist.files.shards import open_dataset, read_shard
@@ -124,3 +122,34 @@ def test_code_in_a_dataset_folder_is_not_run(cache: None) -> None:
     with pytest.raises(UserError, match="folder: cannot be loaded"):
         prepare(make_config([{"kind": "huggingface", "path": "folder", "split": "test"}]), Path("run/data"))
     assert not Path("executed").exists()
+
+
+@pytest.mark.parametrize("path", ["json", "text", "parquet", "nothing", "missing/folder/here", "a b/c", "data/*.jsonl"])
+def test_a_path_that_names_no_dataset_is_said_before_anything_is_loaded(cache: None, path: str) -> None:
+    write_jsonl("theirs.json", [{"id": 1, "language": "en", "label": "good", "text": "x"}])
+    with pytest.raises(UserError, match=r"no such file or folder, and no name on the hub, which is owner/name"):
+        prepare(make_config([{"kind": "huggingface", "path": path, "split": "test"}]), Path("run/data"))
+
+
+def test_a_split_that_is_not_there_is_said_with_those_that_are(cache: None) -> None:
+    save_dataset("saved", LONG_FORM | {"label": ["good", None, "bad", "bad"]})
+    source = {"kind": "huggingface", "path": "saved", "hub_split": "dev", "split": "test"}
+    with pytest.raises(UserError, match="saved: has no split 'dev'; set hub_split to one of validation"):
+        prepare(make_config([source]), Path("run/data"))
+
+
+def test_a_hub_that_cannot_be_reached_is_asked_once(
+    cache: None, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    import datasets
+    import huggingface_hub
+
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")  # where nobody listens
+    source = {"kind": "huggingface", "path": "nobody/nothing", "split": "test"}
+    begin = time.monotonic()
+    with pytest.raises(UserError, match="nobody/nothing: cannot be loaded"):
+        prepare(make_config([source]), Path("run/data"))
+    assert time.monotonic() - begin < 10
+    assert "Retry" not in capfd.readouterr().err

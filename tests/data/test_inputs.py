@@ -11,6 +11,7 @@ from data.preparing import EXPECTED, Record, by_key, make_config, problems, read
 from alsace_dist import pipeline, tasks
 from alsace_dist.config import InputConfig
 from alsace_dist.data.inputs import KINDS, kind_of, kinds
+from alsace_dist.data.records import key_of
 from alsace_dist.errors import UserError
 from alsace_dist.files.shards import open_dataset
 from alsace_dist.stages.prepare import fingerprint_of, prepare
@@ -44,6 +45,9 @@ def test_a_kind_has_settings_that_an_input_has(name: str) -> None:
 
 
 KNOWN = ", ".join(sorted(kinds()))
+TABLES = "jsonl or table or huggingface"
+PUBLISHED = " or ".join(name for name in tasks.published() if name != "demo")
+ON_HUB = f"huggingface or {PUBLISHED.replace('geomlama or ', '')}"  # which has files of its own form, not on the hub
 
 
 @pytest.mark.parametrize(
@@ -57,15 +61,19 @@ KNOWN = ", ".join(sorted(kinds()))
         ({"kind": "table"}, ": path is needed for kind table"),
         ({"kind": "huggingface", "hub_split": "test"}, ": path is needed for kind huggingface"),
         ({"path": "x", "num_groups": 5}, ": num_groups is only used with kind demo; remove it"),
-        ({"path": "x", "hub_split": "test"}, ": hub_split is only used with kind huggingface; remove it"),
-        ({"path": "x", "columns": {"id": "key"}}, ": columns is only used with kind table or huggingface; remove it"),
-        ({"kind": "table", "path": "x", "revision": "v1"}, ": revision is only used with kind huggingface; remove it"),
+        ({"path": "x", "hub_split": "test"}, ": hub_split is not used where path has no {split} in it; remove it"),
+        ({"path": "x", "quoting": "none"}, ": quoting is only used with kind table; remove it"),
+        (
+            {"kind": "xnli", "path": "x", "columns": {"id": "key"}},
+            f": columns is only used with kind {TABLES}; remove it",
+        ),
+        ({"kind": "table", "path": "x", "revision": "v1"}, f": revision is only used with kind {ON_HUB}; remove it"),
         (
             {"kind": "table", "path": "x", "subsets": {"en": "all_en"}},
             ": subsets is only used with kind huggingface; remove it",
         ),
         ({"kind": "huggingface", "path": "x", "num_groups": 5}, ": num_groups is only used with kind demo; remove it"),
-        ({"kind": "demo", "path": "x"}, ": path is only used with kind jsonl or table or huggingface; remove it"),
+        ({"kind": "demo", "path": "x"}, f": path is only used with kind {TABLES} or {PUBLISHED}; remove it"),
     ],
 )
 def test_inputs_that_no_kind_reads_are_refused_with_the_config(wrong: Record, message: str) -> None:
@@ -159,3 +167,8 @@ def test_whole_numbers_are_the_same_id_however_they_are_written() -> None:
     with pytest.raises(UserError):
         prepare(make_config([{"path": "a.jsonl", "split": "test"}]), Path("run/data"))
     assert problems() == ["a.jsonl:1: missing id: the id must be a non-empty text or a number"]
+
+
+def test_blanks_around_an_id_are_none_of_it() -> None:
+    """As a spreadsheet leaves them: without this the row would be a group of its own in one language."""
+    assert [key_of(value) for value in (" g1", "g1\t", "g1", "  ", 7, 7.0)] == ["g1", "g1", "g1", None, "7", "7"]

@@ -1,5 +1,6 @@
 """What this program has not marked is somebody else's: neither written over nor deleted."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -54,5 +55,20 @@ def test_an_empty_a_missing_and_a_begun_directory_are_ours(tmp_path: Path) -> No
 
 
 def test_a_temporary_file_of_a_killed_write_is_no_obstacle(tmp_path: Path) -> None:
-    (tmp_path / ".started.json.abc.tmp").write_text("")
+    (tmp_path / ".started.json.ab_c1234.tmp").write_text("")
     manifest.claim(tmp_path)
+
+
+def test_only_files_that_bear_our_names_are_removed_and_a_directory_with_others_stays(tmp_path: Path) -> None:
+    ours = [manifest.MANIFEST, "rank00001-00000.safetensors", ".rank00001-00000.safetensors.a8_c3x0z.tmp"]
+    theirs = ["notes.txt", "rank00001-00000.safetensors.bak", ".mine.tmp"]
+    for name in ours + theirs:
+        (tmp_path / name).write_text("")
+    (tmp_path / "rank00002-00000.safetensors").mkdir()
+    names = re.compile(r"rank\d{5}-\d{5}\.safetensors")
+    manifest.remove_own(tmp_path, names)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*theirs, "rank00002-00000.safetensors"])
+    (tmp_path / "empty").mkdir()
+    manifest.remove_own(tmp_path / "empty", names)
+    manifest.remove_own(tmp_path / "missing", names)
+    assert not (tmp_path / "empty").exists()

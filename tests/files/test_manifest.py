@@ -97,7 +97,7 @@ def test_unreadable_json(tmp_path: Path) -> None:
         (b"", "not readable .*"),
     ):
         path.write_bytes(content)
-        with pytest.raises(UserError, match=rf"x\.json: {words}; delete its directory"):
+        with pytest.raises(UserError, match=rf"x\.json: {words}; (save it as UTF-8, or )?delete its directory"):
             read_json(path)
     path.unlink()
     path.mkdir()
@@ -269,3 +269,13 @@ def test_differences_name_the_key_and_both_values(old: Any, new: Any, rows: list
 
 def test_the_code_version_is_part_of_a_manifest(directory: Path) -> None:
     assert load_manifest(directory, "thing").code_version == __version__
+
+
+def test_of_other_content_people_are_told_which_and_see_no_hashes() -> None:
+    old = {"sources": {"a.jsonl": {"bytes": 3, "sha256": "1" * 64}, "b.jsonl": {"sha256": "2" * 64}}, "data": "3" * 64}
+    new = {"sources": {"a.jsonl": {"bytes": 4, "sha256": "4" * 64}}, "data": "5" * 64}
+    assert differences(old, new) == [
+        "data: its content has changed",
+        "sources.a.jsonl: its content has changed",
+        "sources.b.jsonl: (some content) -> (nothing)",
+    ]

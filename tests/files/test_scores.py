@@ -44,6 +44,10 @@ def test_no_rows_come_back_as_no_rows(tmp_path: Path) -> None:
         ({"log_probs": [None]}, "column log_probs has holes"),
         ({"key": [None]}, "column key has holes"),
         ({"language": None}, "not a score file"),
+        ({"key": [7]}, r"not a score file (column key holds int64)"),
+        ({"log_probs": [[-1]]}, r"not a score file (column log_probs holds list<"),
+        ({"label": [0.5]}, r"not a score file (column label holds double)"),
+        ({"label": ["0"]}, r"not a score file (column label holds string)"),
     ],
 )
 def test_a_file_of_another_kind_is_an_error(tmp_path: Path, columns: dict[str, Any], words: str) -> None:
@@ -75,6 +79,40 @@ def test_num_groups_takes_whole_shards_until_there_are_enough(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
+    ("keys", "languages", "words"),
+    [
+        (["a", "b", "a"], ["en", "en", "en"], "group 'a', language 'en': is there twice"),
+        (["a", "", "b"], ["en", "en", "en"], "group '', language 'en': a name is empty"),
+        (["a", "b", "c"], ["en", "", "en"], "group 'b', language '': a name is empty"),
+    ],
+)
+def test_names_that_are_none_or_twice_are_refused(
+    tmp_path: Path, keys: list[str], languages: list[str], words: str
+) -> None:
+    write_scores(tmp_path / "s.parquet", Scores(keys, languages, [ROWS[0]] * 3, [None] * 3), {})
+    with pytest.raises(UserError, match=rf"s\.parquet: {words}; delete its directory"):
+        read_score_file(tmp_path / "s.parquet")
+
+
+@pytest.mark.parametrize(
+    ("details", "words"),
+    [
+        ({"num_examples": 4}, "has 3 rows, and manifest.json says 4"),
+        ({"num_examples": 3, "texts": {"en": {}, "sw": {}}}, "differ in the language 'de'"),
+        ({"num_examples": 3, "texts": {"en": {}, "de": {}, "sw": {}}}, "differ in the language 'sw'"),
+    ],
+)
+def test_rows_are_held_against_the_manifest(tmp_path: Path, details: dict[str, Any], words: str) -> None:
+    write_scores(tmp_path / "s.parquet", SCORES, {})
+    write_manifest(tmp_path, KIND, {}, [tmp_path / "s.parquet"], {"num_examples": 3, "texts": {"en": {}, "de": {}}})
+    assert len(read_scores(tmp_path).keys) == 3
+    write_manifest(tmp_path, KIND, {}, [tmp_path / "s.parquet"], details)
+    with pytest.raises(UserError, match=words):
+        read_scores(tmp_path)
+    assert len(read_scores(tmp_path, 1).keys) == 3  # with a number of groups, not all files need be read
+
+
+@pytest.mark.parametrize(
     ("row", "words"),
     [
         (np.array([0.0], np.float32), "row 2 has fewer than two candidates"),
@@ -85,3 +123,22 @@ def test_rows_that_are_no_log_probabilities_are_refused(tmp_path: Path, row: np.
     write_scores(tmp_path / "s.parquet", Scores(["a"] * 3, ["en", "de", "fr"], [*ROWS[:2], row], [None] * 3), {})
     with pytest.raises(UserError, match=rf"s\.parquet: {words}; delete its directory"):
         read_score_file(tmp_path / "s.parquet")
+
+
+def test_rows_that_are_not_of_the_task_or_contradict_each_other(tmp_path: Path) -> None:
+    """As somebody leaves them who edits all files alike and signs them again."""
+    row = np.log(np.array([0.5, 0.5], dtype=np.float32))
+    for name, labels, is_apart, words in (
+        ("size", [0, 0], False, "language 'de': has scores of 2 candidates, and the task has 3"),
+        ("label", [0, 1], False, "language 'en': has the label 1, where another language has 0"),
+        ("apart", [0, 1], True, ""),
+    ):
+        directory = tmp_path / name
+        scores = Scores(["g", "g"], ["de", "en"], [row, row], labels, [False, is_apart] if is_apart else [])
+        write_scores(directory / "000000.parquet", scores, {})
+        write_manifest(directory, KIND, {}, [directory / "000000.parquet"])
+        if not words:
+            assert read_scores(directory, num_candidates=2).labels == [0, 1]
+            continue
+        with pytest.raises(UserError, match=words):
+            read_scores(directory, num_candidates=3 if name == "size" else 2)

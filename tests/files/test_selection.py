@@ -21,7 +21,7 @@ SELECTION = Selection(
     normalised_scores={"en": 0.4, "de": 0.35, "sw": 0.25},
     weights={"en": 0.5, "de": 0.5},
     biases={"en": [0.0, 0.0], "de": [-1e-17, 1e-17]},
-    num_pairs={"others": 7.0, "ensemble": 7.0, "anchor": 7.0},
+    num_pairs={"others": 7.0, "ranked": 5.0, "ensemble": 7.0, "anchor": 7.0, "votes": 7.0, "labels": 7.0},
 )
 
 
@@ -110,6 +110,27 @@ def test_a_value_of_another_type_is_named_by_file_and_key(directory: Path, chang
     with pytest.raises(UserError, match=rf"^{directory / TEACHERS}: {words}") as caught:
         read_selection(directory)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"teachers": ["en", "de", "en"]}, "teachers and students: 'en' is there twice"),
+        ({"students": ["sw", "sw"]}, "teachers and students: 'sw' is there twice"),
+        ({"num_pairs": {}}, "num_pairs 0 or more for each of others, ranked, ensemble, anchor, votes, labels"),
+        (
+            {"num_pairs": SELECTION.num_pairs | {"anchor": -1.0}},
+            "num_pairs 0 or more",
+        ),
+        ({"num_groups": 0}, "num_groups must be 1 or more"),
+        ({"biases": {"en": [0.0, 0.0], "de": [0.0]}}, "biases must be of one length"),
+        ({"biases": {"xx": [0.0, 0.0]}}, "biases: 'xx' is neither a teacher nor a student"),
+    ],
+)
+def test_what_does_not_fit_together_is_refused(directory: Path, changes: dict[str, Any], words: str) -> None:
+    sign_anew(directory, SELECTION.model_dump(mode="json") | changes)
+    with pytest.raises(UserError, match=rf"^{directory / TEACHERS}: .*{words}"):
+        read_selection(directory)
 
 
 @pytest.mark.parametrize("key", Selection.model_fields)

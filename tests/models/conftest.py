@@ -1,9 +1,6 @@
 """Fixtures of the small mT5."""
 
-import os
 from pathlib import Path
-
-os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch

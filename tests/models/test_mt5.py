@@ -1,5 +1,6 @@
 """The candidate scorer against plain transformers, rows with unequal numbers of candidates, weights that do not fit."""
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,13 +9,14 @@ import numpy as np
 import pytest
 import torch
 from models.small_mt5 import END, PAD, VOCABULARY, full_log_probs, make_state, prompts, text_of, write_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import MT5ForConditionalGeneration
 
 from alsace_dist.config import EngineConfig, TaskConfig
 from alsace_dist.data.rows import Answers, EncodedRow, Example, answers_of
 from alsace_dist.errors import UserError
-from alsace_dist.models.mt5 import HEAD, MT5, CandidateForm, CandidateScorer
+from alsace_dist.models.decoding import CandidateForm
+from alsace_dist.models.mt5 import HEAD, MT5, CandidateScorer, make_body
 from alsace_dist.ranks.group import Ranks
 from alsace_dist.training.engine import load_module
 from alsace_dist.training.losses import FrozenTargetLoss
@@ -318,3 +320,30 @@ def test_candidates_that_come_with_each_row_are_scored_as_sequences(directory: P
 def test_an_unknown_decoder_prefix(directory: Path) -> None:
     with pytest.raises(UserError, match=r"^task\.decoder_prefix: 'huh' holds unknown tokens; choose another"):
         MT5(directory, answers_of(task(["yes", "no"], decoder_prefix="huh"), ["en"]))
+
+
+def test_a_head_that_is_missing_is_the_embedding_only_where_the_config_lets_it_be(tmp_path: Path) -> None:
+    """Released checkpoints say ``tie_word_embeddings: false``, and so does every export; a tied one has no head."""
+    directory = write_model(tmp_path)
+    tensors = load_file(directory / "model.safetensors")
+    del tensors[HEAD]
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((directory / "config.json").read_text())
+    for is_tied in (True, False):
+        (directory / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": is_tied}))
+        model = model_of(directory, {"en": [[3], [4]]})
+        if is_tied:
+            model.check_weights()
+            continue
+        with pytest.raises(UserError, match=r"lm_head\.weight is missing, and config\.json says that it is not"):
+            model.check_weights()
+
+
+def test_the_activation_is_one_kernel_of_the_same_function() -> None:
+    from transformers import MT5Config
+    from transformers.activations import ACT2FN
+
+    body = make_body(MT5Config(vocab_size=50, d_model=16, d_kv=4, d_ff=24, num_layers=1, num_heads=2), 0.0)
+    activation, x = body.encoder.block[0].layer[1].DenseReluDense.act, torch.linspace(-8, 8, 1001)
+    assert type(activation) is not type(ACT2FN["gelu_new"])
+    assert torch.allclose(activation(x), ACT2FN["gelu_new"](x), atol=1e-6)

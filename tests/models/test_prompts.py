@@ -1,5 +1,8 @@
 """Prompts as token ids, with a tokenizer as mT5's real one: sentinels are pieces with a blank in front."""
 
+import re
+import unicodedata
+
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
@@ -25,28 +28,68 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 @pytest.mark.parametrize("template", ["{text} <extra_id_0>", "{text} <extra_id_0> {other} <extra_id_1>", "{text}"])
 def test_a_sentinel_after_a_blank_is_one_token_and_accepted(tokenizer: PreTrainedTokenizerFast, template: str) -> None:
-    prompts.check_sentinels(tokenizer, [template], "<extra_id_0>", 64)
+    prompts.check_gaps(tokenizer, [template], "<extra_id_0>", 64, "<extra_id_0>")
 
 
 @pytest.mark.parametrize("template", ["{text}<extra_id_0>", "Topic:<extra_id_0> {text}", "{a}<extra_id_0>{b}"])
 def test_a_sentinel_without_its_blank_is_refused(tokenizer: PreTrainedTokenizerFast, template: str) -> None:
     with pytest.raises(UserError, match=r"task\.template: <extra_id_0> .* needs a blank before it"):
-        prompts.check_sentinels(tokenizer, [template], "", 64)
+        prompts.check_gaps(tokenizer, [template], "", 64, "<extra_id_0>")
+
+
+def test_the_place_of_the_answer_is_written_once_and_only_where_the_braces_are_single() -> None:
+    def gap_after(before: str) -> str:
+        return "<mask>" if before.endswith(" ") else " <mask>"
+
+    found = [prompts.with_gap(one, gap_after) for one in ("{text} {answer}.", "{answer}{text}", "{text} {{answer}}")]
+    assert found == ["{text} <mask>.", " <mask>{text}", "{text} {{answer}}"]
 
 
 def test_the_prefix_of_the_decoder_is_checked_as_well(tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(UserError, match=r"task\.decoder_prefix: <extra_id_0>"):
-        prompts.check_sentinels(tokenizer, ["{text}"], "x<extra_id_0>", 64)
+        prompts.check_gaps(tokenizer, ["{text}"], "x<extra_id_0>", 64, "<extra_id_0>")
 
 
-def test_a_sentinel_that_the_vocabulary_lacks_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
-    with pytest.raises(UserError, match="<extra_id_100> is no token of this model"):
-        prompts.check_sentinels(tokenizer, ["{text} <extra_id_100>"], "", 64)
+@pytest.mark.parametrize("gap", ["<extra_id_100>", "<mask>", "[MASK]"])
+def test_a_gap_that_the_vocabulary_lacks_is_refused(tokenizer: PreTrainedTokenizerFast, gap: str) -> None:
+    with pytest.raises(UserError, match=rf"{re.escape(gap)} is no token of this model, in .*; write <extra_id_0>"):
+        prompts.check_gaps(tokenizer, [f"{{text}} {gap}"], "", 64, "<extra_id_0>")
+
+
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        (
+            "{text} <EXTRA_ID_0>",
+            "<EXTRA_ID_0> in '{text} <EXTRA_ID_0>' is plain text to this model; write <extra_id_0>",
+        ),
+        ("{text} <extra_id 0>", "<extra_id 0> in "),
+        ("{text} <extra-id-0>", "<extra-id-0> in "),
+        ("{text} ＜extra_id_0＞", "<extra_id_0> in "),
+        ("{text} <MASK>", "<MASK> in "),
+        ("{text} [ mask ]", "[ mask ] in "),
+        ("{text} </s> <extra_id_0>", "holds </s>, a token of control; remove it"),
+        ("{text} <extra_id_0> <pad>", "holds <pad>, a token of control; remove it"),
+    ],
+)
+def test_what_looks_like_a_gap_or_is_another_token_of_control_is_refused(
+    tokenizer: PreTrainedTokenizerFast, template: str, words: str
+) -> None:
+    control = prompts.control_tokens(tokenizer)
+    with pytest.raises(UserError, match=rf"task\.template: .*{re.escape(words)}"):
+        prompts.check_controls(control, "<extra_id_0>", [template], "")
+    with pytest.raises(UserError, match=rf"task\.decoder_prefix: .*{re.escape(words.split(' in ')[0])}"):
+        prompts.check_controls(control, "<extra_id_0>", [], template)
+
+
+def test_brackets_that_are_no_gap_are_text(tokenizer: PreTrainedTokenizerFast) -> None:
+    templates = ["[CLS-1] {text} <b>bold</b> a < b > c [1] <extra_id_0>", "<masked> [masks] <extra_id_0>"]
+    prompts.check_controls(prompts.control_tokens(tokenizer), "<extra_id_0>", templates, "<extra_id_0>")
 
 
 def test_a_budget_without_room_for_texts_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(UserError, match=r"task\.max_tokens: 8 leaves no room"):
-        prompts.check_sentinels(tokenizer, ["{text} question <extra_id_0>"], "", 8)
+        prompts.check_gaps(tokenizer, ["{text} question <extra_id_0>"], "", 8, "<extra_id_0>")
 
 
 @pytest.mark.parametrize("most", [4, 6, 9])
@@ -68,17 +111,19 @@ def test_the_longest_text_is_cut_first(tokenizer: PreTrainedTokenizerFast) -> No
     assert 1 <= tokens.count("▁Was") < 20
 
 
-@pytest.mark.parametrize("text", ["</s>", "a <pad> b", "x<extra_id_0>", "<extra_id_7> <extra_id_0></s>"])
+@pytest.mark.parametrize(
+    "text", ["</s>", "a <pad> b", "x<extra_id_0>", "<extra_id_7> <extra_id_0></s>", "word ＜extra_id_0＞ 字"]
+)
 def test_control_tokens_in_texts_are_taken_apart(tokenizer: PreTrainedTokenizerFast, text: str) -> None:
     control = prompts.control_tokens(tokenizer)
     plain = prompts.as_plain_text(text, control)
     assert not control.search(plain)
-    assert plain.replace(" ", "") == text.replace(" ", "")
-    ids = tokenizer(plain, add_special_tokens=False)["input_ids"]
+    assert plain.replace(" ", "") == unicodedata.normalize("NFKC", text).replace(" ", "")
+    ids = tokenizer(unicodedata.normalize("NFKC", plain), add_special_tokens=False)["input_ids"]
     forbidden = tokenizer.convert_tokens_to_ids(["<pad>", "</s>", "▁<extra_id_0>"])
     assert not set(ids) & set(forbidden)
 
 
 def test_a_text_without_control_tokens_stays_as_it_is(tokenizer: PreTrainedTokenizerFast) -> None:
-    for text in ("a < b", "[x] <b>bold</b>", "plain"):
+    for text in ("a < b", "[x] <b>bold</b>", "plain", "full ｗｉｄｔｈ ＜b＞"):
         assert prompts.as_plain_text(text, prompts.control_tokens(tokenizer)) == text

@@ -161,10 +161,27 @@ def test_names_of_models(tmp_path: Path) -> None:
     assert resolve_model(str(tmp_path)) == tmp_path
     with pytest.raises(UserError, match=r"^model\.revision: .* is a directory, which has no revisions; remove it"):
         resolve_model(str(tmp_path), "main")
-    with pytest.raises(
-        UserError, match=r"^model\.path: 'a/b/c' is neither a directory nor to be had from the hub \(.*\)"
-    ):
+    with pytest.raises(UserError, match=r"^model\.path: 'a/b/c' is no directory that is here, and no name on the hub"):
         resolve_model("a/b/c")  # not even a possible name, so the hub is not asked
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors", "spiece.model"])
+def test_a_pipe_in_a_model_directory_is_named_and_not_read(tmp_path: Path, name: str) -> None:
+    write_model(tmp_path)
+    (tmp_path / name).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(UserError, match=rf"{name}: is no regular file"):
+        model_identity(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_tokenizer_of_a_terabyte_is_named_and_not_read(tmp_path: Path, name: str) -> None:
+    write_model(tmp_path)
+    with (tmp_path / name).open("ab") as file:
+        file.truncate(1 << 40)
+    for read in (model_identity, load_tokenizer):
+        with pytest.raises(UserError, match=rf"{name}: 1,099,511,627,776 bytes where at most 268,435,456 are read"):
+            read(tmp_path)
 
 
 def test_the_identity_of_a_model_changes_with_its_files(tmp_path: Path) -> None:
@@ -175,3 +192,23 @@ def test_the_identity_of_a_model_changes_with_its_files(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
     found.append(model_identity(tmp_path))
     assert len({json.dumps(one) for one in found}) == 3
+
+
+def test_one_model_whole_and_one_in_parts_are_two(tmp_path: Path) -> None:
+    """Beside a newer file the index of an older one may be left; transformers reads the whole one without a word."""
+    save_file({"t0": torch.ones(2)}, tmp_path / "model.safetensors")
+    save_file({"t0": torch.zeros(2)}, tmp_path / "part.safetensors")
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"t0": "part.safetensors"}}))
+    with pytest.raises(UserError, match=r"holds model\.safetensors and model\.safetensors\.index\.json.*; remove one"):
+        Weights(tmp_path)
+    index.unlink()
+    assert Weights(tmp_path).tensor("t0").sum() == 2
+
+
+@pytest.mark.parametrize("kind", ["sparse", "meta"])
+def test_tensors_without_plain_values(tmp_path: Path, kind: str) -> None:
+    tensor = torch.eye(3).to_sparse() if kind == "sparse" else torch.empty(3, 3, device="meta")
+    torch.save({"t0": tensor}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"(t0 is a sparse or an empty \(meta\) tensor|cannot be read as weights)"):
+        Weights(tmp_path).tensor("t0")

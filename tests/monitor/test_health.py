@@ -1,9 +1,11 @@
 """What people are warned of, and what ends a training that has diverged."""
 
 import pytest
+import torch
 
 from alsace_dist.errors import UserError
-from alsace_dist.monitor.health import LeadCheck, check_loss
+from alsace_dist.monitor import health
+from alsace_dist.monitor.health import LeadCheck, bf16_slowdown, check_bf16, check_loss
 from alsace_dist.ranks import job
 
 
@@ -37,3 +39,24 @@ def test_a_loss_that_is_no_number_is_refused_with_what_to_do(loss: float) -> Non
         UserError, match=r"^distill: the loss is -?\w+ at step 7; lower distill\.learning_rate, and delete run/distill$"
     ):
         check_loss(loss, 7, "distill", "run/distill")
+
+
+def test_a_cpu_that_is_slow_in_bf16_is_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(health, "bf16_slowdown", lambda: 2.0)
+    check_bf16()
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(health, "bf16_slowdown", lambda: 51.4)
+    check_bf16()
+    assert capsys.readouterr().err == (
+        "warning: this CPU has no bf16 of its own: a product takes 51 times float32's; set engine.dtype: fp32\n"
+    )
+
+
+def test_what_bf16_costs_is_measured() -> None:
+    """Without AVX-512 torch has no fast product of bf16, with it it has."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    assert 0.05 < bf16_slowdown() < 1000
+    if capability in ("DEFAULT", "AVX2"):
+        assert bf16_slowdown() > health.MOST_BF16_SLOWDOWN

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -85,6 +86,25 @@ def test_a_group_that_does_not_meet_ends_with_the_remedy(config: Path, tmp_path:
     assert "unset RANK" in line
 
 
+@pytest.mark.parametrize(
+    ("place", "reason"),
+    [
+        ({"RANK": "1"}, "Connection refused"),
+        ({"RANK": "0", "MASTER_ADDR": "nowhere.invalid"}, "Name or service not known"),
+        ({"RANK": "1", "MASTER_ADDR": "nowhere.invalid"}, "Name or service not known"),
+    ],
+)
+def test_a_place_that_is_not_there_is_one_line_without_stacks(
+    config: Path, tmp_path: Path, place: dict[str, str], reason: str
+) -> None:
+    flags = ("--engine.timeout_seconds=2", "--engine.hang_seconds=null")
+    done = run(tmp_path, "score", str(config), *flags, **GROUP | place)
+    assert done.returncode == 2
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith("error: the 2 ranks that RANK and WORLD_SIZE speak of have not met at ")
+    assert reason in line
+
+
 def test_a_group_that_does_not_meet_hears_a_signal(config: Path, tmp_path: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "alsace_dist", "score", str(config)],
@@ -102,6 +122,64 @@ def test_a_port_that_is_no_number_is_named(config: Path, tmp_path: Path, port: s
     done = run(tmp_path, "score", str(config), **GROUP | {"MASTER_PORT": port})
     assert done.returncode == 2
     assert f"error: MASTER_PORT={port!r} in the environment is no number" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("RANK", "one"),
+        ("LOCAL_RANK", "-1"),
+        (job.NUM_NODES, "abc"),
+        (job.RANKS_PER_NODE, ""),
+        (job.LEAD_SECONDS, "soon"),
+        (job.NODE_RANK, "9" * 30),
+    ],
+)
+def test_a_variable_that_is_no_number_is_named(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=f"^{name}='{value}' in the environment is no number; .* unset it") as caught:
+        job.number(name)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("GLOO_SOCKET_IFNAME", "nonsense0"), ("RANK", "1"), ("MASTER_PORT", "99999")]
+)
+def test_a_group_that_cannot_be_made_is_one_line(config: Path, tmp_path: Path, name: str, value: str) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    place = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    flags = ("--engine.timeout_seconds=3", "--engine.hang_seconds=null")
+    done = run(tmp_path, "score", str(config), *flags, **place | {name: value})
+    assert done.returncode == 2
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith("error: ")
+    assert name in line
+
+
+def test_errors_are_left_for_a_launcher_that_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")
+    for place, found in ((tmp_path, tmp_path), (tmp_path / "gone", None), ("", None)):
+        monkeypatch.setenv(failures.ERROR_DIR, str(place))
+        assert failures.error_directory() == found
+        failures.record_failure(UserError("a mistake"))
+    assert [path.name for path in tmp_path.iterdir()] == ["rank0.json"]
+
+
+def test_the_directory_of_a_job_that_is_gone_is_said_and_not_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On several nodes each would take itself for the only one."""
+    monkeypatch.setenv(job.NUM_NODES, "2")
+    for place, num_nodes in ((tmp_path, 2), ("", 1)):
+        monkeypatch.setenv(job.ATTEMPT_DIR, str(place))
+        assert job.num_nodes() == num_nodes
+    monkeypatch.setenv(job.ATTEMPT_DIR, str(tmp_path / "gone"))
+    with pytest.raises(UserError, match=f"{job.ATTEMPT_DIR}=.*gone in the environment is no directory"):
+        job.num_nodes()
+    job.note_position("here")
+    assert not (tmp_path / "gone").exists()
 
 
 def test_run_under_torchrun_is_refused(config: Path, tmp_path: Path) -> None:

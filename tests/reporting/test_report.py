@@ -12,7 +12,7 @@ from xml.etree import ElementTree
 import pytest
 from rich.console import Console
 
-from alsace_dist.files.evaluation import Evaluation, LanguageChange
+from alsace_dist.files.evaluation import Evaluation, LanguageChange, Round
 from alsace_dist.reporting import plots
 from alsace_dist.reporting.report import (
     format_plain,
@@ -23,8 +23,9 @@ from alsace_dist.reporting.report import (
     write_report,
 )
 from alsace_dist.reporting.statistics import summary
-from alsace_dist.reporting.verdict import conditions, outcome, percent, points, verdict
+from alsace_dist.reporting.verdict import conditions, outcome, percent, points, ruled_out, verdict
 
+NUM_EXAMPLES = 1000
 SVG = "{http://www.w3.org/2000/svg}"
 HOSTILE = "<script>alert('1')</script>", 'x" onload="y', "a|b`*[c](d)&amp;", "[red]e", "\x1b[31mf\x00\u202e"
 
@@ -49,9 +50,12 @@ def make_evaluation(
             language: {
                 "before": before[language],
                 "after": after[language],
-                "num_examples": 1234,
+                "ci95": (after[language] - before[language] - 0.01, after[language] - before[language] + 0.01),
+                "num_examples": NUM_EXAMPLES,
+                "num_gained": max(0, round((after[language] - before[language]) * NUM_EXAMPLES)),
+                "num_lost": max(0, round((before[language] - after[language]) * NUM_EXAMPLES)),
                 "p_value": (p_values or {}).get(language, 1.0),
-                "p_value_raw": 0.01,
+                "p_value_raw": min(0.01, (p_values or {}).get(language, 1.0)),
                 "score": 0.5 if teachers else None,
             }
             for language in before
@@ -67,6 +71,9 @@ def make_evaluation(
             "ci95": None if gap_change is None else (gap_ci or (gap_change - 0.01, gap_change + 0.01)),
         },
         "std": {"before": old.std, "after": new.std},
+        "paired_gap": {"before": old.gap, "after": new.gap, "ci95": None if gap_change is None else (-1.0, 1.0)},
+        "rounds": [{"teachers": list(teachers), "scores": dict.fromkeys(before, 0.5)}] if teachers else [],
+        "uses_labels": False,
         "worst": {
             "before": {"language": old.worst_language, "accuracy": old.worst_accuracy},
             "after": {"language": new.worst_language, "accuracy": new.worst_accuracy},
@@ -96,7 +103,17 @@ def test_numbers_in_words() -> None:
 
 
 def test_significance_is_the_adjusted_p_value_below_alpha() -> None:
-    row = LanguageChange(before=0.5, after=0.6, num_examples=100, p_value=0.04, p_value_raw=0.001, score=None)
+    row = LanguageChange(
+        before=0.5,
+        after=0.6,
+        ci95=(0.0, 0.2),
+        num_examples=100,
+        num_gained=10,
+        num_lost=0,
+        p_value=0.04,
+        p_value_raw=0.001,
+        score=None,
+    )
     assert outcome(row, 0.05) == "better"
     assert outcome(row, 0.04) == outcome(row, 0.01) == "same"
     assert outcome(row.model_copy(update={"after": 0.4}), 0.05) == "worse"
@@ -152,7 +169,8 @@ def test_report_json_is_the_metrics_with_the_variants(
     metrics = json.loads((tmp_path / "report.json").read_text())
     assert metrics == success.as_json()
     assert set(metrics) == {
-        "source_language", "teachers", "students", "languages", "average", "gap", "std", "worst"
+        "source_language", "teachers", "students", "languages", "average", "gap", "paired_gap",
+        "rounds", "std", "worst", "uses_labels"
     }  # fmt: skip
     write_report(tmp_path, {"main": success, "paper": collapse}, {})
     assert json.loads((tmp_path / "report.json").read_text()) == success.as_json() | {
@@ -168,9 +186,9 @@ def test_markdown_holds_the_figures(tmp_path: Path, success: Evaluation, collaps
     assert text.startswith("# Report of demo\n\n**All three conditions hold: ")
     languages = [line for line in text.splitlines() if re.match(r"\| (en|de|sw) ", line)]
     assert languages == [
-        "| en | source, teacher | 70.0 | 70.0 | 0.0 | no significant change | 1.000 | 1,234 | 0.500 |",
-        "| de | teacher | 40.0 | 55.0 | +15.0 | significantly better | 0.010 | 1,234 | 0.500 |",
-        "| sw | – | 20.0 | 45.0 | +25.0 | significantly better | \\< 0.001 | 1,234 | 0.500 |",
+        "| en | source, teacher | 70.0 | 70.0 | 0.0 | no significant change | 1.000 | −1.0 to +1.0 | 1,000 | 0.500 |",
+        "| de | teacher | 40.0 | 55.0 | +15.0 | significantly better | 0.010 | +14.0 to +16.0 | 1,000 | 0.500 |",
+        "| sw | – | 20.0 | 45.0 | +25.0 | significantly better | \\< 0.001 | +24.0 to +26.0 | 1,000 | 0.500 |",
     ]
     assert "| **Average over languages** | **43.3** | **56.7** | **+13.3** | **+12.3 to +14.3** |" in text
     assert "| **Gap (en minus the others)** | **40.0** | **20.0** | **−20.0** | **−21.0 to −19.0** |" in text
@@ -236,7 +254,7 @@ def test_hostile_names_stay_text(tmp_path: Path) -> None:
         assert not re.search("[\x00-\x09\x0b-\x1f\u202e]", (tmp_path / file).read_text())
     table_rows = [line for line in (tmp_path / "report.md").read_text().splitlines() if "30.0 | 30.0" in line]
     assert len(table_rows) == len(HOSTILE)
-    assert {len(re.findall(r"(?<!\\)\|", line)) for line in table_rows} == {10}
+    assert {len(re.findall(r"(?<!\\)\|", line)) for line in table_rows} == {11}
     assert "<script>" not in (tmp_path / "report.md").read_text().replace("\\<script\\>", "")
 
 
@@ -343,3 +361,30 @@ def test_report_and_evaluate_start_without_heavy_modules() -> None:
     code += f"print([m for m in {heavy} if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert result.stdout.strip() == "[]"
+
+
+def test_losses_that_a_small_test_set_cannot_see_are_said() -> None:
+    """Nobody is significantly worse; of one language a loss of 12 points cannot be ruled out either."""
+    small = make_evaluation({"en": 0.7, "de": 0.4}, {"en": 0.7, "de": 0.5})
+    languages = small.languages | {"de": small.languages["de"].model_copy(update={"ci95": (-0.12, 0.3)})}
+    small = small.model_copy(update={"languages": languages})
+    assert ruled_out(small, 0.05) == (
+        "In 1 of 2 languages a loss of 5.0 points or more can be ruled out (95 % interval), not in de (−12.0 to +30.0)."
+    )
+    assert ruled_out(small, 0.2) == "In every language a loss of 20.0 points or more can be ruled out (95 % interval)."
+
+
+def test_every_rounds_teachers_and_missing_translations_are_shown(tmp_path: Path, success: Evaluation) -> None:
+    second = Round(teachers=["de"], scores={"de": 0.8, "en": 0.7})
+    fewer = success.languages["sw"].model_copy(update={"num_examples": 10})
+    several = success.model_copy(
+        update={"rounds": [*success.rounds, second], "languages": success.languages | {"sw": fewer}}
+    )
+    write_report(tmp_path, {"main": several}, {})
+    for name in ("report.md", "report.html"):
+        text = (tmp_path / name).read_text()
+        assert "Score in round 2" in text and "Paired gap (on the groups that both languages have)" in text
+    assert "| de | \\[0.500\\] | \\[0.800\\] |" in (tmp_path / "report.md").read_text()
+    assert "| sw | 0.500 | – |" in (tmp_path / "report.md").read_text()
+    write_report(tmp_path, {"main": success}, {})
+    assert "Paired gap" not in (tmp_path / "report.md").read_text()

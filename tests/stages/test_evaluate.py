@@ -58,7 +58,7 @@ def selection_of(biases: dict[str, list[float]]) -> Selection:
         normalised_scores={"en": 0.6, "de": 0.4},
         weights={"en": 1.0},
         biases=biases,
-        num_pairs={"others": 8.0},
+        num_pairs={"others": 8.0, "ranked": 6.0, "ensemble": 8.0, "anchor": 8.0, "votes": 8.0, "labels": 8.0},
     )
 
 
@@ -107,17 +107,23 @@ def stage_of(
 
 def metrics_of(config: Config, before: Path, after: Path, calibration: Selection | None = None) -> dict[str, Any]:
     """The metrics without a selection."""
-    return compare(config, before, after, None, calibration)[0].as_json()
+    return compare(config, before, after, [], calibration)[0].as_json()
 
 
 def test_metrics_by_hand(tmp_path: Path, before: Path, after: Path) -> None:
-    evaluation, num_groups = compare(make_config(tmp_path), before, after, NO_BIASES, None)
+    evaluation, num_groups = compare(make_config(tmp_path), before, after, [NO_BIASES], None)
     assert num_groups == 8
     metrics = evaluation.as_json()
     assert set(metrics) == {
-        "source_language", "teachers", "students", "languages", "average", "gap", "std", "worst"
+        "source_language", "teachers", "students", "languages", "average", "gap", "paired_gap",
+        "rounds", "std", "worst",
+        "uses_labels"
     }  # fmt: skip
     assert (metrics["source_language"], metrics["teachers"], metrics["students"]) == ("en", ["en"], ["de", "sw"])
+    changed = {name: (row.pop("num_gained"), row.pop("num_lost")) for name, row in metrics["languages"].items()}
+    assert changed == {"en": (0, 1), "de": (6, 0), "sw": (2, 0)}
+    intervals = {language: row.pop("ci95") for language, row in metrics["languages"].items()}
+    assert intervals["en"][1] == 0.0 and intervals["de"][0] > 0 and intervals["sw"][0] == 0.0
     # Discordant pairs: en 0+1, de 6+0, sw 2+0. Exact p: 1, 2/64, 2/4; Holm over three: .09375, 1, 1.
     assert metrics["languages"] == {
         "en": {"before": 1.0, "after": 7 / 8, "num_examples": 8, "p_value": 1.0, "p_value_raw": 1.0, "score": 0.9},
@@ -144,7 +150,12 @@ def test_metrics_by_hand(tmp_path: Path, before: Path, after: Path) -> None:
     assert average["after"] == pytest.approx((0.875 + 1 + 0.6) / 3)
     assert gap["before"] == pytest.approx(1 - 0.225)
     assert gap["after"] == pytest.approx(0.875 - 0.8)
-    for part in (average, gap):
+    # On the five groups of sw English has 5 right before and 4 after, on the eight of de 8 and 7.
+    paired = metrics["paired_gap"]
+    assert paired["before"] == pytest.approx((0.75 + 0.8) / 2)
+    assert paired["after"] == pytest.approx((-0.125 + 0.2) / 2)
+    assert metrics["rounds"] == [{"teachers": ["en"], "scores": NO_BIASES.scores}]
+    for part in (average, gap, paired):
         assert set(part) == {"before", "after", "ci95"}
         assert part["ci95"][0] < part["after"] - part["before"] < part["ci95"][1]
     assert metrics["std"] == {
@@ -169,7 +180,7 @@ def test_what_is_written_is_what_is_compared(tmp_path: Path, before: Path, after
     stage, out = stage_of(tmp_path), tmp_path / "run/evaluation"
     assert stage.outputs == [Output(out, "evaluation")]
     runner.run_stage(stage)
-    evaluation, _ = compare(stage.config, before, after, NO_BIASES, None)
+    evaluation, _ = compare(stage.config, before, after, [NO_BIASES], None)
     assert json.loads((out / METRICS).read_text()) == evaluation.as_json()
     assert read_evaluation(out) == evaluation
     manifest = stage.outputs[0].manifest()
@@ -229,7 +240,7 @@ def test_the_fingerprint_holds_what_the_metrics_depend_on(tmp_path: Path) -> Non
     ]
     assert all(other != base for other in others)
     assert len({json.dumps(other) for other in others}) == len(others)
-    assert (base["biases"], others[-1]["teachers"]) == (None, None)
+    assert (base["biases"], others[-1]["teachers"]) == (None, [])
 
 
 @pytest.mark.parametrize("missing", [BEFORE, AFTER, "run/round1/selection", "run/calibration"])
@@ -258,11 +269,12 @@ def test_answers_are_the_argmax_with_ties_to_the_lowest_index_and_any_number_of_
     scored: list[Row] = [
         ("g0", "en", [0.5, 0.5], 0),
         ("g1", "en", [0.5, 0.5], 1),
-        ("g0", "de", [0.1, 0.2, 0.3, 0.4], 3),
-        ("g1", "de", [0.2, 0.5, 0.3], 1),
+        ("g2", "de", [0.1, 0.2, 0.3, 0.4], 3),
+        ("g3", "de", [0.2, 0.5, 0.3], 1),
     ]
     directory = score_dir(tmp_path / "scores", scored)
-    metrics = metrics_of(make_config(tmp_path), directory, directory)
+    own = {"fields": ["text"], "template": "{text} ___", "labels": [], "candidates": "own", "gap": "___"}
+    metrics = metrics_of(make_config(tmp_path, task=own), directory, directory)
     assert {language: row["after"] for language, row in metrics["languages"].items()} == {"en": 0.5, "de": 1.0}
     assert metrics["average"]["ci95"] == [0.0, 0.0]
 
@@ -273,7 +285,7 @@ def test_biases_calibrate_the_answers_after_and_only_those(tmp_path: Path) -> No
     calibrated = metrics_of(make_config(tmp_path, evaluate={"calibrate": True}), directory, directory, biases)
     assert (calibrated["languages"]["de"]["before"], calibrated["languages"]["de"]["after"]) == (0.0, 1.0)
     assert (calibrated["languages"]["en"]["before"], calibrated["languages"]["en"]["after"]) == (1.0, 1.0)
-    plain, _ = compare(make_config(tmp_path), directory, directory, biases, None)
+    plain, _ = compare(make_config(tmp_path), directory, directory, [biases], None)
     assert plain.languages["de"].after == 0.0
 
 
@@ -295,7 +307,7 @@ def test_the_stage_reads_the_biases_of_calibrate_and_the_teachers_of_the_first_r
         (None, "evaluate.calibrate: needs the biases"),
         ({}, "holds no biases"),
         ({"en": [0.0, 0.0]}, "'g0', language 'de': teachers.json has no biases"),
-        ({"en": [0.0, 0.0], "de": [0.0, 0.0, 0.0]}, "2 candidates but 3 biases"),
+        ({"en": [0.0, 0.0, 0.0], "de": [0.0, 0.0, 0.0]}, "2 candidates but 3 biases"),
     ],
 )
 def test_biases_that_do_not_fit_are_errors(
@@ -304,7 +316,7 @@ def test_biases_that_do_not_fit_are_errors(
     calibration = None if biases is None else selection_of(biases)
     stage = stage_of(tmp_path, calibration, evaluate={"calibrate": True})
     with pytest.raises(UserError, match=message):
-        compare(stage.config, before, after, None, calibration)
+        compare(stage.config, before, after, [], calibration)
     with pytest.raises(UserError, match="run/calibration: not complete" if biases is None else message):
         stage.run(None)
     assert not (tmp_path / "run/evaluation").exists()
@@ -324,11 +336,16 @@ def replaced(row: int, **changes: Any) -> list[Row]:
         (rows(en="rrrrrrrr", de="rrwwwwww", sw="rw-w--w-"), rf"{AFTER}: lacks 1 of .*{BEFORE}.* 'g7', language 'sw'"),
         (rows(en="rrrrrrrr", de="rrwwwwww", sw="rwrw--ww"), rf"{BEFORE}: lacks 1 of .*{AFTER}.* 'g2', language 'sw'"),
         (rows(en="rrrrrrrr", de="rrwwwwww"), rf"{AFTER}: lacks 5 of .*{BEFORE}"),
-        (replaced(4, label=1), rf"{AFTER}: group 'g1', language 'de': label 1 where .*{BEFORE} has 0"),
+        (replaced(4, label=1), rf"{AFTER}: group 'g1', language 'de': has the label 1, where another language has 0"),
+        (
+            replaced(4, probabilities=[0.2, 0.7, 0.1]),
+            rf"{AFTER}: group 'g1', language 'de': has scores of 3 candidates, and the task has 2",
+        ),
+        ([(*row[:3], 1) for row in FIRST], rf"{AFTER}: group 'g0', language 'en': label 1 where .*{BEFORE} has 0"),
+        ([(*row[:3], 2) for row in FIRST], r"label 2 is not one of its 2 candidates"),
         (replaced(0, label=None), rf"{AFTER}: group 'g0', language 'en': has no label"),
-        (replaced(0, label=2), r"label 2 is not one of its 2 candidates"),
         (replaced(1, language="en"), r"group 'g0', language 'en': is there twice"),
-        (replaced(0, probabilities=[float("nan"), 0.5]), r"not numbers \(NaN\)"),
+        (replaced(0, probabilities=[float("nan"), 0.5]), r"not numbers"),
     ],
 )
 def test_mismatches_are_errors_that_name_the_example(

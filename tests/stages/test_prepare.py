@@ -70,7 +70,7 @@ def test_all_bad_lines_are_listed_at_once(capsys: pytest.CaptureFixture[str]) ->
     assert problems() == expected
     assert capsys.readouterr().err.splitlines() == expected
     assert str(caught.value).startswith("data.inputs: bad records (3 broken JSON, 1 duplicate id, 1 empty text")
-    assert str(caught.value).endswith("mend those listed in run/bad-records.txt, or use --data.on_bad=skip")
+    assert "mend those listed in run/bad-records.txt, or use --data.on_bad=skip; where ids" in str(caught.value)
     assert not Path("run/data").exists()
 
 
@@ -272,7 +272,7 @@ def test_same_input_gives_same_bytes_and_a_killed_run_leaves_nothing() -> None:
     killed = Path("two/data")
     begin(killed, "data", fingerprint_of(config))
     assert not is_complete(killed, "data", fingerprint_of(config))
-    for name in ("unlabeled/000099.tar", "unlabeled/000000.tar", "test/manifest.json", "test/.000001.tar.x.tmp"):
+    for name in ("unlabeled/000000.tar", "test/manifest.json", "test/.000001.tar.a_0x9bcd.tmp"):
         (killed / name).parent.mkdir(parents=True, exist_ok=True)
         (killed / name).write_bytes(b"what a killed run left")
     prepare(config, killed)
@@ -281,6 +281,11 @@ def test_same_input_gives_same_bytes_and_a_killed_run_leaves_nothing() -> None:
     manifest = load_manifest(killed, "data")
     assert sorted(manifest.files) == ["test/manifest.json", "unlabeled/manifest.json"]
     verify_files(killed, manifest)
+    # What a person keeps there is none of a killed run's.
+    begin(killed, "data", fingerprint_of(config))
+    (killed / "unlabeled/000099.tar").write_bytes(b"theirs")
+    prepare(config, killed)
+    assert (killed / "unlabeled/000099.tar").read_bytes() == b"theirs"
     keys = [group.key for group in read_shards("one/data/unlabeled")]
     assert keys != sorted(keys)
 
@@ -315,8 +320,8 @@ def test_the_stage_is_done_once_and_refused_for_other_data(capsys: pytest.Captur
     audit = "test: 100 groups in 2 languages, 100 parallel; fewest rows: de (100)"
     assert capsys.readouterr().err.splitlines() == ["prepare", audit, "prepare: complete, skipped"]
     write_jsonl("a.jsonl", MANY[:-1])
-    assert stage.state().startswith("refused: run/data: made with other settings (sources.a.jsonl.bytes: ")
-    with pytest.raises(UserError, match=r"made with other settings \(sources\.a\.jsonl\.bytes: "):
+    assert stage.state().startswith("refused: run/data: made with other settings (sources.a.jsonl: its content ")
+    with pytest.raises(UserError, match=r"made with other settings \(sources\.a\.jsonl: its content has changed"):
         runner.run_stage(stage)
     assert tree("run/data") == before
 

@@ -1,11 +1,13 @@
 """Scoring on real ranks: exactly once, the same bytes for any number of ranks, after kills too; errors that stop."""
 
+import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,11 @@ from alsace_dist.files.scores import read_scores
 from alsace_dist.files.shards import open_dataset, read_shard, write_dataset
 
 REPOSITORY = Path(__file__).parents[2]
+# By default ZeRO-3 divides no tensor as small as those of the small models.
+SHARD_ALL: dict[int, Any] = {
+    0: {},
+    3: {"deepspeed": {"zero_optimization": {"stage3_param_persistence_threshold": 0}}},
+}
 
 
 def make_run(world: Path, directory: Path, **sections: Any) -> Path:
@@ -42,10 +49,16 @@ def one_rank(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-@pytest.mark.parametrize("num_ranks", [2, 3])
-def test_any_number_of_ranks_gives_the_same_bytes(world: Path, tmp_path: Path, one_rank: Path, num_ranks: int) -> None:
+@pytest.mark.parametrize(("num_ranks", "scorer"), [(2, "mt5"), (3, "mt5"), (2, "cloze"), (3, "head"), (2, "t5gemma2")])
+def test_any_number_of_ranks_gives_the_same_bytes(
+    world: Path, tmp_path: Path, one_rank: Path, num_ranks: int, scorer: str
+) -> None:
     """45 groups do not divide evenly into shards of 16; of 3 ranks one gets none of the test split's 2 shards."""
-    tiny.do("score", make_run(world, tmp_path / "x", engine={"num_processes": num_ranks}))
+    sections = tiny.of_scorer(world, scorer)
+    if scorer != "mt5":
+        one_rank = tmp_path / "one"
+        tiny.do("score", make_run(world, one_rank, engine={"num_processes": 1}, **sections))
+    tiny.do("score", make_run(world, tmp_path / "x", engine={"num_processes": num_ranks}, **sections))
     assert score_bytes(tmp_path / "x") == score_bytes(one_rank)
     assert len(score_bytes(one_rank)) == 3 + 2
     assert not list((tmp_path / "x/run").rglob("progress.json"))  # whichever rank has drawn the last shard
@@ -72,6 +85,13 @@ def test_every_launcher_gives_the_same_bytes(world: Path, tmp_path: Path, one_ra
     assert score_bytes(tmp_path / "x") == score_bytes(one_rank)
 
 
+def test_the_manifest_says_what_the_tokenizer_made_of_every_language(world: Path, one_rank: Path) -> None:
+    found = json.loads((one_rank / "run/scores/unlabeled/manifest.json").read_text())["details"]["texts"]
+    scores = read_scores(one_rank / "run/scores/unlabeled")
+    assert {language: counts["num_rows"] for language, counts in found.items()} == dict(Counter(scores.languages))
+    assert all(counts["num_tokens"] > counts["num_rows"] for counts in found.values())
+
+
 def test_every_example_is_there_once_and_normalised(world: Path, one_rank: Path) -> None:
     scores = read_scores(one_rank / "run/scores/unlabeled")
     listed = open_dataset(world / "run/data/unlabeled").shards
@@ -84,14 +104,16 @@ def test_every_example_is_there_once_and_normalised(world: Path, one_rank: Path)
     assert set(read_scores(one_rank / "run/scores/test").labels) == {0, 1, 2}
 
 
+@pytest.mark.parametrize("scorer", ["mt5", "cloze", "head"])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_zero_3_agrees_with_zero_0_and_gives_the_same_bytes_on_any_number_of_ranks(
-    world: Path, tmp_path: Path, dtype: str
+    world: Path, tmp_path: Path, dtype: str, scorer: str
 ) -> None:
     """Three ranks under ZeRO-3: one of them has fewer forwards to run than the others."""
     for stage, ranks in ((0, 2), (3, 1), (3, 3)):
-        engine = {"num_processes": ranks, "zero_stage": stage, "dtype": dtype}
-        tiny.do("score", make_run(world, tmp_path / f"{stage}-{ranks}", engine=engine))
+        engine = {"num_processes": ranks, "zero_stage": stage, "dtype": dtype} | SHARD_ALL[stage]
+        sections = tiny.of_scorer(world, scorer)
+        tiny.do("score", make_run(world, tmp_path / f"{stage}-{ranks}", engine=engine, **sections))
     assert score_bytes(tmp_path / "3-1") == score_bytes(tmp_path / "3-3")
     plain, sharded = (read_scores(tmp_path / name / "run/scores/unlabeled") for name in ("0-2", "3-3"))
     assert plain.keys == sharded.keys
@@ -100,11 +122,15 @@ def test_zero_3_agrees_with_zero_0_and_gives_the_same_bytes_on_any_number_of_ran
     assert np.std(plain.log_probs) > 0.01  # not a comparison of constants
 
 
-@pytest.mark.parametrize("zero_stage", [2, 3])
+@pytest.mark.parametrize(("zero_stage", "scorer"), [(2, "mt5"), (3, "mt5"), (2, "head"), (3, "cloze")])
 def test_a_rank_killed_while_scoring_costs_nothing_but_time(
-    world: Path, tmp_path: Path, one_rank: Path, zero_stage: int
+    world: Path, tmp_path: Path, one_rank: Path, zero_stage: int, scorer: str
 ) -> None:
-    config = make_run(world, tmp_path / "x", score={"tokens_per_batch": 200}, engine={"zero_stage": zero_stage})
+    sections = tiny.of_scorer(world, scorer)
+    if (zero_stage, scorer) != (2, "mt5"):
+        one_rank = tmp_path / "one"
+        tiny.do("score", make_run(world, one_rank, engine={"num_processes": 1, "zero_stage": zero_stage}, **sections))
+    config = make_run(world, tmp_path / "x", engine={"zero_stage": zero_stage}, **sections)
     output = tmp_path / "x/run/scores/unlabeled"
     with tiny.started("score", str(config)) as process:
         tiny.wait_for(lambda: any(output.glob("*.parquet")) or process.poll() is not None)
@@ -113,11 +139,7 @@ def test_a_rank_killed_while_scoring_costs_nothing_but_time(
         process.wait(timeout=60)
         assert time.monotonic() - start < 60
     tiny.do("score", config)
-    if zero_stage == 2:
-        assert score_bytes(tmp_path / "x") == score_bytes(one_rank)
-    else:
-        expected = read_scores(one_rank / "run/scores/unlabeled")
-        assert np.allclose(read_scores(output).log_probs, expected.log_probs, atol=1e-6)
+    assert score_bytes(tmp_path / "x") == score_bytes(one_rank)
 
 
 def test_one_rank_that_is_asked_to_stop_stops_all_and_nothing_is_lost(world: Path, tmp_path: Path) -> None:

@@ -27,6 +27,11 @@ SCORES = {"sw": 0.40, "en": 0.80, "de": 0.75, "th": 0.45, "fr": 0.75}
 Rows = list[tuple[str, str, list[float], int | None]]
 
 
+def once(taught: float, present: float) -> dict[str, float]:
+    """``num_pairs`` where every language counts once: those of groups with a teacher, or all of them."""
+    return dict.fromkeys(("ensemble", "anchor"), taught) | dict.fromkeys(("votes", "labels"), present)
+
+
 def make_config(tmp_path: Path, source_language: str = "en", **sections: Any) -> Config:
     value = {
         "run_dir": str(tmp_path / "run"),
@@ -72,7 +77,7 @@ def test_rules_choose_by_score_best_first() -> None:
     assert choose(rule="source") == ["en"]
     assert choose(rule="top_k", top_k=1) == ["en"]
     assert choose(rule="top_k", top_k=4) == ["en", "de", "fr", "th"]
-    assert choose(rule="explicit", teachers=["sw", "en", "sw"]) == ["en", "sw"]
+    assert choose(rule="explicit", teachers=["sw", "en", "sw"]) == ["sw", "en"]  # as a person ranks them
 
 
 def test_the_source_teaches_alone_even_when_others_score_better() -> None:
@@ -128,7 +133,7 @@ def test_the_papers_selection_by_hand(tmp_path: Path) -> None:
     expected = {language: one / sum(exponentials.values()) for language, one in exponentials.items()}
     assert found.normalised_scores == pytest.approx(expected, abs=1e-6)
     # g0: two for sw, one for each teacher; g1: one each; g2: en teaches sw; g3: no teacher.
-    assert found.num_pairs == {"others": 4 + 2 + 1, "ensemble": 3 + 2 + 2, "anchor": 3 + 2 + 2}
+    assert found.num_pairs == {"others": 4 + 2 + 1, "ranked": 3 + 1 + 1} | once(3 + 2 + 2, 3 + 2 + 2 + 1)
 
 
 def test_a_finished_selection_is_complete_and_bound_to_its_settings(tmp_path: Path) -> None:
@@ -256,13 +261,40 @@ def test_num_pairs_count_what_the_loss_sums_over(tmp_path: Path) -> None:
     for teachers in (["en", "cc"], ["bb"], names):
         found = make_selection(make_config(tmp_path, select={"rule": "explicit", "teachers": teachers}), scores)
         others = sum(a != b for group in groups for a in group if a in teachers for b in group)
-        once = sum(len(group) for group in groups if set(group) & set(teachers))
-        assert found.num_pairs == {"others": others, "ensemble": once, "anchor": once}
+        ranked = sum(
+            b not in teachers or teachers.index(a) < teachers.index(b)
+            for group in groups
+            for a in group
+            if a in teachers
+            for b in group
+        )
+        taught = sum(len(group) for group in groups if set(group) & set(teachers))
+        assert found.num_pairs == {"others": others, "ranked": ranked} | once(taught, sum(map(len, groups)))
         for mode, expected in found.num_pairs.items():
-            made = [targets(dict.fromkeys(group, np.log([0.5, 0.5])), found.weights, mode) for group in groups]
+            if mode == "labels":  # which scores do not tell
+                continue
+            made = [targets(dict.fromkeys(group, np.log([0.5, 0.5])), found.ranked_weights, mode) for group in groups]
             assert sum(target.weight for one in made for target in one.values()) == expected
 
 
+def test_an_oracle_scores_languages_by_their_labels(tmp_path: Path) -> None:
+    rows: Rows = [
+        ("g0", "en", [0.9, 0.1], 0),
+        ("g0", "de", [0.4, 0.6], 0),
+        ("g1", "en", [0.2, 0.8], 1),
+        ("g1", "de", [0.3, 0.7], 1),
+        ("g2", "de", [0.3, 0.7], 0),
+    ]
+    config = make_config(tmp_path, select={"score": "accuracy", "calibration": "none"})
+    found = make_selection(config, make_scores(tmp_path / "scores", [rows]))
+    assert found.scores == pytest.approx({"en": 1.0, "de": 1 / 3})
+    unlabeled: Rows = [*rows, ("g3", "en", [0.3, 0.7], None)]
+    words = "select.score: accuracy looks at labels, and 1 of 4 groups in .* have none; take unlabeled out of data.with"
+    with pytest.raises(UserError, match=words):
+        make_selection(config, make_scores(tmp_path / "more", [unlabeled]))
+
+
+OWN = {"task": {"fields": ["text"], "template": "{text} ___", "labels": [], "candidates": "own", "gap": "___"}}
 UNEVEN: list[Rows] = [[("g9", "en", [0.2, 0.3, 0.5], None), *SHARDS[0]]]
 
 
@@ -271,7 +303,7 @@ UNEVEN: list[Rows] = [[("g9", "en", [0.2, 0.3, 0.5], None), *SHARDS[0]]]
     [
         ([[]], {}, r"unlabeled: holds no scores; unlabeled groups are needed"),
         (SHARDS, {"source_language": "fi"}, r"has no scores in the source language 'fi'; check data\.source_language"),
-        (UNEVEN, {}, r"^select\.calibration: .* found \[2, 3\] of them; set it to none$"),
+        (UNEVEN, OWN, r"^select\.calibration: .* found \[2, 3\] of them; set it to none$"),
         (SHARDS, {"select": {"rule": "top_k", "top_k": 4}}, r"^select\.top_k: 4 asked for, there are 3 languages"),
         ([[("g0", "en", [float("nan"), 0.5], None)]], {}, r"unlabeled: holds scores that are no numbers"),
     ],
@@ -293,5 +325,5 @@ def test_a_selection_waits_for_its_scores(tmp_path: Path) -> None:
 
 
 def test_without_calibration_groups_may_differ_in_their_candidates(tmp_path: Path) -> None:
-    plain = make_selection(make_config(tmp_path, method="paper"), make_scores(tmp_path / "uneven", UNEVEN))
+    plain = make_selection(make_config(tmp_path, method="paper", **OWN), make_scores(tmp_path / "uneven", UNEVEN))
     assert plain.scores == pytest.approx({"de": 0.75, "en": (0.5 + 0.9 + 0.8) / 3, "sw": 0.4}, abs=1e-6)

@@ -3,6 +3,7 @@
 The loss of every step is logged, so a trace is compared step by step.
 """
 
+import json
 import re
 import shutil
 import signal
@@ -46,11 +47,28 @@ def test_training_learns_and_leaves_a_complete_directory(undisturbed: Path) -> N
     assert not (undisturbed / "run/finetune/checkpoints").exists()
 
 
-@pytest.mark.parametrize("moment", ["after a checkpoint", "during a checkpoint"])
+def undisturbed_of(scorer: str, world: Path, tmp_path: Path, undisturbed: Path) -> Path:
+    """What ``undisturbed`` is of mT5, of another scorer."""
+    if scorer == "mt5":
+        return undisturbed
+    tiny.do("finetune", make_run(world, tmp_path / "undisturbed", **tiny.of_scorer(world, scorer)))
+    return tmp_path / "undisturbed"
+
+
+@pytest.mark.parametrize(
+    ("moment", "scorer"),
+    [
+        ("after a checkpoint", "mt5"),
+        ("during a checkpoint", "mt5"),
+        ("after a checkpoint", "cloze"),
+        ("during a checkpoint", "new head"),
+    ],
+)
 def test_a_rank_killed_while_training_leaves_no_trace(
-    world: Path, tmp_path: Path, undisturbed: Path, moment: str
+    world: Path, tmp_path: Path, undisturbed: Path, moment: str, scorer: str
 ) -> None:
-    config = make_run(world, tmp_path / "x")
+    undisturbed = undisturbed_of(scorer, world, tmp_path, undisturbed)
+    config = make_run(world, tmp_path / "x", **tiny.of_scorer(world, scorer))
     finetune = tmp_path / "x/run/finetune"
     pattern = "step-*/manifest.json" if moment == "after a checkpoint" else "step-*/.*.tmp"
     # A checkpoint of this model is written within milliseconds: one after each step, and quick eyes, to meet one.
@@ -71,13 +89,27 @@ def test_a_rank_killed_while_training_leaves_no_trace(
     )
 
 
-@pytest.mark.parametrize(("zero_stage", "dtype"), [(0, "fp32"), (1, "fp32"), (1, "bf16"), (2, "fp32"), (3, "fp32")])
+@pytest.mark.parametrize(
+    ("zero_stage", "dtype", "scorer"),
+    [
+        (0, "fp32", "mt5"),
+        (1, "fp32", "mt5"),
+        (1, "bf16", "mt5"),
+        (2, "fp32", "mt5"),
+        (3, "fp32", "mt5"),
+        (1, "bf16", "cloze"),
+        (3, "fp32", "cloze"),
+        (2, "fp32", "new head"),
+    ],
+)
 def test_ranks_with_unequal_numbers_of_micro_batches_train_the_same(
-    world: Path, tmp_path: Path, undisturbed: Path, zero_stage: int, dtype: str
+    world: Path, tmp_path: Path, undisturbed: Path, zero_stage: int, dtype: str, scorer: str
 ) -> None:
     """Of the 10 examples of a step 4, 3 and 3 go to three ranks: two micro-batches of at most 3, and one, and one."""
+    undisturbed = undisturbed_of(scorer, world, tmp_path, undisturbed)
+    sections = tiny.of_scorer(world, scorer) | {"finetune": {"micro_batch_size": 3}}
     settings = {"num_processes": 3, "zero_stage": zero_stage, "dtype": dtype}
-    tiny.do("finetune", make_run(world, tmp_path / "x", engine=settings, finetune={"micro_batch_size": 3}))
+    tiny.do("finetune", make_run(world, tmp_path / "x", engine=settings, **sections))
     got, wanted = losses(tmp_path / "x"), losses(undisturbed)
     tolerance = 2e-4 if dtype == "fp32" else 0.02
     assert [loss for _, loss in got] == pytest.approx([loss for _, loss in wanted], rel=tolerance)
@@ -122,11 +154,12 @@ def test_a_checkpoint_that_does_not_verify_takes_no_good_ones_place(world: Path,
         process.wait(timeout=60)
     older, newest = sorted(path.parent for path in (tmp_path / "x/run/finetune/checkpoints").glob("*/manifest.json"))
     next(newest.glob("rank00001-*.safetensors")).unlink()
+    copy = shutil.copytree(older, older.parent / "step-00000002-best")  # a person's
     with tiny.started("finetune", str(config)) as process:
         tiny.wait_for(lambda: not newest.exists() and not older.exists())
         process.send_signal(signal.SIGUSR2)
         assert process.wait(timeout=60) == EXIT_STOPPED
-    (kept,) = (path.parent for path in (tmp_path / "x/run/finetune/checkpoints").glob("*/manifest.json"))
+    (kept,) = {path.parent for path in older.parent.glob("*/manifest.json")} - {copy}
     assert kept.name > older.name
     with tiny.started("finetune", str(config)) as process:  # and it is one to go on from
         tiny.wait_for(lambda: not kept.exists())
@@ -149,12 +182,15 @@ def stop_after_first_step(config: Path, run: Path) -> None:
         assert "stopped after step" in process.stderr.read().strip().splitlines()[-1]
 
 
-@pytest.mark.parametrize(("first", "second"), [((2, 2), (1, 2)), ((3, 2), (0, 1)), ((0, 1), (3, 3))])
+@pytest.mark.parametrize(
+    ("first", "second", "scorer"),
+    [((2, 2), (1, 2), "mt5"), ((3, 2), (0, 1), "mt5"), ((0, 1), (3, 3), "mt5"), ((3, 2), (1, 1), "cloze")],
+)
 def test_a_stopped_run_goes_on_with_other_ranks_and_another_zero_stage(
-    world: Path, tmp_path: Path, undisturbed: Path, first: tuple[int, int], second: tuple[int, int]
+    world: Path, tmp_path: Path, first: tuple[int, int], second: tuple[int, int], scorer: str
 ) -> None:
-    config = make_run(world, tmp_path / "x", finetune={"num_steps": 40, "checkpoint_every_steps": 1000})
-    expected = make_run(world, tmp_path / "y", finetune={"num_steps": 40, "checkpoint_every_steps": 1000})
+    sections = tiny.of_scorer(world, scorer) | {"finetune": {"num_steps": 40, "checkpoint_every_steps": 1000}}
+    config, expected = (make_run(world, tmp_path / name, **sections) for name in ("x", "y"))
 
     def set_engine(path: Path, stage: int, ranks: int) -> Path:
         value = tiny.yaml.safe_load(path.read_text())
@@ -169,6 +205,25 @@ def test_a_stopped_run_goes_on_with_other_ranks_and_another_zero_stage(
     assert [step for step, _ in got] == [step for step, _ in wanted] == list(range(1, 41))
     assert 1 <= int(checkpoint.name.removeprefix("step-")) < 40
     assert [loss for _, loss in got] == pytest.approx([loss for _, loss in wanted], rel=2e-4)
+
+
+def test_what_a_person_keeps_beside_ours_outlives_the_training(world: Path, tmp_path: Path) -> None:
+    config = make_run(world, tmp_path / "x", finetune={"num_steps": 40, "checkpoint_every_steps": 1000})
+    finetune = tmp_path / "x/run/finetune"
+    stop_after_first_step(config, tmp_path / "x/run")
+    (checkpoint,) = (finetune / "checkpoints").iterdir()
+    shutil.copytree(checkpoint, finetune / "checkpoints/before-lr-change")
+    theirs = [finetune / name for name in ("checkpoints/notes.txt", "model/notes.txt", "hang/rank-notes.txt")]
+    stale = finetune / "model/part-00007.safetensors"
+    for path in [*theirs, stale]:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("theirs")
+    tiny.do("finetune", config)
+    assert all(path.read_text() == "theirs" for path in theirs)
+    assert (finetune / "checkpoints/before-lr-change/manifest.json").exists()
+    assert not checkpoint.exists()
+    assert not stale.exists()
+    assert "model/notes.txt" not in json.loads((finetune / "manifest.json").read_text())["files"]
 
 
 def test_a_checkpoint_that_lacks_a_file_is_an_error(world: Path, tmp_path: Path) -> None:
@@ -211,18 +266,18 @@ def test_a_full_disk_ends_training_and_keeps_what_was_there(world: Path, tmp_pat
 
 
 def test_no_memory_is_one_line_that_says_what_takes_less(world: Path, tmp_path: Path) -> None:
-    """A model of terabytes, with a limit of 100 GB for machines that promise more than they have."""
+    """Matrices of 40 GB each, with a limit of 20 GB for machines that promise more than they have."""
     splits = {"pretrain": 15, "labeled": 30, "unlabeled": 40, "test": 30}
     value = tiny.make_config(
         world,
         run_dir=str(tmp_path / "run"),
-        model={"nano": {"vocab_size": 140, "d_ff": 10**9}},
+        model={"nano": {"vocab_size": 140, "d_model": 100_000, "d_ff": 100_000}},
         data={"splits": splits},
     )
     del value["model"]["path"]
     config = tiny.write_config(tmp_path / "c.yaml", value)
     tiny.alsace("prepare", str(config))
-    command = f"ulimit -v {10**8}; exec {sys.executable} -m alsace_dist pretrain-nano {config}"
+    command = f"ulimit -v {2 * 10**7}; exec {sys.executable} -m alsace_dist pretrain-nano {config}"
     failed = subprocess.run(
         ["bash", "-c", command], env=tiny.environment(), capture_output=True, text=True, timeout=120, check=False
     )

@@ -22,10 +22,10 @@ refuse() {
 }
 
 # A stop signal, whenever it comes, goes on to the step, whose ranks agree on a point to stop at.
-step='' told=''
+alsace_step='' alsace_told=''
 forward() {
-  told=1
-  [[ -z $step ]] || kill -USR2 "$step" 2>/dev/null
+  alsace_told=1
+  [[ -z $alsace_step ]] || kill -USR2 "$alsace_step" 2>/dev/null
 }
 trap forward USR1 USR2
 echo "== $SLURM_JOB_NAME: job ${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID},\
@@ -37,13 +37,20 @@ unset SLURM_EXPORT_ENV "${!SLURM_MEM_PER_@}" "${!SLURM_CPU_BIND@}" SLURM_GRES SL
 unset SLURM_WHOLE SLURM_STDINMODE SLURM_STDOUTMODE SLURM_STDERRMODE "${!SRUN_@}"
 
 # --- What a login shell reads, for `module` and `conda`: here and not by `bash -l`, which would be deaf meanwhile ---
-[[ ! -r /etc/profile ]] || . /etc/profile
-for file in ~/.bash_profile ~/.bash_login ~/.profile; do
-  if [[ -r $file ]]; then
-    . "$file"
-    break
+alsace_path=$PATH
+trap 'refuse "$alsace_file ends the job: it calls exit, or a command fails there under set -e or set -u"' EXIT
+for alsace_file in /etc/profile ~/.bash_profile ~/.bash_login ~/.profile; do
+  if [[ -r $alsace_file ]]; then
+    . "$alsace_file"
+    [[ $alsace_file == /etc/profile ]] || break
   fi
 done
+# This script goes on as it began, whatever those files have set for themselves.
+trap - EXIT DEBUG ERR RETURN
+trap forward USR1 USR2
+set +efuvxC +o pipefail +o posix
+shopt -u failglob nullglob nocasematch expand_aliases
+IFS=$' \t\n'
 
 # --- The site: software and environment, as its profile says ---
 module purge || refuse "module purge failed"
@@ -53,6 +60,8 @@ export NCCL_DEBUG=WARN
 
 # --- The run ---
 set -uo pipefail
+command -v srun >/dev/null || PATH=${PATH:-}:$alsace_path # a profile may have set it anew, or a module taken it away
+command -v srun >/dev/null || refuse "srun is not on the PATH of this node; see environment and modules in the profile"
 job=${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}
 restarts=${SLURM_RESTART_COUNT:-0}
 # Arithmetic would run what stands in brackets in a variable: only digits come to it.
@@ -69,20 +78,20 @@ export ALSACE_LEAD_SECONDS=300 ALSACE_GPUS_PER_NODE=4
 
 # --- The step, unless a signal has come already ---
 status=75
-if [[ -z $told ]]; then
+if [[ -z $alsace_told ]]; then
   srun --kill-on-bad-exit=1 --cpus-per-task="$SLURM_CPUS_PER_TASK" \
     apptainer exec --nv --bind /shared:/shared --pwd / /shared/images/alsace_dist.sif bash /shared/runs/xxl/slurm/slurm_task.sh \
     python -m alsace_dist distill /shared/runs/xxl/config.yaml --round=1 &
-  step=$!
-  [[ -z $told ]] || forward
+  alsace_step=$!
+  [[ -z $alsace_told ]] || forward
   # A signal ends `wait`, not the step.
-  wait "$step"
+  wait "$alsace_step"
   status=$?
-  while kill -0 "$step" 2>/dev/null; do
-    wait "$step"
+  while kill -0 "$alsace_step" 2>/dev/null; do
+    wait "$alsace_step"
     status=$?
   done
-  ((status <= 128)) || { wait "$step"; status=$?; } # it ended while a signal was taken
+  ((status <= 128)) || { wait "$alsace_step"; status=$?; } # it ended while a signal was taken
 fi
 ((status == 0)) && exit 0
 
@@ -90,7 +99,7 @@ fi
 code=$status message="the step ended with exit code $status; the lines above say why"
 ((status != 137)) || message="the step was killed (often: out of memory); the lines above say more"
 # The signal has killed srun before it could take it (140), or bash has lost the status of a step that ended then (-1).
-if [[ -n $told ]] && ((status == 75 || status == 140 || status < 0)); then
+if [[ -n $alsace_told ]] && ((status == 75 || status == 140 || status < 0)); then
   code=75 message="told to stop before the step had begun or as it ended"
 fi
 # Causes are named cause-<0: own, 1: another rank failed>-<time>-<exit code>-<who>: the first one is the one to read.

@@ -1,0 +1,52 @@
+"""The sections of a run's YAML, as pydantic models, a module each; their docstrings are docs/config.md."""
+
+from alsace_dist.config.base import Count, Fraction, Section, Split
+from alsace_dist.config.data import ColumnsConfig, DataConfig, InputConfig
+from alsace_dist.config.engine import EngineConfig, KeysOf, RawSection
+from alsace_dist.config.model import Masks, Mode, ModelConfig, NanoConfig, Pooling
+from alsace_dist.config.run import METHODS, Config
+from alsace_dist.config.selection import OPTION_OF, EvaluateConfig, Rule, ScoreConfig, SelectConfig
+from alsace_dist.config.task import ANSWER, TaskConfig
+from alsace_dist.config.training import (
+    NO_TEACHERS,
+    NOT_IN_FINGERPRINT,
+    DistillConfig,
+    FinetuneConfig,
+    PretrainConfig,
+    Targets,
+    TrainConfig,
+)
+
+__all__ = [
+    "ANSWER",
+    "METHODS",
+    "NOT_IN_FINGERPRINT",
+    "NO_TEACHERS",
+    "OPTION_OF",
+    "ColumnsConfig",
+    "Config",
+    "Count",
+    "DataConfig",
+    "DistillConfig",
+    "EngineConfig",
+    "EvaluateConfig",
+    "FinetuneConfig",
+    "Fraction",
+    "InputConfig",
+    "KeysOf",
+    "Masks",
+    "Mode",
+    "ModelConfig",
+    "NanoConfig",
+    "Pooling",
+    "PretrainConfig",
+    "RawSection",
+    "Rule",
+    "ScoreConfig",
+    "Section",
+    "SelectConfig",
+    "Split",
+    "Targets",
+    "TaskConfig",
+    "TrainConfig",
+]

@@ -1,0 +1,1 @@
+"""The real encoder, converted here, against the package's own reader."""
