@@ -22,12 +22,13 @@ from transformers import MT5Config
 
 from alsace_dist.config import DistillConfig, EngineConfig, TrainConfig
 from alsace_dist.data.rows import Candidates, EncodedRow, Example
-from alsace_dist.data.stream import PASS_COST, micro_batches
+from alsace_dist.data.stream import micro_batches
 from alsace_dist.errors import UserError
 from alsace_dist.models.decoding import CandidateForm, Collator
 from alsace_dist.models.family import WHOLE
 from alsace_dist.models.mt5 import MT5, CandidateScorer, make_scorer
 from alsace_dist.ranks.group import Ranks
+from alsace_dist.training.budget import usual_rule
 from alsace_dist.training.engine import TrainEngine, load_module
 from alsace_dist.training.losses import FrozenTargetLoss
 
@@ -127,7 +128,8 @@ def make_prompts(size: Size, count: int) -> list[EncodedRow]:
 
 def split(examples: Sequence[Example], section: TrainConfig, device: torch.device) -> list[FrozenTargetLoss]:
     """The micro-batches of a step, as ``loop.run`` and ``TargetExamples`` make them."""
-    cut = micro_batches([len(one.row.input_ids) for one in examples], section.micro_batch_size, PASS_COST[device.type])
+    rule = usual_rule(section, EngineConfig(), 1, device.type)
+    cut = micro_batches([len(one.row.input_ids) for one in examples], rule)
     chosen = [[examples[index] for index in part] for part in cut]
     return [FrozenTargetLoss(collate([one.row for one in part]), part, device) for part in chosen]
 

@@ -124,6 +124,7 @@ def ours_scoring(
 ) -> None:
     """Our scoring of a dataset, once for each output directory. Pauses before every shard and after the last."""
     from alsace_dist.training.engine import inference_module, load_module
+    from alsace_dist.training.settings import is_sharded
 
     turns = in_turns(ranks, pause)
     dataset = open_dataset(data_url(config, "unlabeled"))
@@ -132,7 +133,7 @@ def ours_scoring(
     module = inference_module(load_module(model, 0.0, config.engine, turns), config.engine, turns)
     for output in outputs:
         tensorboard = Layout(Path(config.run_dir)).tensorboard(output)
-        ScoringPass(config, dataset, output, {}, tensorboard).run(model, module, turns)
+        ScoringPass(config, dataset, output, {}, tensorboard).run(model, module, is_sharded(config.engine), turns)
 
 
 def ours_training(ranks: Ranks, config: Config, begun: "list[Training]", pause: Callable[[], None]) -> None:
@@ -162,9 +163,11 @@ def own_stream(training: "Training", ranks: Ranks) -> TrainStream[Any]:
 def ready_batches(training: "Training", ranks: Ranks, num_steps: int) -> "list[list[MicroBatch]]":
     """This rank's micro-batches of the first steps, as our loop cuts them."""
     from alsace_dist.training import loop
+    from alsace_dist.training.budget import usual_rule
 
     own = own_stream(training, ranks)
-    return [loop._micro_batches(training, own.batch(step), ranks) for step in range(num_steps)]
+    rule = usual_rule(training.section, training.engine, ranks.world_size, ranks.device.type)
+    return [loop._micro_batches(training, own.batch(step), rule) for step in range(num_steps)]
 
 
 def encode(world: World, config: Config, shards: slice) -> "tuple[Family, list[list[EncodedRow]]]":
@@ -330,7 +333,7 @@ def trainer_training(
     own = own_stream(training, ranks)
     examples = [example for step in range(num_steps) for example in own.batch(step)]
     share = training.section.global_batch_size // ranks.world_size
-    micro = min(share, training.section.micro_batch_size)
+    micro = min(share, training.section.micro_batch_size or share)
 
     whole, vocabulary = load_whole(world, world.config("timed"))
 

@@ -142,6 +142,8 @@ def make_config(directory: Path, **sections: Any) -> dict[str, Any]:
     for name, section in sections.items():
         is_laid_over = isinstance(section, dict) and name in value and "directory" not in section
         value[name] = {**value[name], **section} if is_laid_over else section
+    if value["engine"]["zero_stage"] == 3:  # tests of ZeRO-3 mean scoring, too, where these models would fit anywhere
+        value["score"].setdefault("sharding", "zero3")
     return value
 
 

@@ -5,7 +5,7 @@ from alsace_dist.config.data import ColumnsConfig, DataConfig, InputConfig
 from alsace_dist.config.engine import EngineConfig, KeysOf, RawSection
 from alsace_dist.config.model import Masks, Mode, ModelConfig, NanoConfig, Pooling
 from alsace_dist.config.run import METHODS, Config
-from alsace_dist.config.selection import OPTION_OF, EvaluateConfig, Rule, ScoreConfig, SelectConfig
+from alsace_dist.config.selection import OPTION_OF, EvaluateConfig, Rule, ScoreConfig, SelectConfig, Sharding
 from alsace_dist.config.task import ANSWER, TaskConfig
 from alsace_dist.config.training import (
     NO_TEACHERS,
@@ -45,6 +45,7 @@ __all__ = [
     "ScoreConfig",
     "Section",
     "SelectConfig",
+    "Sharding",
     "Split",
     "Targets",
     "TaskConfig",

@@ -123,6 +123,17 @@ OWN_KEYS = {
 }
 
 
+# Raw settings that change what is computed beyond the order of sums: quantised weights and gradients, and the types in
+# which gradients are summed and travel.
+CHANGES_RESULTS = (
+    "communication_data_type",
+    "data_types",
+    "zero_optimization.zero_quantized_weights",
+    "zero_optimization.zero_quantized_nontrainable_weights",
+    "zero_optimization.zero_quantized_gradients",
+)
+
+
 @dataclass(frozen=True)
 class KeysOf:
     """Marks a mapping whose keys and values are those of a section, and of which only what is given is kept."""
@@ -186,6 +197,16 @@ class EngineConfig(Section):
             if key.startswith(("stage3_", "zero_", "offload_param")) and self.zero_stage != 3:
                 raise ValueError(f"deepspeed.zero_optimization.{key} needs zero_stage 3; remove it")
         return self
+
+    def numerics(self) -> dict[str, Any]:
+        """What of this section a trained model depends on; all else changes its last bits at most."""
+        found: dict[str, Any] = {"dtype": self.dtype}
+        for key in CHANGES_RESULTS:
+            section, _, name = key.rpartition(".")
+            value = (self.deepspeed.get(section) or {} if section else self.deepspeed).get(name)
+            if value is not None:
+                found[key] = value
+        return found
 
     def hang_limit(self) -> float | None:
         """``hang_seconds`` as a number; None: never."""

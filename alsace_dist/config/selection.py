@@ -6,6 +6,7 @@ from pydantic import Field, model_validator
 
 from alsace_dist.config.base import Count, Positive, Section
 
+Sharding = Literal["auto", "replicated", "zero3"]
 Rule = Literal["threshold", "top_k", "explicit", "all", "source", "random"]
 
 
@@ -14,6 +15,11 @@ class ScoreConfig(Section):
 
     tokens_per_batch: Count = 8192
     """Most prompt tokens, padding included, per forward pass. Part of the result, in the last bits."""
+    sharding: Sharding = "auto"
+    """Where the weights are while a model scores, whatever engine.zero_stage says of training. replicated: every rank
+    has all of them, and works at its own pace; zero3: they are divided over the ranks, and travel in every pass; auto:
+    replicated if they take up to half of a GPU's memory (without GPUs of the machine's, for all its ranks). Scores are
+    the same, but for last bits."""
 
 
 class SelectConfig(Section):

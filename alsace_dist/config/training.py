@@ -7,7 +7,13 @@ from pydantic import Field, model_validator
 from alsace_dist.config.base import Count, Fraction, Positive, Section, Steps
 
 # Keys that a rerun may change without training another model: they say how fast and how safely it trains.
-NOT_IN_FINGERPRINT = {"micro_batch_size", "checkpoint_every_steps", "keep_checkpoints", "log_every_steps"}
+NOT_IN_FINGERPRINT = {
+    "tokens_per_micro_batch",
+    "micro_batch_size",
+    "checkpoint_every_steps",
+    "keep_checkpoints",
+    "log_every_steps",
+}
 
 
 class TrainConfig(Section):
@@ -19,9 +25,12 @@ class TrainConfig(Section):
     """Optimizer steps; or give num_epochs."""
     global_batch_size: Count = 64
     """Examples per optimizer step, over all ranks."""
-    micro_batch_size: Count = 64
-    """Most examples per forward pass on a rank; fewer, where that saves more padding than another pass costs. Without
-    dropout the result does not depend on it."""
+    tokens_per_micro_batch: Count | Literal["auto"] = "auto"
+    """Most encoder tokens, padding included, per forward and backward pass on a rank; fewer, where that saves more
+    padding than another pass costs. A pass of the largest shape is tried before the first step. auto: on a GPU as many
+    as its memory holds, found by such passes; on a CPU 2,048. Without dropout the result does not depend on it."""
+    micro_batch_size: Count | None = None
+    """Most examples per pass, beside tokens_per_micro_batch; null: any number."""
     optimizer: Literal["adamw", "adafactor"] = "adamw"
     """adamw, or adafactor with parameter scaling (ZeRO 0 only)."""
     learning_rate: Positive

@@ -20,8 +20,8 @@ Item = TypeVar("Item")
 MAX_STREAMS = 64
 # Fixed overhead of one forward and backward pass, whatever its size, expressed in tokens. Measured on a CPU
 # (one thread, bf16): for mT5-small 108, and 250 if its vocabulary is trained too; 330 and more for nano models. Between
-# 128 and 256 the whole cost of a step hardly differs, and the lower value pads less. For GPUs an estimate: 20 ms of
-# launches, 1e5 tokens/s.
+# 128 and 256 the whole cost of a step hardly differs, and the lower value pads less. For GPUs an estimate, where a
+# training's first passes measure none: 20 ms of launches, 1e5 tokens/s.
 PASS_COST = {"cpu": 128, "cuda": 2048}
 # From ZeRO-2 on each pass also reduces all gradients over the ranks. Estimates: gloo at 1 GB/s, NCCL at 100 GB/s.
 REDUCTION_COST = {"cpu": 1024, "cuda": 4096}
@@ -166,18 +166,31 @@ def ahead(items: Iterator[Item], depth: int = 2) -> Generator[Item]:
             pool.shutdown(cancel_futures=True)
 
 
-def micro_batches(lengths: Sequence[int], size: int, pass_cost: int) -> list[list[int]]:
-    """Cut a rank's share of a step into micro-batches of at most ``size`` examples, by length, longest first.
+@dataclass(frozen=True)
+class CutRule:
+    """How large micro-batches may be: encoder tokens, padding included; examples (None: any number). ``pass_cost``: the
+    fixed overhead of a forward and backward pass, in tokens."""
 
-    Of all such cuts this is the cheapest: a micro-batch costs its tokens, padding included, and ``pass_cost`` tokens
-    for the fixed overhead of a forward and backward pass. Returns indices.
+    most_tokens: int
+    most_examples: int | None
+    pass_cost: int
+
+
+def micro_batches(lengths: Sequence[int], rule: CutRule) -> list[list[int]]:
+    """Cut a rank's share of a step into micro-batches by length, longest first. An example that is longer than the
+    budget is a micro-batch of its own.
+
+    Of all such cuts this is the cheapest: a micro-batch costs its tokens, padding included, and the overhead of a pass.
+    Returns indices.
     """
     by_length = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
     ordered = np.array([lengths[index] for index in by_length], dtype=np.float64)
     costs, starts = np.zeros(len(ordered) + 1), [0] * (len(ordered) + 1)
     for end in range(1, len(ordered) + 1):
-        begins = np.arange(max(0, end - size), end)
-        candidates = costs[begins] + (end - begins) * ordered[begins] + pass_cost
+        begins = np.arange(max(0, end - (rule.most_examples or end)), end)
+        tokens = (end - begins) * ordered[begins]
+        candidates = costs[begins] + tokens + rule.pass_cost
+        candidates[(tokens > rule.most_tokens) & (begins < end - 1)] = np.inf
         best = int(candidates.argmin())
         costs[end], starts[end] = candidates[best], int(begins[best])
     parts: list[list[int]] = []

@@ -238,6 +238,11 @@ class Family(ABC):
         """Tokens that the encoder reads of a row, by which batches are cut."""
         return len(row.input_ids) + len(row.context_free_ids)
 
+    def stretched(self, row: EncodedRow) -> EncodedRow:
+        """The same row with a prompt as long as it may be: its first token again and again, so that a gap stays one."""
+        ids = row.input_ids
+        return replace(row, input_ids=ids[:1] * (self.answers.max_tokens - len(ids)) + ids)
+
     def encode(self, rows: Sequence[Row]) -> list[EncodedRow]:
         """Tokenise prompts, whose texts are cut where one has more than ``max_tokens``, and candidates."""
         if not rows:

@@ -97,16 +97,21 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
+def asked_for(error: BaseException) -> str:
+    """How much an ``is_out_of_memory`` error says that it asked for, in parentheses; empty if it does not."""
+    asked = re.search(r"ried to allocate ([\d.]+ \w+)", str(error))
+    return f" (tried to allocate {asked[1]})" if asked else ""
+
+
 def out_of_memory(error: BaseException) -> str:
     """What to read of an ``is_out_of_memory`` error: which rank, how much it asked for, and what takes less."""
-    asked = re.search(r"ried to allocate ([\d.]+ \w+)", str(error))
-    what = f"out of memory{f' (tried to allocate {asked[1]})' if asked else ''}"
+    what = f"out of memory{asked_for(error)}"
     if not in_group():
         return f"{what}; give this machine or job more, then run the same command again"
     return (
-        f"rank {os.environ['RANK']}: {what}; lower micro_batch_size of the stage's section (for scoring "
-        "score.tokens_per_batch), set engine.gradient_checkpointing, raise engine.zero_stage or take more ranks; "
-        "`alsace plan` estimates the model's share; the same command goes on from the last checkpoint"
+        f"rank {os.environ['RANK']}: {what}; lower tokens_per_micro_batch of the stage's section "
+        "(for scoring score.tokens_per_batch), set engine.gradient_checkpointing, raise engine.zero_stage or take more "
+        "ranks; `alsace plan` estimates the model's share; the same command goes on from the last checkpoint"
     )
 
 

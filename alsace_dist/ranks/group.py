@@ -176,6 +176,8 @@ def start(engine: EngineConfig) -> Ranks:
     check_threads(engine)
     torch.set_num_threads(engine.num_threads)
     if torch.cuda.is_available():
+        # Batches differ in shape, and without this the allocator's free blocks fit ever fewer of them.
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
         if local_rank >= torch.cuda.device_count():
             raise UserError(
                 f"engine.num_processes: rank {rank} has no GPU of its own ({torch.cuda.device_count()} here); "

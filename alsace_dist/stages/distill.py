@@ -148,8 +148,10 @@ def _train_live(stage: Stage, dataset: Dataset, selection: Selection, model: "Fa
         model=model,
         device=ranks.device,
     )
-    num_groups = max(1, section.micro_batch_size // len(dataset.languages))  # rows, as people count them
-    train(stage, section.model_copy(update={"micro_batch_size": num_groups}), model, examples, ranks)
+    if section.micro_batch_size is not None:  # rows, as people count them
+        num_groups = max(1, section.micro_batch_size // len(dataset.languages))
+        section = section.model_copy(update={"micro_batch_size": num_groups})
+    train(stage, section, model, examples, ranks)
 
 
 def section_of(config: Config) -> DistillConfig:

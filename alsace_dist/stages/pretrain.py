@@ -146,6 +146,11 @@ class SpanExamples:
         """Encoder tokens."""
         return len(example.input_ids)
 
+    def stretched(self, example: SpanExample) -> SpanExample:
+        """As a text of ``pretrain.max_tokens`` would be corrupted."""
+        text = [example.input_ids[0]] * self.section.max_tokens
+        return corrupt(text, self.section, self.model.sentinels, example.input_ids[-1], np.random.default_rng(0))
+
     def collate(self, examples: list[SpanExample]) -> "MicroBatch":
         """A micro-batch; its loss is the mean cross-entropy of each example's target tokens."""
         from alsace_dist.training.losses import MicroBatch

@@ -70,10 +70,9 @@ def fingerprint(stage: Stage, output: Output) -> dict[str, Any]:
     """Everything that the scores of a dataset depend on."""
     config = stage.config
     return {
-        "score": config.score.model_dump(mode="json"),
+        "score": config.score.model_dump(mode="json", exclude={"sharding"}),
         "task": config.task.model_dump(mode="json"),
-        "engine": config.engine.model_dump(mode="json", include={"dtype", "num_threads"})
-        | {"is_sharded": is_sharded(config.engine)},
+        "engine": config.engine.model_dump(mode="json", include={"dtype", "num_threads"}),
         "languages": config.data.languages,
         "model": model_identity(stage, stage.round),
         "data": open_dataset(_url_of(stage, output)).digest,
@@ -91,19 +90,21 @@ def run(stage: Stage, ranks: Ranks | None) -> None:
     Raises ``UserError`` for broken inputs, ``Stopped`` if a stop was agreed (finished shards are kept).
     """
     from alsace_dist.training.engine import inference_module, load_module
+    from alsace_dist.training.layout import scoring_engine
 
     assert ranks is not None
     config = stage.config
     opened = {output: open_dataset(_url_of(stage, output)) for output in stage.outputs}
     languages = sorted({language for dataset in opened.values() for language in dataset.languages})
     model = open_model(stage, stage.round, languages, ranks)
-    module = inference_module(load_module(model, 0.0, config.engine, ranks), config.engine, ranks)
+    engine = scoring_engine(config.score.sharding, config.engine, model, ranks)
+    module = inference_module(load_module(model, 0.0, engine, ranks), engine, ranks)
     for dataset in opened.values():
         ranks.main_first(partial(check_texts, model.encode, dataset, dataset.languages, config))
     for output, dataset in opened.items():
         tensorboard = stage.layout.tensorboard(output.directory)
         work = ScoringPass(config, dataset, output.directory, stage.fingerprint(output), tensorboard)
-        work.run(model, module, ranks)
+        work.run(model, module, is_sharded(engine), ranks)
 
 
 @dataclass
@@ -160,9 +161,12 @@ class ScoringPass:
         self.num_done = 0
         self.check_lead = LeadCheck()
 
-    def run(self, model: "Family", module: Any, ranks: Ranks) -> None:
-        """Score all shards that have no result yet, then check the whole and write the manifest. Collective."""
-        self.model, self.module, self.ranks = model, module, ranks
+    def run(self, model: "Family", module: Any, in_step: bool, ranks: Ranks) -> None:
+        """Score all shards that have no result yet, then check the whole and write the manifest. Collective.
+
+        ``in_step``: whether every forward pass of the module is collective.
+        """
+        self.model, self.module, self.in_step, self.ranks = model, module, in_step, ranks
         self.draw = ranks.shared_counter(f"score/{self.directory}")
         self.watchdog = Watchdog(ranks, self.directory, self.config.engine.hang_limit())
         begin = time.monotonic()
@@ -182,7 +186,7 @@ class ScoringPass:
         if ranks.is_main:
             note_position(f"{num_done} shards of {directory}")
         with progress(f"score {directory.name}", directory, num_shards, num_done, ranks.is_main) as advance:
-            score = self._run_in_step if is_sharded(self.config.engine) else self._run_freely
+            score = self._run_in_step if self.in_step else self._run_freely
             return score(todo, advance)
 
     # --- shards ----------------------------------------------------------------------------------------------------

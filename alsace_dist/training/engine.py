@@ -197,6 +197,16 @@ class TrainEngine:
         """Set the optimizer state of one parameter, as ``state`` gave it (without the weight)."""
         self._state.write_moments(name, moments)
 
+    def forget_steps(self) -> None:
+        """Set the optimizer's state to that before the first step; the weights stay as they are."""
+        if self.moments is None:
+            self.optimizer.state.clear()  # Adafactor makes its state in the first step
+            return
+        for state in self.optimizer.state.values():
+            for moment in self.moments:
+                state[moment].zero_()
+        self.set_num_steps(0)
+
     def set_num_steps(self, num_steps: int) -> None:
         """Tell the optimizer how many steps it has taken (for Adam's bias correction)."""
         for key, state in self.optimizer.state.items():

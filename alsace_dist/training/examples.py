@@ -1,7 +1,7 @@
 """The examples of finetuning and distillation: encoded rows with the targets that they learn from, or whole groups."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -41,6 +41,10 @@ class TargetExamples:
     def length(self, example: Example) -> int:
         """Encoder tokens."""
         return self.model.num_tokens(example.row)
+
+    def stretched(self, example: Example) -> Example:
+        """With a prompt of ``task.max_tokens``."""
+        return replace(example, row=self.model.stretched(example.row))
 
     def collate(self, examples: list[Example]) -> MicroBatch:
         """A micro-batch with its loss."""
@@ -83,6 +87,11 @@ class GroupExamples:
     def length(self, example: list[EncodedRow]) -> int:
         """Encoder tokens, padding within the group included."""
         return len(example) * max(map(self.model.num_tokens, example))
+
+    def stretched(self, example: list[EncodedRow]) -> list[EncodedRow]:
+        """In every language, with prompts of ``task.max_tokens``."""
+        rows = [replace(example[0], language=language) for language in self.dataset.languages]
+        return [self.model.stretched(row) for row in rows]
 
     def collate(self, examples: list[list[EncodedRow]]) -> MicroBatch:
         """A micro-batch of whole groups with its loss."""

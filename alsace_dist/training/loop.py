@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 
 from alsace_dist.config import EngineConfig, TrainConfig
-from alsace_dist.data.stream import PASS_COST, REDUCTION_COST, CanonicalOrder, TrainStream, micro_batches
+from alsace_dist.data.stream import CanonicalOrder, CutRule, TrainStream, micro_batches
 from alsace_dist.errors import Stopped, UserError
 from alsace_dist.files.layout import MODEL
 from alsace_dist.files.manifest import remove_own
@@ -20,6 +20,7 @@ from alsace_dist.monitor.training import TrainingMonitor
 from alsace_dist.ranks.group import Ranks
 from alsace_dist.ranks.watchdog import Watchdog
 from alsace_dist.training import checkpoint
+from alsace_dist.training.budget import cut_rule
 from alsace_dist.training.engine import TrainEngine, load_module
 from alsace_dist.training.export import COPIED, WEIGHTS, export
 from alsace_dist.training.losses import MicroBatch
@@ -44,6 +45,9 @@ class Examples(Protocol):
 
     def length(self, example: Any) -> int:
         """Encoder tokens of an example."""
+
+    def stretched(self, example: Any) -> Any:
+        """An example like this one, as long as the longest may be."""
 
     def collate(self, examples: list[Any]) -> MicroBatch:
         """A micro-batch."""
@@ -100,18 +104,18 @@ def run(training: Training, ranks: Ranks) -> int:
     section, directory = training.section, training.directory
     order = CanonicalOrder(training.examples.counts, section.global_batch_size, training.seed)
     num_steps = num_steps_of(section, order)
-    engine, first = _start(training, ranks)
+    stream = TrainStream(order, training.examples.load, training.examples.build, ranks.rank, ranks.world_size)
+    engine, first, rule = _start(training, stream, ranks)
     if first > num_steps:
         raise UserError(
             f"{directory / CHECKPOINTS}: holds a checkpoint after step {first:,}, and the training has {num_steps:,}; "
             "it is not of this training: delete it"
         )
-    stream = TrainStream(order, training.examples.load, training.examples.build, ranks.rank, ranks.world_size)
     steps = range(first, num_steps)
     monitor = TrainingMonitor(training.kind, directory, training.tensorboard, section, steps, ranks)
     watchdog = Watchdog(ranks, directory, training.engine.hang_limit())
     with monitor, watchdog:
-        batches = stream.batches(first, num_steps, lambda step, batch: _micro_batches(training, batch, ranks))
+        batches = stream.batches(first, num_steps, lambda step, batch: _micro_batches(training, batch, rule))
         for step in steps:
             begin = time.monotonic()
             watchdog.beat(f"the data of step {step + 1}")
@@ -148,28 +152,27 @@ def model_files(directory: Path) -> list[Path]:
     return sorted(path for path in (directory / MODEL).iterdir() if path.suffix in (*COPIED, ".safetensors"))
 
 
-def _start(training: Training, ranks: Ranks) -> tuple[TrainEngine, int]:
-    """An engine with the state of the newest checkpoint, or with the model's own weights; and the next step."""
+def _start(training: Training, stream: TrainStream[Any], ranks: Ranks) -> tuple[TrainEngine, int, CutRule]:
+    """An engine with the state of the newest checkpoint, or with the model's own weights; the next step; how steps are
+    cut, found by passes that come before the state."""
     module = load_module(training.model, training.section.dropout, training.engine, ranks)
     for name in training.model.vocabulary if training.section.freeze_vocabulary else ():
         module.get_parameter(name).requires_grad_(False)
     engine = TrainEngine(module, training.engine, training.section, ranks)
     found = checkpoint.newest(training.directory / CHECKPOINTS, training.fingerprint, ranks)
+    example = stream.example(found[1] if found else 0, ranks.rank % stream.order.global_batch_size)
+    rule = cut_rule(training.kind, training.section, training.engine, training.examples, example, engine)
     if found:
         checkpoint.load(found[0], engine, found[1])
-        return engine, found[1]
+        return engine, found[1], rule
     for name in engine.parameters:  # DeepSpeed made the float32 copies from rounded weights
         engine.load_weight(name, training.model.initial_value(name))
-    return engine, 0
+    return engine, 0, rule
 
 
-def _micro_batches(training: Training, batch: list[Any], ranks: Ranks) -> list[MicroBatch]:
+def _micro_batches(training: Training, batch: list[Any], rule: CutRule) -> list[MicroBatch]:
     """This rank's share of a step in micro-batches."""
-    lengths = [training.examples.length(example) for example in batch]
-    cost = PASS_COST[ranks.device.type]
-    if every_backward_is_collective(training.engine) and ranks.world_size > 1:
-        cost += REDUCTION_COST[ranks.device.type]
-    cut = micro_batches(lengths, training.section.micro_batch_size, cost)
+    cut = micro_batches([training.examples.length(example) for example in batch], rule)
     return [training.examples.collate([batch[index] for index in indices]) for indices in cut]
 
 

@@ -13,6 +13,7 @@ import pytest
 
 from alsace_dist.data.stream import (
     CanonicalOrder,
+    CutRule,
     Position,
     ShardCache,
     TrainStream,
@@ -259,18 +260,22 @@ LENGTHS = [
 
 
 @pytest.mark.parametrize("lengths", LENGTHS)
-@pytest.mark.parametrize("size", [1, 4, 64])
+@pytest.mark.parametrize("size", [1, 4, 64, None])
+@pytest.mark.parametrize("budget", [1, 60, 500, 10**9])
 @pytest.mark.parametrize("pass_cost", [0, 30, 10_000])
-def test_micro_batches_hold_everything_once_longest_first(lengths: list[int], size: int, pass_cost: int) -> None:
-    parts = micro_batches(lengths, size, pass_cost)
-    assert all(0 < len(part) <= size for part in parts)
+def test_micro_batches_hold_everything_once_longest_first(
+    lengths: list[int], size: int | None, budget: int, pass_cost: int
+) -> None:
+    parts = micro_batches(lengths, CutRule(budget, size, pass_cost))
+    assert all(0 < len(part) <= (size or len(lengths)) for part in parts)
+    assert all(len(part) == 1 or len(part) * max(lengths[index] for index in part) <= budget for part in parts)
     order = [index for part in parts for index in part]
     assert sorted(order) == list(range(len(lengths)))
     assert [lengths[index] for index in order] == sorted(lengths, reverse=True)
     if pass_cost == 0:
         assert all(len({lengths[index] for index in part}) == 1 for part in parts)
-    if pass_cost == 10_000:
-        assert len(parts) == math.ceil(len(lengths) / size)
+    if pass_cost == 10_000 and budget == 10**9:
+        assert len(parts) == math.ceil(len(lengths) / (size or max(1, len(lengths))))
 
 
 def cost(lengths: list[int], pass_cost: int) -> int:
@@ -279,14 +284,19 @@ def cost(lengths: list[int], pass_cost: int) -> int:
 
 
 @pytest.mark.parametrize("pass_cost", [0, 3, 7, 20])
-@pytest.mark.parametrize("size", [2, 3, 7])
-def test_no_other_cut_into_micro_batches_costs_less(size: int, pass_cost: int) -> None:
+@pytest.mark.parametrize("size", [2, 3, None])
+@pytest.mark.parametrize("budget", [9, 21, 100])
+def test_no_other_cut_into_micro_batches_costs_less(size: int | None, budget: int, pass_cost: int) -> None:
     lengths = [9, 1, 8, 3, 3, 7, 2]
     ordered = sorted(lengths, reverse=True)
     cuts = [pairwise([0, *inner, 7]) for num in range(7) for inner in combinations(range(1, 7), num)]
-    allowed = [cut for cut in map(list, cuts) if all(end - begin <= size for begin, end in cut)]
+
+    def is_allowed(begin: int, end: int) -> bool:
+        return end - begin == 1 or (end - begin <= (size or 7) and (end - begin) * ordered[begin] <= budget)
+
+    allowed = [cut for cut in map(list, cuts) if all(is_allowed(begin, end) for begin, end in cut)]
     least = min(sum(cost(ordered[begin:end], pass_cost) for begin, end in cut) for cut in allowed)
-    parts = micro_batches(lengths, size, pass_cost)
+    parts = micro_batches(lengths, CutRule(budget, size, pass_cost))
     assert sum(cost([lengths[index] for index in part], pass_cost) for part in parts) == least
 
 
@@ -306,4 +316,4 @@ def test_score_batches_hold_everything_once_within_the_budget(lengths: list[int]
 
 def test_equal_lengths_keep_their_order() -> None:
     assert score_batches([2, 5, 2, 5, 2], 10) == [[1, 3], [0, 2, 4]]
-    assert micro_batches([2, 5, 2, 5, 2], 2, 3) == [[1, 3], [0], [2, 4]]
+    assert micro_batches([2, 5, 2, 5, 2], CutRule(100, 2, 3)) == [[1, 3], [0], [2, 4]]

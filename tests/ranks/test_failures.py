@@ -44,7 +44,7 @@ def test_out_of_memory_is_told_with_what_was_asked_for(monkeypatch: pytest.Monke
     )
     told = readable(error)
     assert is_plain(told)
-    assert str(told).startswith("rank 3: out of memory (tried to allocate 2.00 GiB); lower micro_batch_size")
+    assert str(told).startswith("rank 3: out of memory (tried to allocate 2.00 GiB); lower tokens_per_micro_batch")
     assert str(readable(MemoryError())).startswith("rank 3: out of memory; lower")
     monkeypatch.delenv("RANK")  # prepare and select have no micro-batches
     assert str(readable(MemoryError())).startswith("out of memory; give this machine or job more")

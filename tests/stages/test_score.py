@@ -23,9 +23,9 @@ from alsace_dist.files.shards import open_dataset, read_shard, write_dataset
 
 REPOSITORY = Path(__file__).parents[2]
 # By default ZeRO-3 divides no tensor as small as those of the small models.
-SHARD_ALL: dict[int, Any] = {
-    0: {},
-    3: {"deepspeed": {"zero_optimization": {"stage3_param_persistence_threshold": 0}}},
+SHARD_ALL: dict[str, Any] = {
+    "replicated": {},
+    "zero3": {"deepspeed": {"zero_optimization": {"stage3_param_persistence_threshold": 0}}},
 }
 
 
@@ -106,20 +106,20 @@ def test_every_example_is_there_once_and_normalised(world: Path, one_rank: Path)
 
 @pytest.mark.parametrize("scorer", ["mt5", "cloze", "head"])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_zero_3_agrees_with_zero_0_and_gives_the_same_bytes_on_any_number_of_ranks(
+def test_scores_do_not_depend_on_where_the_weights_are_nor_their_bytes_on_the_number_of_ranks(
     world: Path, tmp_path: Path, dtype: str, scorer: str
 ) -> None:
     """Three ranks under ZeRO-3: one of them has fewer forwards to run than the others."""
-    for stage, ranks in ((0, 2), (3, 1), (3, 3)):
-        engine = {"num_processes": ranks, "zero_stage": stage, "dtype": dtype} | SHARD_ALL[stage]
-        sections = tiny.of_scorer(world, scorer)
-        tiny.do("score", make_run(world, tmp_path / f"{stage}-{ranks}", engine=engine, **sections))
-    assert score_bytes(tmp_path / "3-1") == score_bytes(tmp_path / "3-3")
-    plain, sharded = (read_scores(tmp_path / name / "run/scores/unlabeled") for name in ("0-2", "3-3"))
-    assert plain.keys == sharded.keys
-    assert plain.languages == sharded.languages
-    assert np.allclose(plain.log_probs, sharded.log_probs, atol=1e-6 if dtype == "fp32" else 0.03)
-    assert np.std(plain.log_probs) > 0.01  # not a comparison of constants
+    for sharding, ranks in (("replicated", 2), ("zero3", 1), ("zero3", 3)):
+        engine = {"num_processes": ranks, "zero_stage": 3, "dtype": dtype} | SHARD_ALL[sharding]
+        sections = tiny.of_scorer(world, scorer) | {"score": {"sharding": sharding}}
+        tiny.do("score", make_run(world, tmp_path / f"{sharding}-{ranks}", engine=engine, **sections))
+    assert score_bytes(tmp_path / "zero3-1") == score_bytes(tmp_path / "zero3-3")
+    whole, divided = (read_scores(tmp_path / name / "run/scores/unlabeled") for name in ("replicated-2", "zero3-3"))
+    assert (whole.keys, whole.languages) == (divided.keys, divided.languages)
+    # Biased products of bf16 on CPUs depend in their last bits on where in memory a weight begins.
+    assert np.allclose(whole.log_probs, divided.log_probs, atol=1e-6 if dtype == "fp32" else 0.03)
+    assert np.std(whole.log_probs) > 0.01  # not a comparison of constants
 
 
 @pytest.mark.parametrize(("zero_stage", "scorer"), [(2, "mt5"), (3, "mt5"), (2, "head"), (3, "cloze")])

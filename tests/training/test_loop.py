@@ -283,9 +283,9 @@ def test_no_memory_is_one_line_that_says_what_takes_less(world: Path, tmp_path: 
     )
     assert failed.returncode == 1
     last = failed.stderr.strip().splitlines()[-1]
-    assert re.match(r"error: rank \d: out of memory \(tried to allocate \d+ bytes\); lower micro_batch_size", last), (
-        last
-    )
+    assert re.match(
+        r"error: rank \d: out of memory \(tried to allocate \d+ bytes\); lower tokens_per_micro_batch", last
+    ), last
     assert "Traceback" not in failed.stderr
 
 
