@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from alsace_dist.data.rows import Answers, Candidates, EncodedRow
 from alsace_dist.errors import UserError
@@ -110,16 +110,20 @@ def score_single_tokens(score: CandidateScore, logits: Tensor, answer_ids: Tenso
 
 
 def score_sequences(
-    score: CandidateScore, hidden: Tensor, answer_ids: Tensor, counted: Tensor, head: Callable[[Tensor], Tensor]
+    score: CandidateScore,
+    hidden: Tensor,
+    answer_ids: Tensor,
+    counted: Tensor,
+    log_probs: Callable[[Tensor, Tensor], Tensor],
 ) -> Tensor:
     """Hidden states [batch * K, target, width] of a decoder -> float32 log-probabilities [batch, K].
 
     ``answer_ids``: [batch, K, target], the token that each position predicts, -100 for none; ``counted``: the positions
-    that predict one, in batch * K * target. ``head``: [positions, width] -> float32 logits [positions, vocabulary].
+    that predict one, in batch * K * target. ``log_probs``: of one token at each position, float32, from hidden states
+    [positions, width] and ids [positions].
     """
     tokens = answer_ids.flatten().index_select(0, counted)
-    logits = head(hidden.flatten(0, 1).index_select(0, counted))
-    token_log_probs = -nn.functional.cross_entropy(logits, tokens, reduction="none")
+    token_log_probs = log_probs(hidden.flatten(0, 1).index_select(0, counted), tokens)
     # index_add would not do: its order of summation, and so the last bits, vary on GPUs.
     by_position = torch.zeros(answer_ids.numel(), device=hidden.device).index_copy(0, counted, token_log_probs)
     return score.log_probs(by_position.view(answer_ids.shape).sum(dim=-1), (answer_ids != IGNORED).sum(dim=-1))

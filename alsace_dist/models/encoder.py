@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from alsace_dist.config import Pooling
 from alsace_dist.data.rows import Candidates, EncodedRow
 from alsace_dist.models.batches import IGNORED, MOST_KEPT, CandidateScore, Inputs, attention_over, pad_prompts, stack
+from alsace_dist.models.vocabulary import token_log_probs
 from alsace_dist.models.weights import Activation, Depth, Extent, Geometry
 
 XL = "xlm-roberta-xl"
@@ -63,12 +64,13 @@ class ClozeHead(nn.Module):
         self.bias = nn.Parameter(torch.empty(num_rows))
         self.rows = None if config.tie_word_embeddings else nn.Parameter(torch.empty(num_rows, config.hidden_size))
 
-    def forward(self, hidden: Tensor, rows: Tensor | None) -> Tensor:
-        """hidden [positions, width] -> float32 logits [positions, num_rows]; ``rows``: where the head has none."""
+    def forward(self, hidden: Tensor, rows: Tensor | None, places: Tensor, tokens: Tensor) -> Tensor:
+        """hidden [positions, width] -> float32 log-probabilities of tokens, in their shape. ``tokens``: rows of the
+        head; ``places``: the position that each is read at; ``rows``: where the head has none."""
         hidden = self.layer_norm(nn.functional.gelu(self.dense(hidden)))
         weight = self.rows if rows is None else rows
         assert weight is not None
-        return nn.functional.linear(hidden.float(), weight.float(), self.bias.float())
+        return token_log_probs(hidden, weight, tokens, places, self.bias)
 
 
 class ClassificationHead(nn.Module):
@@ -158,9 +160,9 @@ class ClozeScorer(Scorer):
         else:
             embedded, rows = self.embed(input_ids.flatten()), None
         hidden = self.encode(embedded.view(*input_ids.shape, -1), attention_mask)
-        log_probs = torch.log_softmax(self.head(hidden.flatten(0, 1)[masks], rows), dim=-1)
         lacks = tokens == IGNORED
-        by_token = log_probs[mask_of, tokens.clamp(min=0)].masked_fill(lacks, 0.0)
+        log_probs = self.head(hidden.flatten(0, 1)[masks], rows, mask_of, tokens.clamp(min=0))
+        by_token = log_probs.masked_fill(lacks, 0.0)
         return self.score.log_probs(by_token.sum(dim=-1), (~lacks).sum(dim=-1))
 
     def _ids(self, device: torch.device) -> Tensor:

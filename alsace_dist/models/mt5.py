@@ -23,6 +23,7 @@ from alsace_dist.errors import UserError
 from alsace_dist.models.batches import SUM, CandidateScore, attention_over
 from alsace_dist.models.decoding import CandidateForm, DecoderFamily, score_sequences, score_single_tokens
 from alsace_dist.models.family import WHOLE, Parameters
+from alsace_dist.models.vocabulary import token_log_probs
 from alsace_dist.models.weights import SOUND, Activation, Depth, Extent, Geometry, Weights, read_config
 
 HEAD = "lm_head.weight"
@@ -39,8 +40,13 @@ class CandidateHead(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_rows, d_model))
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        """hidden [batch, d_model] -> float32 logits [batch, num_rows]; bf16 logits would quantise the loss."""
+    def forward(self, hidden: Tensor, tokens: Tensor | None = None) -> Tensor:
+        """hidden [batch, d_model] -> float32 logits [batch, num_rows]; bf16 logits would quantise the loss.
+
+        With ``tokens`` [batch], rows of a whole head: float32 log-probabilities of these tokens alone, [batch].
+        """
+        if tokens is not None:
+            return token_log_probs(hidden, self.weight, tokens)
         return nn.functional.linear(hidden.float(), self.weight.float())
 
 

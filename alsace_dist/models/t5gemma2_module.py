@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from alsace_dist.config import Section
 from alsace_dist.models.batches import SUM, CandidateScore, attention_over
 from alsace_dist.models.decoding import CandidateForm, score_sequences, score_single_tokens
+from alsace_dist.models.vocabulary import token_log_probs
 from alsace_dist.models.weights import Activation, Depth, Extent, Geometry
 
 FULL, SLIDING = "full_attention", "sliding_attention"
@@ -166,14 +167,11 @@ class SharedEmbedding(nn.Module):
         self.eoi_token_index = eoi_token_index
 
     def forward(self, ids: Tensor, head_ids: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Embeddings of pieces [tokens, width], and the output head's rows of others, None: of all, in float32.
+        """Embeddings of pieces [tokens, width], and the output head's rows of others (None: of all).
 
         Both in one call, because under ZeRO-3 the weights are here only while it lasts.
         """
-        if head_ids is None:
-            rows = self.weight.to(torch.float32, copy=True)
-        else:
-            rows = nn.functional.embedding(head_ids, self.weight).float()
+        rows = self.weight.clone() if head_ids is None else nn.functional.embedding(head_ids, self.weight)
         embedded = nn.functional.embedding(ids, self.weight) * _rounded(self.weight.shape[1] ** 0.5, self.weight.dtype)
         return torch.where((ids == self.eoi_token_index)[:, None], self.eoi_embedding, embedded), rows
 
@@ -263,7 +261,11 @@ class GemmaScorer(nn.Module):
             encoded.repeat_interleave(num_candidates, dim=0),
             attention_mask.repeat_interleave(num_candidates, dim=0),
         )
-        return score_sequences(self.score, hidden, answer_ids, counted, lambda states: self._logits(states, rows))
+
+        def log_probs(states: Tensor, tokens: Tensor) -> Tensor:
+            return token_log_probs(states, rows, tokens, cap=self.cap)
+
+        return score_sequences(self.score, hidden, answer_ids, counted, log_probs)
 
     def _decode(self, embedded: Tensor, encoded: Tensor, attention_mask: Tensor) -> Tensor:
         """Last hidden states [sequences, target, width]. No mask of its own padding: it stands behind all that counts,
@@ -283,7 +285,7 @@ class GemmaScorer(nn.Module):
     def _logits(self, hidden: Tensor, rows: Tensor) -> Tensor:
         """float32 logits, for those of bf16 would quantise the loss. They are capped one by one, so that the softmax
         over some of them is the full one renormalised, too."""
-        logits = nn.functional.linear(hidden.float(), rows)
+        logits = nn.functional.linear(hidden.float(), rows.float())
         return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
 
 
