@@ -218,6 +218,7 @@ def _print_memory(config: Config, parameters: "Parameters", num_ranks: int, cons
     notes = [
         "* as configured. GB are 10^9 bytes. Sum: model states on the device; host: offloaded, in main memory.",
         "Activations come on top, and under ZeRO-3 the layers that are gathered at a time.",
+        "While a checkpoint is written, each rank has its part of it in main memory, too.",
     ]
     if config.engine.deepspeed:
         notes.append("engine.deepspeed is not considered, but for zero_optimization.reduce_bucket_size.")

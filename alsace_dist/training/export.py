@@ -13,12 +13,13 @@ from torch import Tensor
 from alsace_dist.errors import UserError
 from alsace_dist.files.manifest import MANIFEST, STARTED, FileEntry, atomic_path, file_entry, read_json, write_json
 from alsace_dist.models.family import TrainableModel
-from alsace_dist.training.engine import WEIGHT, TrainEngine
+from alsace_dist.training.engine import TrainEngine
+from alsace_dist.training.state import WEIGHT
+from alsace_dist.training.tensor_file import FILE_BYTES
 
 COPIED = (".json", ".model")  # suffixes of a model's config and tokenizer
 NOT_COPIED = (MANIFEST, STARTED)
 WEIGHTS = re.compile(r"(part-\d{5,}|model|model-\d{5,}-of-\d{5,})\.safetensors|model\.safetensors\.index\.json")
-FILE_BYTES = 4 << 30  # largest part that a rank holds in memory before it writes
 
 
 class PartWriter:
@@ -67,7 +68,7 @@ def export(directory: Path, engine: TrainEngine, model: TrainableModel, max_byte
     ranks = engine.ranks
     writer = PartWriter(directory, "part", max_bytes)
     for name in engine.parameters:
-        value = engine.state(name)[WEIGHT]  # collective: ranks that do not write take part
+        value = engine.state(name, (WEIGHT,))[WEIGHT]  # collective: ranks that do not write take part
         if ranks.is_main:
             writer.add(model.exported(name, value))
 

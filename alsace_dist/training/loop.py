@@ -1,7 +1,6 @@
 """The one training loop: batch, step, log, save. What is trained, and on what, is a ``Training``."""
 
 import math
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -23,6 +22,7 @@ from alsace_dist.training import checkpoint
 from alsace_dist.training.engine import TrainEngine, load_module
 from alsace_dist.training.export import COPIED, WEIGHTS, export
 from alsace_dist.training.losses import MicroBatch
+from alsace_dist.training.saving import Saver
 from alsace_dist.training.settings import every_backward_is_collective
 
 CHECKPOINTS = "checkpoints"
@@ -110,10 +110,11 @@ def run(training: Training, ranks: Ranks) -> int:
     steps = range(first, num_steps)
     monitor = TrainingMonitor(training.kind, directory, training.tensorboard, section, steps, ranks)
     watchdog = Watchdog(ranks, directory, training.engine.hang_limit())
+    kept = directory / CHECKPOINTS, engine, training.fingerprint, section.keep_checkpoints
+    saver = Saver(*kept, watchdog, monitor.checkpoint)
     with monitor, watchdog:
         batches = stream.batches(first, num_steps, lambda step, batch: _micro_batches(training, batch, ranks))
         for step in steps:
-            begin = time.monotonic()
             watchdog.beat(f"the data of step {step + 1}")
             with monitor.waiting():
                 parts = next(batches)
@@ -127,13 +128,15 @@ def run(training: Training, ranks: Ranks) -> int:
             num_tokens = sum(part.num_tokens for part in parts), sum(part.num_padded_tokens for part in parts)
             monitor.step(done, sums, num_tokens, rate, engine.gradient_norm)
             watchdog.beat(f"the checkpoint after step {done}")
-            (stop,) = ranks.any_rank(ranks.stop.is_set)
+            stop, is_writing = ranks.any_rank(ranks.stop.is_set, saver.is_writing)
+            if not is_writing:
+                saver.finish()
             if done < num_steps and (stop or done % section.checkpoint_every_steps == 0):
-                trained = time.monotonic()
-                checkpoint.save(directory / CHECKPOINTS, engine, done, training.fingerprint, section.keep_checkpoints)
-                monitor.checkpoint(done, trained - begin, time.monotonic() - trained)
+                saver.begin(done)
             if stop and done < num_steps:
+                saver.finish()
                 raise Stopped(f"{training.kind}: stopped after step {done} of {num_steps}; a checkpoint is written")
+        saver.finish()
     _export(training, engine)
     return num_steps
 
@@ -158,8 +161,7 @@ def _start(training: Training, ranks: Ranks) -> tuple[TrainEngine, int]:
     if found:
         checkpoint.load(found[0], engine, found[1])
         return engine, found[1]
-    for name in engine.parameters:  # DeepSpeed made the float32 copies from rounded weights
-        engine.load_weight(name, training.model.initial_value(name))
+    engine.load_initial(training.model)
     return engine, 0
 
 

@@ -14,7 +14,7 @@ from alsace_dist.data.rows import Example, Part, Row, answers_of
 from alsace_dist.models.family import Family, Options, open_model
 from alsace_dist.models.weights import Weights
 from alsace_dist.ranks.group import Ranks
-from alsace_dist.training import engine
+from alsace_dist.training import engine, state
 from alsace_dist.training.export import export
 from alsace_dist.training.losses import FrozenTargetLoss
 
@@ -55,8 +55,7 @@ def load(
         module.get_parameter(name).requires_grad_(False)
     section = DistillConfig(num_steps=3, global_batch_size=10, learning_rate=1e-2)
     trained = engine.TrainEngine(module, config, section, group)
-    for name in trained.parameters:
-        trained.load_weight(name, model.initial_value(name))
+    trained.load_initial(model)
     return trained, model
 
 
@@ -110,15 +109,15 @@ def train(
         total = trained.step([loss_of(model, chunk, group) for chunk in chunks], 1e-3)["loss"]
         losses.append(group.sum(float(total))[0] / 10)
     hook.remove()
-    state = {}
+    numbers = {}
     for name in trained.parameters:
         tensors = trained.state(name)
-        state[name] = [float(tensors[key].norm()) for key in sorted(tensors)] + [float(tensors["weight"].sum())]
+        numbers[name] = [float(tensors[key].norm()) for key in sorted(tensors)] + [float(tensors["weight"].sum())]
     moved = {}
     for name, parameter in trained.engine.module.named_parameters():
-        with engine.gathered(parameter, EngineConfig(**engine_settings)):
+        with tiny.gathered(parameter):
             moved[name] = float((parameter.detach().float().cpu() - model.initial_value(name)).abs().max())
-    result = {"losses": losses, "state": state, "norm": trained.gradient_norm()}
+    result = {"losses": losses, "state": numbers, "norm": trained.gradient_norm()}
     return result | {"moved": moved, "num_calls": len(calls)}
 
 
@@ -200,9 +199,9 @@ def what_is_missing(group: Ranks) -> list[str]:
         fp16_groups = ()
         single_partition_of_fp32_groups = ()
 
-    assert engine.private(Wrapped(), "gone", "fp16_groups") == ()
+    assert state.private(Wrapped(), "gone", "fp16_groups") == ()
     said = []
-    for layout in engine._STATES.values():
+    for layout in state.LAYOUTS.values():
         with pytest.raises(RuntimeError) as caught:
             layout(Wrapped(), optimizer, {}, group)
         said.append(str(caught.value))
