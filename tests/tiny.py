@@ -286,9 +286,9 @@ _GROUPS: dict[int, Ranks] = {}
 
 def gathered(parameter: torch.nn.Parameter) -> AbstractContextManager[Any]:
     """Context in which a parameter of an engine is whole. Collective under ZeRO-3."""
-    from deepspeed.zero import GatheredParameters
+    import deepspeed
 
-    return GatheredParameters(parameter) if hasattr(parameter, "ds_id") else nullcontext()
+    return deepspeed.zero.GatheredParameters(parameter) if hasattr(parameter, "ds_id") else nullcontext()
 
 
 def run_ranks(function: Callable[..., Any], world_size: int, **arguments: Any) -> list[Any]:

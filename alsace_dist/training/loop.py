@@ -1,7 +1,7 @@
 """The one training loop: batch, step, log, save. What is trained, and on what, is a ``Training``."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -9,11 +9,11 @@ from typing import Any, Protocol
 
 import torch
 
-from alsace_dist.config import EngineConfig, TrainConfig
+from alsace_dist.config import EngineConfig, ExportType, TrainConfig
 from alsace_dist.data.stream import PASS_COST, REDUCTION_COST, CanonicalOrder, TrainStream, micro_batches
 from alsace_dist.errors import Stopped, UserError
 from alsace_dist.files.layout import MODEL
-from alsace_dist.files.manifest import remove_own
+from alsace_dist.files.manifest import FileEntry, remove_own
 from alsace_dist.models.family import TrainableModel
 from alsace_dist.monitor.training import TrainingMonitor
 from alsace_dist.ranks.group import Ranks
@@ -62,6 +62,7 @@ class Training:
     fingerprint: dict[str, Any]
     model: TrainableModel
     examples: Examples
+    export_type: ExportType = "float32"
 
 
 def learning_rate(section: TrainConfig, step: int, num_steps: int) -> float:
@@ -92,8 +93,9 @@ def num_steps_of(section: TrainConfig, order: CanonicalOrder) -> int:
     return num_steps
 
 
-def run(training: Training, ranks: Ranks) -> int:
-    """Train to the end, or until a stop is agreed; the result is ``directory/model``. Returns the number of steps.
+def run(training: Training, ranks: Ranks) -> tuple[int, dict[str, FileEntry]]:
+    """Train to the end, or until a stop is agreed; the result is ``directory/model``. Returns the number of steps and,
+    on rank 0, the model's files of weights.
 
     Goes on from the newest checkpoint that verifies. Raises ``Stopped`` after a checkpoint if a rank was asked to stop.
     """
@@ -137,8 +139,7 @@ def run(training: Training, ranks: Ranks) -> int:
                 saver.finish()
                 raise Stopped(f"{training.kind}: stopped after step {done} of {num_steps}; a checkpoint is written")
         saver.finish()
-    _export(training, engine)
-    return num_steps
+    return num_steps, _export(training, engine)
 
 
 def drop_checkpoints(directory: Path) -> None:
@@ -146,9 +147,10 @@ def drop_checkpoints(directory: Path) -> None:
     checkpoint.drop(directory / CHECKPOINTS)
 
 
-def model_files(directory: Path) -> list[Path]:
-    """The files of a finished training's model, for its manifest."""
-    return sorted(path for path in (directory / MODEL).iterdir() if path.suffix in (*COPIED, ".safetensors"))
+def other_files(directory: Path, weights: Collection[str]) -> list[Path]:
+    """The files of a finished training's model beside those of weights, for its manifest."""
+    files = sorted((directory / MODEL).iterdir())
+    return [path for path in files if path.suffix in (*COPIED, ".safetensors") and path.name not in weights]
 
 
 def _start(training: Training, ranks: Ranks) -> tuple[TrainEngine, int]:
@@ -190,8 +192,8 @@ def _enough_for_all_ranks(
     return parts
 
 
-def _export(training: Training, engine: TrainEngine) -> None:
+def _export(training: Training, engine: TrainEngine) -> dict[str, FileEntry]:
     model = training.directory / MODEL
     # A start that was killed while exporting may have left parts.
     engine.ranks.main_first(lambda: remove_own(model, WEIGHTS))
-    export(model, engine, training.model)
+    return export(model, engine, training.model, training.export_type)
