@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from alsace_dist import pipeline
-from alsace_dist.config import Config, EngineConfig, Mode, Split, TrainConfig
+from alsace_dist.config import Config, EngineConfig, ExportType, Mode, Split, TrainConfig
 from alsace_dist.data.rows import answers_of
 from alsace_dist.data.stream import CanonicalOrder
 from alsace_dist.errors import UserError
@@ -197,9 +197,9 @@ def checkpoint_bytes(parameters: "Parameters", section: TrainConfig) -> int:
     return parameters.trained(section.freeze_vocabulary) * (12 if section.optimizer == "adamw" else 4)
 
 
-def model_bytes(parameters: "Parameters") -> int:
-    """Size of an exported model: all parameters in float32, the whole output head included."""
-    return 4 * parameters.total
+def model_bytes(parameters: "Parameters", dtype: ExportType = "float32") -> int:
+    """Size of an exported model: all parameters, the whole output head included."""
+    return (4 if dtype == "float32" else 2) * parameters.total
 
 
 def _print_memory(config: Config, parameters: "Parameters", num_ranks: int, console: "Console") -> None:
@@ -218,6 +218,7 @@ def _print_memory(config: Config, parameters: "Parameters", num_ranks: int, cons
     notes = [
         "* as configured. GB are 10^9 bytes. Sum: model states on the device; host: offloaded, in main memory.",
         "Activations come on top, and under ZeRO-3 the layers that are gathered at a time.",
+        "While a checkpoint is written, each rank has its part of it in main memory, too.",
     ]
     if config.engine.deepspeed:
         notes.append("engine.deepspeed is not considered, but for zero_optimization.reduce_bucket_size.")
@@ -257,7 +258,9 @@ def _memory_row(
 
 def _print_disk(config: Config, parameters: "Parameters", console: "Console") -> None:
     trainings = _training_stages(config)
-    rows = [["exported model", _gigabytes(model_bytes(parameters)), f"{len(trainings)} in the end"]]
+    rows = [
+        ["exported model", _gigabytes(model_bytes(parameters, config.export.dtype)), f"{len(trainings)} in the end"]
+    ]
     for module in (finetune, distill):
         if any(stage.module is module for stage, _ in trainings):
             section = module.section_of(config)

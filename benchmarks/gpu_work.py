@@ -232,8 +232,7 @@ def training(
     """
     trained = TrainEngine(weights.load(config, group, section.freeze_vocabulary), config, section, group)
     try:
-        for name in trained.parameters:
-            trained.load_weight(name, weights.initial_value(name))
+        trained.load_initial(weights)
         if row and row.states_bytes is None:
             take_peak(group.device)
             shortest = min(examples, key=lambda example: len(example.row.input_ids))

@@ -180,6 +180,7 @@ def test_scoring_and_disk_by_hand() -> None:
     assert scoring_memory(THOUSAND, EngineConfig(zero_stage=3), 4) == 500
     assert scoring_memory(THOUSAND, EngineConfig(zero_stage=0, dtype="fp32"), 4) == 4000
     assert model_bytes(THOUSAND) == 4 * 1400
+    assert model_bytes(THOUSAND, "bf16") == 2 * 1400
     assert checkpoint_bytes(THOUSAND, SECTION) == 12000
     assert checkpoint_bytes(THOUSAND, SECTION.model_copy(update={"freeze_vocabulary": True})) == 12 * 600
 

@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -284,6 +284,13 @@ class Ranks:
 
 
 _GROUPS: dict[int, Ranks] = {}
+
+
+def gathered(parameter: torch.nn.Parameter) -> AbstractContextManager[Any]:
+    """Context in which a parameter of an engine is whole. Collective under ZeRO-3."""
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(parameter) if hasattr(parameter, "ds_id") else nullcontext()
 
 
 def run_ranks(function: Callable[..., Any], world_size: int, **arguments: Any) -> list[Any]:

@@ -3,6 +3,7 @@
 from alsace_dist.config.base import Count, Fraction, Section, Split
 from alsace_dist.config.data import ColumnsConfig, DataConfig, InputConfig
 from alsace_dist.config.engine import EngineConfig, KeysOf, RawSection
+from alsace_dist.config.export import ExportConfig, ExportType
 from alsace_dist.config.model import Masks, Mode, ModelConfig, NanoConfig, Pooling
 from alsace_dist.config.run import METHODS, Config
 from alsace_dist.config.selection import OPTION_OF, EvaluateConfig, Rule, ScoreConfig, SelectConfig, Sharding
@@ -30,6 +31,8 @@ __all__ = [
     "DistillConfig",
     "EngineConfig",
     "EvaluateConfig",
+    "ExportConfig",
+    "ExportType",
     "FinetuneConfig",
     "Fraction",
     "InputConfig",

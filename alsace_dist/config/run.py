@@ -9,6 +9,7 @@ from alsace_dist.config import prompts
 from alsace_dist.config.base import LocalDirectory, Section
 from alsace_dist.config.data import DataConfig
 from alsace_dist.config.engine import EngineConfig
+from alsace_dist.config.export import ExportConfig
 from alsace_dist.config.model import ModelConfig
 from alsace_dist.config.selection import EvaluateConfig, ScoreConfig, SelectConfig
 from alsace_dist.config.task import TaskConfig
@@ -58,6 +59,7 @@ class Config(Section):
     score: ScoreConfig = ScoreConfig()
     select: SelectConfig = SelectConfig()
     distill: DistillConfig = DistillConfig()
+    export: ExportConfig = ExportConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     variants: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")], dict[str, Any]] = {}
     """Name -> settings laid over this config (method, rounds, select, distill, evaluate): an ablation that shares

@@ -229,9 +229,9 @@ class MT5(DecoderFamily):
         if name == "head.weight":
             key = head_key(self.weights)
             if self.head_rows is None:
-                return self.weights.tensor(key)[part].float()
+                return self.weights.tensor(key, part).float()
             return self.weights.rows(key, self.head_rows[part]).float()
-        return self.weights.tensor(name.removeprefix("body."))[part].float()
+        return self.weights.tensor(name.removeprefix("body."), part).float()
 
     def exported(self, name: str, value: Tensor) -> dict[str, Tensor]:
         if name != "head.weight":

@@ -120,7 +120,7 @@ class T5Gemma2(DecoderFamily):
         return []
 
     def initial_value(self, name: str, part: slice = WHOLE) -> Tensor:
-        return self.weights.tensor(self._key(name))[part].float()
+        return self.weights.tensor(self._key(name), part).float()
 
     def exported(self, name: str, value: Tensor) -> dict[str, Tensor]:
         return {self._key(name): value}

@@ -88,18 +88,21 @@ class Weights:
         """Names of all tensors."""
         return set(self._files)
 
-    def tensor(self, key: str) -> Tensor:
-        """One tensor, on the CPU. Raises ``UserError`` if the file is broken."""
+    def tensor(self, key: str, part: slice = slice(None)) -> Tensor:
+        """One tensor, or part of its first dimension, on the CPU; of safetensors no more is read.
+
+        Raises ``UserError`` if the file is broken.
+        """
         name = self._files[key]
         if name.endswith(".bin"):
             found = self._load_torch(name)
             if not isinstance(found, dict) or not isinstance(found.get(key), Tensor):
                 raise self._missing(key)
-            return self._checked(key, found[key])
+            return self._checked(key, found[key] if part == slice(None) else found[key][part])
         with _open_safetensors(self.directory / name) as opened:
             if key not in opened.keys():  # noqa: SIM118 (not a mapping)
                 raise self._missing(key)
-            tensor: Tensor = opened.get_tensor(key)
+            tensor: Tensor = opened.get_tensor(key) if part == slice(None) else opened.get_slice(key)[part]
         return self._checked(key, tensor)
 
     def _checked(self, key: str, tensor: Tensor) -> Tensor:

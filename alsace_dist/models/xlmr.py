@@ -348,7 +348,7 @@ class XLMR(Family):
     def _rows(self, key: str, part: slice) -> Tensor:
         """Of a tensor with a row for each piece of the vocabulary, the rows that the head scores."""
         if isinstance(self._vocabulary, range):
-            return self.weights.tensor(key)[part].float()
+            return self.weights.tensor(key, part).float()
         return self.weights.rows(key, self._vocabulary[part]).float()
 
     def initial_value(self, name: str, part: slice = WHOLE) -> Tensor:
@@ -356,7 +356,7 @@ class XLMR(Family):
             return self._new_head[name][part]
         if name in PARTIAL:
             return self._rows(self._key(name), part)
-        return self.weights.tensor(self._key(name))[part].float()
+        return self.weights.tensor(self._key(name), part).float()
 
     def exported(self, name: str, value: Tensor) -> dict[str, Tensor]:
         key = self._exported_key(name)

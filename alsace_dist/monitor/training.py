@@ -33,6 +33,7 @@ class TrainingMonitor:
         self.kind, self.directory, self.tensorboard = kind, directory, tensorboard
         self.section, self.steps, self.ranks = section, steps, ranks
         self._lead = LeadCheck()
+        self._last_step, self._step_seconds = time.monotonic(), 0.0
         self._stack = ExitStack()
         self._reset()
 
@@ -42,6 +43,7 @@ class TrainingMonitor:
             note_position(f"step {first}")
         self._writer = ScalarWriter(self.directory, self.tensorboard, first, is_main)
         self._stack.callback(self._writer.close)
+        self._last_step = time.monotonic()
         self._advance = self._stack.enter_context(progress(self.kind, self.directory, last, first, is_main))
         self._reset()
         return self
@@ -69,6 +71,7 @@ class TrainingMonitor:
         ``sums``: this rank's sums over the step's examples, by the name of their scalar. ``num_tokens``: encoder tokens
         of this rank, without and with padding. Raises ``UserError`` if the loss is not a number.
         """
+        self._step_seconds, self._last_step = time.monotonic() - self._last_step, time.monotonic()
         self._num_steps += 1
         self._num_tokens += num_tokens[0]
         self._num_padded += num_tokens[1]
@@ -80,12 +83,12 @@ class TrainingMonitor:
             note = f"loss {values['loss']:.4f}"
         self._advance(1, note)
 
-    def checkpoint(self, num_done: int, step_seconds: float, save_seconds: float) -> None:
-        """A checkpoint is written: seconds that the step before it took, and the checkpoint itself."""
+    def checkpoint(self, num_done: int, save_seconds: float) -> None:
+        """The checkpoint after so many steps is written, and that took so long."""
         if self.ranks.is_main:
             note_position(f"step {num_done}")
-            what = f"{self.kind}: a step ({step_seconds:.1f} s) and a checkpoint ({save_seconds:.1f} s)"
-            self._lead(step_seconds + save_seconds, what)
+            what = f"{self.kind}: a step ({self._step_seconds:.1f} s) and a checkpoint ({save_seconds:.1f} s)"
+            self._lead(self._step_seconds + save_seconds, what)
 
     def _reset(self) -> None:
         self._start = time.monotonic()

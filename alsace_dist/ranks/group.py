@@ -105,6 +105,14 @@ class Ranks:
         dist.broadcast_object_list(values, src=0, group=self.control)
         return values[0]
 
+    def to_main(self, value: Any) -> list[Any] | None:
+        """A JSON-like value of every rank, in rank order, on rank 0; None on the others. Collective."""
+        import torch.distributed as dist
+
+        values: list[Any] | None = [None] * self.world_size if self.is_main else None
+        dist.gather_object(value, values, dst=0, group=self.control)
+        return values
+
     def barrier(self) -> None:
         """Wait for every rank. Collective."""
         import torch.distributed as dist
@@ -116,8 +124,18 @@ class Ranks:
 
         Rank 0 raises the error itself; the other ranks ``PeerFailed``, which names rank 0.
         """
+        self._agreed(action if self.is_main else None, "rank 0 failed")
+
+    def each(self, action: Callable[[], Any]) -> None:
+        """Run ``action`` on every rank; if it fails on any, every rank raises. Collective.
+
+        Ranks on which it failed raise their own error; the other ranks ``PeerFailed``.
+        """
+        self._agreed(action, "another rank failed")
+
+    def _agreed(self, action: Callable[[], Any] | None, otherwise: str) -> None:
         error: Exception | None = None
-        if self.is_main:
+        if action is not None:
             try:
                 action()
             except Exception as caught:
@@ -126,7 +144,7 @@ class Ranks:
         if error is not None:
             raise error
         if failed:
-            raise PeerFailed("rank 0 failed")
+            raise PeerFailed(otherwise)
 
     def own_name(self, text: str) -> str:
         """A name for the process group's store that no earlier call has given out. Collective."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from alsace_dist import __version__
-from alsace_dist.config import NOT_IN_FINGERPRINT, Config, EngineConfig, Split, TrainConfig
+from alsace_dist.config import NOT_IN_FINGERPRINT, Config, EngineConfig, ExportType, Split, TrainConfig
 from alsace_dist.data.rows import answers_of
 from alsace_dist.errors import NotReady, UserError
 from alsace_dist.files import manifest
@@ -201,7 +201,13 @@ def checked_model(stage: Stage, round_: int, ranks: Ranks) -> Path:
     """
     if (output := model_after(stage.config, stage.layout, round_)) is None:
         return _given_model(stage.config)
-    ranks.main_first(lambda: manifest.verify_files(output.directory, output.manifest()))
+    found = output.manifest()
+
+    def verify() -> None:
+        for name in sorted(found.files)[ranks.rank :: ranks.world_size]:
+            manifest.verify_file(output.directory, found, name)
+
+    ranks.each(verify)
     return output.directory / MODEL
 
 
@@ -225,6 +231,12 @@ def options_fingerprint(config: Config) -> dict[str, Any]:
     """How a model is to score, as far as a config says; nothing where it says nothing."""
     options = config.model.model_dump(mode="json", include={"mode", "pooling", "masks"}, exclude_defaults=True)
     return {"model_options": options} if options else {}
+
+
+def export_fingerprint(config: Config) -> dict[str, Any]:
+    """How a model is to be written, as far as a config says; nothing where it says nothing."""
+    settings = config.export.model_dump(mode="json", exclude_defaults=True)
+    return {"export": settings} if settings else {}
 
 
 def _given_model(config: Config) -> Path:
@@ -262,7 +274,7 @@ def training_fingerprint(stage: Stage, section: TrainConfig, model: dict[str, An
         "seed": config.seed,
         "model": model,
         "code": __version__,
-    } | options_fingerprint(config)
+    } | (options_fingerprint(config) | export_fingerprint(config))
 
 
 def train(stage: Stage, section: TrainConfig, model: "TrainableModel", examples: "Examples", ranks: Ranks) -> None:
@@ -270,7 +282,8 @@ def train(stage: Stage, section: TrainConfig, model: "TrainableModel", examples:
     output = only(stage.outputs)
     fingerprint = stage.fingerprint(output)
     ranks.main_first(lambda: manifest.begin(output.directory, output.kind, fingerprint))
-    run_training(stage, section, stage.config.engine, fingerprint, model, examples, ranks)
+    config = stage.config
+    run_training(stage, section, config.engine, fingerprint, model, examples, ranks, config.export.dtype)
 
 
 def run_training(
@@ -281,6 +294,7 @@ def run_training(
     model: "TrainableModel",
     examples: "Examples",
     ranks: Ranks,
+    export_type: ExportType = "float32",
 ) -> None:
     """The same for an output that is begun already, with an engine of the stage's own."""
     from alsace_dist.training import loop
@@ -296,12 +310,14 @@ def run_training(
         fingerprint=fingerprint,
         model=model,
         examples=examples,
+        export_type=export_type,
     )
-    num_steps = loop.run(training, ranks)
+    num_steps, weights = loop.run(training, ranks)
 
     def complete() -> None:
-        files = loop.model_files(directory)
-        manifest.write_manifest(directory, kind, fingerprint, files, {"num_steps": num_steps})
+        files = loop.other_files(directory, weights)
+        entries = {f"{MODEL}/{name}": entry for name, entry in weights.items()}
+        manifest.write_manifest(directory, kind, fingerprint, files, {"num_steps": num_steps}, entries)
         loop.drop_checkpoints(directory)
 
     ranks.main_first(complete)

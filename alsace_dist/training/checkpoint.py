@@ -1,67 +1,64 @@
 """Checkpoints for training: free of world size and ZeRO stage.
 
-A checkpoint is a directory ``step-00000042`` of safetensors files (per trainable parameter the float32 weight and the
-optimizer's moments, whole) and a manifest. It holds nothing of the ZeRO stage or the world size, so a run may go on
-with others; and nothing that is executed on loading, as DeepSpeed's pickles are.
+A checkpoint is a directory ``step-00000042`` of safetensors files, an index and a manifest. Each rank has written files
+of its own with slices of the flattened parameters: the float32 weights and the optimizer's moments of the elements that
+were its own. The index says which file holds which elements. So any number of ranks at any ZeRO stage finds what it
+holds of them, whatever wrote them; and nothing is executed on loading, as DeepSpeed's pickles are. ``saving`` writes
+checkpoints.
 """
 
 import json
 import re
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import Field
 from torch import Tensor
 
+from alsace_dist.config import Section
+from alsace_dist.config_file import validate
 from alsace_dist.errors import UserError
-from alsace_dist.files.manifest import MANIFEST, Manifest, load_manifest, remove_own, verify_file, write_manifest
+from alsace_dist.files.manifest import MANIFEST, Manifest, load_manifest, read_json, remove_own, verify_file
 from alsace_dist.ranks.group import Ranks
 from alsace_dist.reading import shorten
-from alsace_dist.training.engine import WEIGHT, TrainEngine
-from alsace_dist.training.export import PartWriter
+from alsace_dist.training.engine import TrainEngine
+from alsace_dist.training.state import SQUARES, WEIGHT, shape_of
 
 KIND = "checkpoint"
+INDEX = "slices.json"
+OWN_FILES = re.compile(r"rank\d{5,}-\d{5,}\.safetensors|slices\.json")
+START_OVER = "delete it to start over"
 _STEP = re.compile(r"step-\d{8,}")
-_PART = re.compile(r"rank\d{5,}-\d{5,}\.safetensors")
+
+_Number = Annotated[int, Field(strict=True, ge=0)]
+# Elements of a parameter: its number in the index, the first element, how many.
+Slice = tuple[_Number, _Number, _Number]
 
 
-def save(directory: Path, engine: TrainEngine, step: int, fingerprint: dict[str, Any], keep: int) -> None:
-    """Write a checkpoint after ``step`` optimizer steps and delete all but it and the ``keep - 1`` before. Collective.
+class Index(Section):
+    """Where a checkpoint's elements are. ``parameters``: names and shapes. ``files``: the slices of each file, in the
+    order in which they stand in its flat tensors, one for the weights and one for each of the optimizer's moments."""
 
-    Parameters are gathered one at a time; each rank keeps and writes its share.
-    """
-    ranks = engine.ranks
-    target = directory / f"step-{step:08d}"
-    writer = PartWriter(target, f"rank{ranks.rank:05d}")
-    loads = [0] * ranks.world_size
-    for name, parameter in engine.parameters.items():
-        owner = loads.index(min(loads))
-        loads[owner] += getattr(parameter, "ds_numel", parameter.numel())
-        tensors = engine.state(name)  # collective: ranks that do not keep the tensors take part
-        if owner == ranks.rank:
-            writer.add({f"{name}/{key}": value for key, value in tensors.items()})
-    writer.flush()
-    entries = {name: entry for part in ranks.gather(writer.entries) for name, entry in part.items()}
+    parameters: list[tuple[str, list[_Number]]]
+    files: dict[str, list[Slice]]
 
-    def finish() -> None:
-        write_manifest(target, KIND, fingerprint, [], {"step": step}, entries)
-        # Checkpoints of later steps are broken: ``newest`` skipped them. They go, too.
-        kept = [path for path in _steps(directory) if path <= target][:keep]
-        for old in set(_directories(directory)) - set(kept):
-            remove_own(old, _PART)
-
-    ranks.main_first(finish)
+    def name_of(self, one: Slice) -> str:
+        """Name of the parameter that a slice is of."""
+        return self.parameters[one[0]][0]
 
 
 def drop(directory: Path) -> None:
     """Delete all checkpoints of a training that is complete."""
-    for path in _directories(directory):
-        remove_own(path, _PART)
+    for path in directories(directory):
+        remove_own(path, OWN_FILES)
     with suppress(OSError):  # there was none, or a person keeps something there
         directory.rmdir()
 
 
-def _directories(directory: Path) -> list[Path]:
+def directories(directory: Path) -> list[Path]:
     """Checkpoints, finished or not, newest first. A copy that a person has made under another name is none of them."""
     found = directory.iterdir() if directory.is_dir() else ()
     return sorted(
@@ -69,9 +66,9 @@ def _directories(directory: Path) -> list[Path]:
     )
 
 
-def _steps(directory: Path) -> list[Path]:
+def finished(directory: Path) -> list[Path]:
     """Checkpoints that were finished, newest first."""
-    return [path for path in _directories(directory) if (path / MANIFEST).exists()]
+    return [path for path in directories(directory) if (path / MANIFEST).exists()]
 
 
 def newest(directory: Path, fingerprint: dict[str, Any], ranks: Ranks) -> tuple[Path, int] | None:
@@ -80,10 +77,14 @@ def newest(directory: Path, fingerprint: dict[str, Any], ranks: Ranks) -> tuple[
     Raises ``UserError`` if there are checkpoints but none that verifies: starting over must be a person's decision.
     """
     problems: list[str] = []
-    for path in ranks.from_main(_steps(directory)):
+    remedy = "restore the file"
+    for path in ranks.from_main(finished(directory)):
         problem = ""
         try:
             manifest = load_manifest(path, KIND)
+            if INDEX not in manifest.files:
+                remedy = remedy if problems else "finish the training with that version"
+                raise UserError(f"{path}: was written by an older alsace_dist, in a format that this one does not read")
             if manifest.fingerprint != json.loads(json.dumps(fingerprint)):
                 raise UserError(f"{path}: of another configuration; delete {directory}")
             for name in sorted(manifest.files)[ranks.rank :: ranks.world_size]:
@@ -96,7 +97,7 @@ def newest(directory: Path, fingerprint: dict[str, Any], ranks: Ranks) -> tuple[
             return path, step
         problems += found
     if problems:
-        raise UserError(f"{problems[0]}; restore the file, or delete {directory} to train from the start")
+        raise UserError(f"{problems[0]}; {remedy}, or delete {directory} to train from the start")
     return None
 
 
@@ -109,47 +110,117 @@ def step_of(path: Path, manifest: Manifest) -> int:
 
 
 def load(path: Path, engine: TrainEngine, step: int) -> None:
-    """Set an engine to a checkpoint that ``newest`` found, whatever wrote it. Collective under ZeRO-3."""
-    manifest: Manifest = load_manifest(path, KIND)
-    where: dict[str, dict[str, Any]] = {}
-    opened = [_open(path / name) for name in manifest.files]
-    for file in opened:
-        for key in file.keys():  # noqa: SIM118 (not a mapping)
-            name, _, part = key.rpartition("/")
-            where.setdefault(name, {})[part] = file
-    if where.keys() != engine.parameters.keys():
-        different = sorted(where.keys() ^ engine.parameters.keys())
-        raise UserError(f"{path}: its parameters are not the model's (first: {different[0]}); delete it to start over")
-    for name, parameter in engine.parameters.items():
-        state = {part: file.get_tensor(f"{name}/{part}") for part, file in where[name].items()}
-        if problem := problem_of(state, tuple(getattr(parameter, "ds_shape", parameter.shape)), engine.moments):
-            raise UserError(f"{path}: {name} {problem}; delete it to start over")
-        engine.load_weight(name, state.pop(WEIGHT))
-        engine.load_moments(name, state)
+    """Set an engine to a checkpoint that ``newest`` found, whatever wrote it. Collective.
+
+    Each rank reads the elements that it holds, and no others. Raises ``UserError`` on every rank if a rank finds what
+    no training has left.
+    """
+    engine.ranks.each(lambda: _load(path, engine))
     engine.set_num_steps(step)
 
 
-def problem_of(state: dict[str, Tensor], shape: tuple[int, ...], moments: tuple[str, ...] | None) -> str:
-    """What is wrong with one parameter's weight and moments, in words; empty if nothing is.
+def _load(path: Path, engine: TrainEngine) -> None:
+    shapes = {name: list(shape_of(parameter)) for name, parameter in engine.parameters.items()}
+    index = validate(Index, read_json(path / INDEX), f"{path / INDEX}: ", START_OVER)
+    check_index(index, shapes, path / INDEX)
+    if index.files.keys() != load_manifest(path, KIND).files.keys() - {INDEX}:  # verified, and of this directory
+        _refuse(path / INDEX, "", f"lists other files than {MANIFEST}")
+    keys = (WEIGHT, *(engine.moments or ()))
+    held = {name: {key: engine.layout.range_of(name, key) for key in keys} for name in shapes}
+    engine.layout.release()
+    for name, slices in index.files.items():
+        if any(_shared(held[index.name_of(one)][key], one) for one in slices for key in keys):
+            _load_file(path / name, index, slices, held, engine)
 
-    ``moments``: the names of the optimizer's moments, which have the weight's shape; None: shapes of their own.
-    """
-    if WEIGHT not in state or (moments is not None and state.keys() != {WEIGHT, *moments}):
-        return f"has {', '.join(sorted(state))}, not {', '.join((WEIGHT, *(moments or ())))}"
-    for part, value in state.items():
-        if tuple(value.shape) != shape and (part == WEIGHT or moments is not None):
-            return f"has another shape than the model's ({part}: {tuple(value.shape)}, not {shape})"
-        if not value.is_floating_point() or not bool(value.isfinite().all()):
-            return f"holds what is no finite number ({part}, {str(value.dtype).removeprefix('torch.')})"
-    if moments is not None and bool((state[moments[-1]] < 0).any()):
-        return f"has squares below 0 ({moments[-1]})"
+
+def _load_file(
+    path: Path, index: "Index", slices: "list[Slice]", held: dict[str, dict[str, tuple[int, int]]], engine: TrainEngine
+) -> None:
+    """Read of one file what this rank holds; of Adafactor's moments, which all ranks hold whole, all there are."""
+    with open_file(path, engine.moments, sum(one[2] for one in slices)) as file:
+        position = 0  # of the slice within the file's flat tensors
+        for one in slices:
+            _, offset, numel = one
+            name = index.name_of(one)
+            for key, range_ in held[name].items():
+                if shared := _shared(range_, one):
+                    start, end = shared
+                    values = file.get_slice(key)[position + start - offset : position + end - offset]
+                    _refuse(path, f"{name}/{key}", problem_of(key, values))
+                    engine.layout.put(name, key, start, values)
+            position += numel
+        extras: dict[str, dict[str, Tensor]] = {}
+        for key in file.keys():  # noqa: SIM118 (not a mapping)
+            name, slash, part = key.rpartition("/")
+            if slash:
+                extras.setdefault(name, {})[part] = file.get_tensor(key)
+                _refuse(path, key, problem_of(part, extras[name][part]))
+        for name, values in extras.items():
+            _refuse(path, name, "is no parameter of the model" if name not in engine.parameters else "")
+            engine.layout.put_extras(name, values)
+
+
+def _shared(range_: tuple[int, int], one: "Slice") -> tuple[int, int] | None:
+    """The elements that are in a range and in a slice."""
+    start, end = max(range_[0], one[1]), min(range_[1], one[1] + one[2])
+    return (start, end) if start < end else None
+
+
+def _refuse(path: Path, what: str, problem: str) -> None:
+    if problem:
+        raise UserError(f"{path}: {f'{what} ' if what else ''}{problem}; {START_OVER}")
+
+
+def check_index(index: "Index", shapes: Mapping[str, list[int]], path: Path) -> None:
+    """Raises ``UserError`` unless the index is of parameters of these names and shapes, and has each element once."""
+    found = dict(index.parameters)
+    if different := sorted(found.keys() ^ shapes.keys()) or sorted(
+        name for name in shapes if found[name] != shapes[name]
+    ):
+        name = different[0]
+        what = f"{name}: {found.get(name, 'not there')}, not {shapes.get(name, 'there')}"
+        raise UserError(f"{path}: its parameters are not the model's ({what}); {START_OVER}")
+    reached = [0] * len(index.parameters)
+    for number, offset, numel in sorted(one for slices in index.files.values() for one in slices):
+        if number >= len(reached) or offset != reached[number]:
+            break
+        reached[number] += numel
+    else:
+        if reached == [prod(shape) for _, shape in index.parameters]:
+            return
+    raise UserError(f"{path}: does not have each element of each parameter once; {START_OVER}")
+
+
+def problem_of(key: str, values: Tensor) -> str:
+    """What is wrong with elements of a weight or of a moment, in words; empty if nothing is."""
+    if not bool(values.isfinite().all()):
+        return "holds what is no finite number"
+    if key == SQUARES and bool((values < 0).any()):
+        return "has squares below 0"
     return ""
 
 
-def _open(path: Path) -> Any:
+@contextmanager
+def open_file(path: Path, moments: tuple[str, ...] | None, numel: int) -> Iterator[Any]:
+    """A file of a checkpoint, opened with safetensors.
+
+    ``moments``: of the optimizer; None: Adafactor's, of any names. ``numel``: elements that the index lists of it.
+    Raises ``UserError`` if it does not hold so many of the weights and of each moment in float32.
+    """
     from safetensors import SafetensorError, safe_open
 
     try:
-        return safe_open(path, framework="pt")
+        opened = safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: cannot be read as safetensors ({error}); delete {path.parent}") from None
+    with opened as file:
+        wanted = {WEIGHT, *(moments or ())}
+        keys = set(file.keys())
+        if wanted != (keys if moments is not None else {key for key in keys if "/" not in key}):
+            _refuse(path, "", f"has {', '.join(sorted(keys)[:4])}, not {', '.join(sorted(wanted))}")
+        for key in sorted(keys):
+            tensor = file.get_slice(key)
+            if tensor.get_dtype() != "F32" or (key in wanted and tensor.get_shape() != [numel]):
+                found = f"{tensor.get_dtype()} {tensor.get_shape()}"
+                _refuse(path, key, f"is {found}, not {f'F32 [{numel}]' if key in wanted else 'F32'}")
+        yield file

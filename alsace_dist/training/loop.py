@@ -1,8 +1,7 @@
 """The one training loop: batch, step, log, save. What is trained, and on what, is a ``Training``."""
 
 import math
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -10,11 +9,11 @@ from typing import Any, Protocol
 
 import torch
 
-from alsace_dist.config import EngineConfig, TrainConfig
+from alsace_dist.config import EngineConfig, ExportType, TrainConfig
 from alsace_dist.data.stream import CanonicalOrder, CutRule, TrainStream, micro_batches
 from alsace_dist.errors import Stopped, UserError
 from alsace_dist.files.layout import MODEL
-from alsace_dist.files.manifest import remove_own
+from alsace_dist.files.manifest import FileEntry, remove_own
 from alsace_dist.models.family import TrainableModel
 from alsace_dist.monitor.training import TrainingMonitor
 from alsace_dist.ranks.group import Ranks
@@ -24,6 +23,7 @@ from alsace_dist.training.budget import cut_rule
 from alsace_dist.training.engine import TrainEngine, load_module
 from alsace_dist.training.export import COPIED, WEIGHTS, export
 from alsace_dist.training.losses import MicroBatch
+from alsace_dist.training.saving import Saver
 from alsace_dist.training.settings import every_backward_is_collective
 
 CHECKPOINTS = "checkpoints"
@@ -66,6 +66,7 @@ class Training:
     fingerprint: dict[str, Any]
     model: TrainableModel
     examples: Examples
+    export_type: ExportType = "float32"
 
 
 def learning_rate(section: TrainConfig, step: int, num_steps: int) -> float:
@@ -96,8 +97,9 @@ def num_steps_of(section: TrainConfig, order: CanonicalOrder) -> int:
     return num_steps
 
 
-def run(training: Training, ranks: Ranks) -> int:
-    """Train to the end, or until a stop is agreed; the result is ``directory/model``. Returns the number of steps.
+def run(training: Training, ranks: Ranks) -> tuple[int, dict[str, FileEntry]]:
+    """Train to the end, or until a stop is agreed; the result is ``directory/model``. Returns the number of steps and,
+    on rank 0, the model's files of weights.
 
     Goes on from the newest checkpoint that verifies. Raises ``Stopped`` after a checkpoint if a rank was asked to stop.
     """
@@ -114,10 +116,11 @@ def run(training: Training, ranks: Ranks) -> int:
     steps = range(first, num_steps)
     monitor = TrainingMonitor(training.kind, directory, training.tensorboard, section, steps, ranks)
     watchdog = Watchdog(ranks, directory, training.engine.hang_limit())
+    kept = directory / CHECKPOINTS, engine, training.fingerprint, section.keep_checkpoints
+    saver = Saver(*kept, watchdog, monitor.checkpoint)
     with monitor, watchdog:
         batches = stream.batches(first, num_steps, lambda step, batch: _micro_batches(training, batch, rule))
         for step in steps:
-            begin = time.monotonic()
             watchdog.beat(f"the data of step {step + 1}")
             with monitor.waiting():
                 parts = next(batches)
@@ -131,15 +134,16 @@ def run(training: Training, ranks: Ranks) -> int:
             num_tokens = sum(part.num_tokens for part in parts), sum(part.num_padded_tokens for part in parts)
             monitor.step(done, sums, num_tokens, rate, engine.gradient_norm)
             watchdog.beat(f"the checkpoint after step {done}")
-            (stop,) = ranks.any_rank(ranks.stop.is_set)
+            stop, is_writing = ranks.any_rank(ranks.stop.is_set, saver.is_writing)
+            if not is_writing:
+                saver.finish()
             if done < num_steps and (stop or done % section.checkpoint_every_steps == 0):
-                trained = time.monotonic()
-                checkpoint.save(directory / CHECKPOINTS, engine, done, training.fingerprint, section.keep_checkpoints)
-                monitor.checkpoint(done, trained - begin, time.monotonic() - trained)
+                saver.begin(done)
             if stop and done < num_steps:
+                saver.finish()
                 raise Stopped(f"{training.kind}: stopped after step {done} of {num_steps}; a checkpoint is written")
-    _export(training, engine)
-    return num_steps
+        saver.finish()
+    return num_steps, _export(training, engine)
 
 
 def drop_checkpoints(directory: Path) -> None:
@@ -147,9 +151,10 @@ def drop_checkpoints(directory: Path) -> None:
     checkpoint.drop(directory / CHECKPOINTS)
 
 
-def model_files(directory: Path) -> list[Path]:
-    """The files of a finished training's model, for its manifest."""
-    return sorted(path for path in (directory / MODEL).iterdir() if path.suffix in (*COPIED, ".safetensors"))
+def other_files(directory: Path, weights: Collection[str]) -> list[Path]:
+    """The files of a finished training's model beside those of weights, for its manifest."""
+    files = sorted((directory / MODEL).iterdir())
+    return [path for path in files if path.suffix in (*COPIED, ".safetensors") and path.name not in weights]
 
 
 def _start(training: Training, stream: TrainStream[Any], ranks: Ranks) -> tuple[TrainEngine, int, CutRule]:
@@ -165,8 +170,7 @@ def _start(training: Training, stream: TrainStream[Any], ranks: Ranks) -> tuple[
     if found:
         checkpoint.load(found[0], engine, found[1])
         return engine, found[1], rule
-    for name in engine.parameters:  # DeepSpeed made the float32 copies from rounded weights
-        engine.load_weight(name, training.model.initial_value(name))
+    engine.load_initial(training.model)
     return engine, 0, rule
 
 
@@ -191,8 +195,8 @@ def _enough_for_all_ranks(
     return parts
 
 
-def _export(training: Training, engine: TrainEngine) -> None:
+def _export(training: Training, engine: TrainEngine) -> dict[str, FileEntry]:
     model = training.directory / MODEL
     # A start that was killed while exporting may have left parts.
     engine.ranks.main_first(lambda: remove_own(model, WEIGHTS))
-    export(model, engine, training.model)
+    return export(model, engine, training.model, training.export_type)

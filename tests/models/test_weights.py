@@ -40,6 +40,7 @@ def check_tensors(directory: Path, state: dict[str, torch.Tensor]) -> None:
         assert weights.shape(name) == tuple(tensor.shape)
         assert torch.equal(weights.tensor(name), tensor)
         assert torch.equal(weights.rows(name, [1, 0]), tensor[[1, 0]])
+        assert torch.equal(weights.tensor(name, slice(1, 2)), tensor[1:2])
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "bin"])

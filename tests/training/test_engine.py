@@ -1,5 +1,6 @@
 """The engine on real ranks: gradients that no split of the batch changes; exports that transformers scores alike."""
 
+import json
 import re
 from importlib.metadata import version
 from pathlib import Path
@@ -9,12 +10,14 @@ import pytest
 import tiny
 import torch
 
-from alsace_dist.config import DistillConfig, EngineConfig, TaskConfig
+from alsace_dist.config import DistillConfig, EngineConfig, ExportType, TaskConfig
 from alsace_dist.data.rows import Example, Part, Row, answers_of
-from alsace_dist.models.family import Family, Options, open_model
+from alsace_dist.files.manifest import file_entry
+from alsace_dist.models.family import WHOLE, Family, Options, open_model
+from alsace_dist.models.mt5 import MT5
 from alsace_dist.models.weights import Weights
 from alsace_dist.ranks.group import Ranks
-from alsace_dist.training import engine
+from alsace_dist.training import engine, state
 from alsace_dist.training.export import export
 from alsace_dist.training.losses import FrozenTargetLoss
 
@@ -55,8 +58,7 @@ def load(
         module.get_parameter(name).requires_grad_(False)
     section = DistillConfig(num_steps=3, global_batch_size=10, learning_rate=1e-2)
     trained = engine.TrainEngine(module, config, section, group)
-    for name in trained.parameters:
-        trained.load_weight(name, model.initial_value(name))
+    trained.load_initial(model)
     return trained, model
 
 
@@ -110,15 +112,15 @@ def train(
         total = trained.step([loss_of(model, chunk, group) for chunk in chunks], 1e-3)["loss"]
         losses.append(group.sum(float(total))[0] / 10)
     hook.remove()
-    state = {}
+    numbers = {}
     for name in trained.parameters:
         tensors = trained.state(name)
-        state[name] = [float(tensors[key].norm()) for key in sorted(tensors)] + [float(tensors["weight"].sum())]
+        numbers[name] = [float(tensors[key].norm()) for key in sorted(tensors)] + [float(tensors["weight"].sum())]
     moved = {}
     for name, parameter in trained.engine.module.named_parameters():
-        with engine.gathered(parameter, EngineConfig(**engine_settings)):
+        with tiny.gathered(parameter):
             moved[name] = float((parameter.detach().float().cpu() - model.initial_value(name)).abs().max())
-    result = {"losses": losses, "state": state, "norm": trained.gradient_norm()}
+    result = {"losses": losses, "state": numbers, "norm": trained.gradient_norm()}
     return result | {"moved": moved, "num_calls": len(calls)}
 
 
@@ -192,6 +194,34 @@ def test_gradient_checkpointing_computes_twice_and_changes_nothing(
                 ]
 
 
+def elements_read(group: Ranks, world: str) -> dict[str, list[int]]:
+    """By parameter, how many elements a rank has read of it each time, to make an engine under ZeRO-3."""
+    found: dict[str, list[int]] = {}
+    initial_value = MT5.initial_value
+
+    def counted(model: MT5, name: str, part: slice = WHOLE) -> torch.Tensor:
+        value = initial_value(model, name, part)
+        found.setdefault(name, []).append(value.numel())
+        return value
+
+    MT5.initial_value = counted  # type: ignore[method-assign]
+    try:
+        load(group, world, "mt5", {"dtype": "bf16", "zero_stage": 3})
+    finally:
+        MT5.initial_value = initial_value  # type: ignore[method-assign]
+    return found
+
+
+def test_under_zero_3_a_rank_reads_no_more_of_the_weights_than_it_holds(world: Path) -> None:
+    """And the rows at the ends of its part: once for the module, once in float32, the head once more to compare."""
+    stored, (first, second) = Weights(world / "model"), tiny.run_ranks(elements_read, 2, world=str(world))
+    rows, width = stored.shape("shared.weight")
+    for rank in (first, second):
+        assert len(rank["body.shared.weight"]) == 2 and len(rank["head.weight"]) == 3
+        assert all(rows // 2 * width <= size <= (rows // 2 + 1) * width for size in rank["body.shared.weight"])
+    assert sum(map(len, first.values())) == sum(map(len, second.values())) == 2 * len(first) + 1
+
+
 def what_is_missing(group: Ranks) -> list[str]:
     """What is said when DeepSpeed's optimizers have lost each of the attributes that the layouts are built on."""
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(2))])
@@ -200,9 +230,9 @@ def what_is_missing(group: Ranks) -> list[str]:
         fp16_groups = ()
         single_partition_of_fp32_groups = ()
 
-    assert engine.private(Wrapped(), "gone", "fp16_groups") == ()
+    assert state.private(Wrapped(), "gone", "fp16_groups") == ()
     said = []
-    for layout in engine._STATES.values():
+    for layout in state.LAYOUTS.values():
         with pytest.raises(RuntimeError) as caught:
             layout(Wrapped(), optimizer, {}, group)
         said.append(str(caught.value))
@@ -229,6 +259,36 @@ def export_after_a_step(group: Ranks, world: str, scorer: str, out: str, stage: 
         inputs = model.collate([example.row for example in batch])
         log_probs: list[float] = trained.engine(*inputs.to(group.device)).flatten().tolist()
     return log_probs
+
+
+def export_in_both_types(group: Ranks, world: str, out: str) -> list[dict[str, Any]]:
+    """What exports in float32 and in bf16 of a model under ZeRO-3 say of their files."""
+    trained, model = load(group, world, "mt5", {"dtype": "fp32", "zero_stage": 3}, freeze_vocabulary=True)
+    types: tuple[ExportType, ...] = ("float32", "bf16")
+    return [dict(export(Path(out, dtype), trained, model, dtype, max_bytes=2_000)) for dtype in types]
+
+
+def test_ranks_write_an_export_together_in_the_type_that_is_asked_for(world: Path, tmp_path: Path) -> None:
+    from transformers import MT5ForConditionalGeneration
+
+    maps = []
+    for num_ranks in (1, 2):
+        out = tmp_path / str(num_ranks)
+        entries, *others = tiny.run_ranks(export_in_both_types, num_ranks, world=str(world), out=str(out))
+        assert others == [[{}, {}]] * (num_ranks - 1)
+        for dtype, entry in zip(("float32", "bf16"), entries, strict=True):
+            files = sorted((out / dtype).glob("*.safetensors"))
+            assert len(files) > 4 and entry == {path.name: file_entry(path) for path in files}
+            maps.append(json.loads((out / dtype / "model.safetensors.index.json").read_text())["weight_map"])
+        whole, rounded = Weights(out / "float32"), Weights(out / "bf16")
+        assert whole.keys() == rounded.keys()
+        for key in whole:
+            assert torch.equal(whole.tensor(key).to(torch.bfloat16), rounded.tensor(key))
+            assert torch.equal(whole.tensor(key), Weights(world / "model").tensor(key))  # nothing was trained
+        loaded = MT5ForConditionalGeneration.from_pretrained(out / "bf16")
+        assert {parameter.dtype for parameter in loaded.parameters()} == {torch.bfloat16}
+        assert json.loads((out / "bf16/config.json").read_text())["dtype"] == "bfloat16"
+    assert maps[0] == maps[2] and maps[1] == maps[3]  # whatever the number of ranks
 
 
 @pytest.mark.parametrize("stage", [2, 3])
