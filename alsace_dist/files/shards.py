@@ -22,20 +22,18 @@ from alsace_dist import reading
 from alsace_dist.config import Section
 from alsace_dist.config_file import validate
 from alsace_dist.errors import NotReady, UserError
+from alsace_dist.files import store
 from alsace_dist.files.manifest import (
     FORMAT_VERSION,
     MANIFEST,
     Manifest,
     atomic_path,
-    digest_bytes,
     parse_manifest,
     write_manifest,
 )
 
 KIND = "dataset"
 MAX_SHARD_BYTES = 8 << 30  # a shard is held in memory whole
-# fsspec has handlers that run code or reach into other files (chained "::" URLs); only plain stores are read.
-ALLOWED_SCHEMES = ("file", "s3", "gs", "gcs", "abfs", "az", "hdfs", "https", "memory")
 
 
 Value = TypeVar("Value")
@@ -227,7 +225,7 @@ def open_dataset(url: str | Path) -> Dataset:
     location = str(url).rstrip("/")
     path = f"{location}/{MANIFEST}"
     try:
-        data = _read_bytes(path)
+        data = store.read(path, reading.MAX_TEXT_BYTES)
     except FileNotFoundError:
         raise NotReady(f"{path}: no such file; run `alsace prepare`, or name a prepared dataset") from None
     remedy = f"delete {location} and run `alsace prepare` again"
@@ -259,26 +257,6 @@ def read_details(manifest: Manifest, url: str | Path) -> "DatasetDetails":
     return details
 
 
-def _read_bytes(url: str) -> bytes:
-    import fsspec  # stages that read no shard start without it
-    from fsspec.core import split_protocol
-
-    protocol, path = split_protocol(url)  # as fsspec itself will read it: "data:..." is a URL, too
-    scheme = protocol or "file"
-    if scheme not in ALLOWED_SCHEMES or "::" in url:
-        raise UserError(f"{url}: scheme {scheme!r} is not allowed; use one of {', '.join(ALLOWED_SCHEMES)}")
-    try:
-        if scheme == "file":
-            reading.check_regular(Path(path), "name a prepared dataset, or restore the file", MAX_SHARD_BYTES)
-        with fsspec.open(url, "rb") as file:
-            data: bytes = file.read()
-    except FileNotFoundError:
-        raise
-    except (OSError, ImportError) as error:  # permission, a directory, the network, a missing driver
-        raise UserError(f"{url}: cannot be read ({error}); correct the path or the access to it") from None
-    return data
-
-
 def read_shard(dataset: Dataset, shard: ShardInfo) -> list[ParallelGroup]:
     """Read one shard whole and check it against the manifest: sha256, members, schema, counts per language.
 
@@ -287,11 +265,9 @@ def read_shard(dataset: Dataset, shard: ShardInfo) -> list[ParallelGroup]:
     url = f"{dataset.url}/{shard.name}"
     remedy = "restore the file, or delete the dataset and run `alsace prepare` again"
     try:
-        data = _read_bytes(url)
+        data = store.read(url, MAX_SHARD_BYTES, shard.sha256)
     except FileNotFoundError:
         raise UserError(f"{url}: missing, though the manifest lists it; {remedy}") from None
-    if digest_bytes(data) != shard.sha256:
-        raise UserError(f"{url}: truncated or changed (its sha256 is not the manifest's); {remedy}")
     try:
         groups = list(_parse_tar(url, data))
     except tarfile.TarError as error:

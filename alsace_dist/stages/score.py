@@ -20,13 +20,13 @@ from alsace_dist.config import Config
 from alsace_dist.data.rows import EncodedRow, rows_of
 from alsace_dist.data.stream import ahead, score_batches
 from alsace_dist.data.texts import TEXTS, check_texts, count, lines, read_texts, total
-from alsace_dist.errors import PeerFailed, Stopped, UserError
+from alsace_dist.errors import PeerFailed, Stopped, UserError, warn
 from alsace_dist.files import manifest
 from alsace_dist.files.layout import data_url
 from alsace_dist.files.progress import clear_progress
 from alsace_dist.files.scores import KIND, Scores, read_metadata, read_score_file, write_scores
 from alsace_dist.files.shards import Dataset, ShardInfo, open_dataset, read_shard
-from alsace_dist.monitor.health import LeadCheck, warn
+from alsace_dist.monitor.health import LeadCheck
 from alsace_dist.monitor.progress import Advance, progress
 from alsace_dist.monitor.scalars import ScalarWriter
 from alsace_dist.ranks.group import Ranks
