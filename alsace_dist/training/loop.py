@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -35,6 +35,9 @@ class Examples(Protocol):
     @property
     def counts(self) -> Sequence[int]:
         """Number of examples of each shard."""
+
+    def expect(self, shards: Iterable[int]) -> None:
+        """Hear which shards will be loaded from now on, in their order."""
 
     def load(self, shard: int) -> list[Any]:
         """All examples of a shard, in a fixed order: rows that ``build`` makes the examples of."""
@@ -106,7 +109,8 @@ def run(training: Training, ranks: Ranks) -> int:
             f"{directory / CHECKPOINTS}: holds a checkpoint after step {first:,}, and the training has {num_steps:,}; "
             "it is not of this training: delete it"
         )
-    stream = TrainStream(order, training.examples.load, training.examples.build, ranks.rank, ranks.world_size)
+    examples = training.examples
+    stream = TrainStream(order, examples.load, examples.build, ranks.rank, ranks.world_size, examples.expect)
     steps = range(first, num_steps)
     monitor = TrainingMonitor(training.kind, directory, training.tensorboard, section, steps, ranks)
     watchdog = Watchdog(ranks, directory, training.engine.hang_limit())
