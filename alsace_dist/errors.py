@@ -1,4 +1,6 @@
-"""How a command ends early, and with which exit code."""
+"""How a command ends early, and with which exit code; and what people are warned of."""
+
+import sys
 
 EXIT_USER_ERROR = 2
 EXIT_STOPPED = 75  # EX_TEMPFAIL: stopped on request after a checkpoint; the same command goes on from there
@@ -23,3 +25,8 @@ class RankFailed(Exception):
 
 class PeerFailed(Exception):
     """Another rank failed; the error of that rank says why."""
+
+
+def warn(text: str) -> None:
+    """Tell people of something that is not an error; the text names the remedy where there is one."""
+    print(f"warning: {text}", file=sys.stderr)

@@ -5,6 +5,7 @@ are bounded, so that no input takes all memory or ends in a traceback. Nothing h
 """
 
 import json
+import re
 import stat
 import unicodedata
 from pathlib import Path
@@ -33,6 +34,37 @@ def one_line(text: str) -> str:
     line = " ".join(text.split())
     line = "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in line)
     return line if len(line) <= MAX_LINE else f"{line[: MAX_LINE // 2]} ... {line[-(MAX_LINE // 2) :]}"
+
+
+# In Azure's and Hadoop's URLs a name before the @ is a container or a user, and no secret.
+WHERE_SECRETS_GO = "remove it: secrets stand in the environment or in the store's own files, as docs/data.md says"
+_NAMED = ("abfs", "abfss", "az", "hdfs")
+# A secret may hold a slash, which seems to end the host: then what follows the colon is no port.
+_USER = re.compile(r"\b([A-Za-z][A-Za-z0-9+.-]*)(://)([^\s'\"/]*|[^\s'\"/:]*:(?!\d+/)[^\s'\"@]*)@")
+_QUERY = re.compile(r"(://[^\s?'\"]*)\?[^\s'\"()]+")
+
+
+def without_secrets(text: str) -> str:
+    """A URL, or a text with URLs in it, without users, passwords and queries: a query may be a signature or a token."""
+
+    def mask(found: "re.Match[str]") -> str:
+        is_name = found[1].lower() in _NAMED and ":" not in found[3]
+        return found[0] if is_name else f"{found[1]}{found[2]}***@"
+
+    return _QUERY.sub(r"\1?***", _USER.sub(mask, text))
+
+
+def secret_in(url: str) -> str:
+    """What in a URL is a secret, or may be one, in words; empty for a path and for a URL without such."""
+    scheme, separator, rest = url.partition("://")
+    if not separator or scheme == "file":
+        return ""
+    host = rest.partition("/")[0]
+    port = host.rpartition(":")[2] if ":" in host else ""
+    has_user = "@" in host and not (scheme in _NAMED and ":" not in host.rpartition("@")[0])
+    if has_user or (port and not port.isdigit()):  # see _USER
+        return "a user or a password"
+    return "a query (?...), where signatures and tokens stand" if "?" in rest else ""
 
 
 def check_regular(path: Path, remedy: str, most_bytes: int | None = None) -> int:

@@ -91,3 +91,29 @@ def test_a_line_for_people_keeps_its_end_where_the_remedy_stands() -> None:
     line = reading.one_line("error at " + "x" * 5000 + "\x1b[31m; mend it\n\n")
     assert len(line) < 2000 and line.startswith("error at xxx") and line.endswith("\\x1b[31m; mend it")
     assert reading.one_line("a\n b") == "a b"
+
+
+@pytest.mark.parametrize(
+    ("url", "what"),
+    [
+        ("s3://bucket/data", ""),
+        ("s3://bucket/a:b@c/data", ""),
+        ("https://host:8443/a@b", ""),
+        ("hdfs://someone@namenode:8020/data", ""),
+        ("abfs://container@account.dfs.core.windows.net/data", ""),
+        ("data/what?", ""),
+        ("file:///data/what?", ""),
+        ("s3://AKIAKEY:hunter2@bucket/data", "a user or a password"),
+        ("s3://AKIAKEY:hun/ter2@bucket/data", "a user or a password"),
+        ("https://hunter2@host/data", "a user or a password"),
+        ("hdfs://someone:hunter2@namenode:8020/data", "a user or a password"),
+        ("https://host/data?X-Amz-Signature=hunter2", "a query (?...), where signatures and tokens stand"),
+        ("abfs://container@account/data?sig=hunter2", "a query (?...), where signatures and tokens stand"),
+    ],
+)
+def test_secrets_in_urls_are_seen_and_not_shown(url: str, what: str) -> None:
+    assert reading.secret_in(url) == what
+    shown = reading.without_secrets(f"Cannot open '{url}' (http://me:hunter2@proxy:3128 answers): see http://x.org/a")
+    assert "hunter2" not in shown and "ter2" not in shown
+    assert shown.startswith(f"Cannot open '{url}'" if not what else "Cannot open '")
+    assert shown.endswith("(http://***@proxy:3128 answers): see http://x.org/a")

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
-from alsace_dist.reading import shorten
+from alsace_dist.reading import WHERE_SECRETS_GO, secret_in, shorten
 
 Split = Literal["pretrain", "labeled", "unlabeled", "test"]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -33,6 +33,8 @@ def _is_location(text: str) -> str:
         raise ValueError(f"{shorten(ascii(text), 80)} holds a character that no path should; rename it")
     if len(text.encode()) > MAX_PATH_BYTES:
         raise ValueError(f"{quote(text)} is longer than a path can be ({MAX_PATH_BYTES:,} bytes); correct it")
+    if secret := secret_in(text):  # would be in the run's copy of its config, for all who read the run
+        raise ValueError(f"a URL that holds {secret}; {WHERE_SECRETS_GO}")
     return os.path.expanduser(text)  # noqa: PTH111 (a URL keeps its slashes); ~ as shells read it
 
 

@@ -4,7 +4,17 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from alsace_dist.config.base import MAX_NAME, Count, Fraction, Language, Location, LocationIfAny, Section, Split
+from alsace_dist.config.base import (
+    MAX_NAME,
+    Count,
+    Fraction,
+    Language,
+    Location,
+    LocationIfAny,
+    Positive,
+    Section,
+    Split,
+)
 
 
 class ColumnsConfig(Section):
@@ -87,7 +97,13 @@ class DataConfig(Section):
     """Where parallel groups come from and how they are divided."""
 
     directory: Location | None = None
-    """An existing prepared dataset (directory or fsspec URL); then nothing is prepared."""
+    """An existing prepared dataset (directory or fsspec URL); then nothing is prepared.
+    Of stores (s3, gs, https, hdfs, abfs) see docs/data.md; a URL holds no user, password or query."""
+    cache: Location | None = None
+    """Directory on a disk of each node in which the shards of a store are kept, shared by the node's ranks; may hold
+    variables that jobs set, such as $SLURM_TMPDIR/alsace. Null: shards are fetched each time they are read."""
+    cache_gb: Positive = 100.0
+    """Most that the cache holds, in GB (1e9 bytes); the shards least recently used go."""
     inputs: list[InputConfig] = []
     """Where parallel groups come from."""
     splits: dict[Split, Annotated[float, Field(gt=0, le=1e12)]] = {}
@@ -129,6 +145,11 @@ class DataConfig(Section):
             for name in (*preparing, "missing", "no_label"):
                 if getattr(self, name) != type(self).model_fields[name].default:
                     raise ValueError(f"{name} says how inputs are prepared, and there are none; remove it")
+        if self.cache is None and self.cache_gb != type(self).model_fields["cache_gb"].default:
+            raise ValueError("cache_gb says how much data.cache holds, and there is none; give cache, or remove it")
+        scheme, separator, _ = (self.directory or "").partition("://")
+        if self.cache is not None and (not separator or scheme == "file"):
+            raise ValueError("cache keeps the shards of a store, and directory is not the URL of one; remove it")
         wanted = {one.split for one in self.inputs} | self.splits.keys()
         if self.exposure and "pretrain" not in wanted:
             raise ValueError("exposure thins out the pretrain split, and nothing goes there; remove it")

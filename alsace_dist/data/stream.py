@@ -93,7 +93,7 @@ class ShardCache(Generic[Row]):
     def __init__(self, load: Callable[[int], list[Row]], counts: Sequence[int], capacity: int) -> None:
         self._load = load
         self._counts = counts
-        self._capacity = capacity
+        self.capacity = capacity
         self._rows: OrderedDict[int, list[Row]] = OrderedDict()
         self._lock = threading.Lock()  # two threads read: one makes batches ahead, and the loop asks for stand-ins
         self.opened: list[int] = []
@@ -101,6 +101,11 @@ class ShardCache(Generic[Row]):
     def __getitem__(self, shard: int) -> list[Row]:
         with self._lock:
             return self._get(shard)
+
+    def held(self) -> "OrderedDict[int, None]":
+        """The shards that are there, the least recently used first."""
+        with self._lock:
+            return OrderedDict.fromkeys(self._rows)
 
     def _get(self, shard: int) -> list[Row]:
         if shard not in self._rows:
@@ -110,7 +115,7 @@ class ShardCache(Generic[Row]):
             )
             self._rows[shard] = rows
             self.opened.append(shard)
-            if len(self._rows) > self._capacity:
+            if len(self._rows) > self.capacity:
                 self._rows.popitem(last=False)
         self._rows.move_to_end(shard)
         return self._rows[shard]
@@ -129,8 +134,11 @@ class TrainStream(Generic[Row]):
         build: Callable[[Row, int], Any],
         rank: int,
         world_size: int,
+        expect: Callable[[Iterator[int]], None] | None = None,
     ) -> None:
+        """``expect``: hears which shards will be loaded, in their order, before the first of them is."""
         self.order = order
+        self._expect = expect
         self._build = build
         self._slots = range(rank, order.global_batch_size, world_size)
         # Keep the shards that a step draws from and the shards that follow them.
@@ -147,7 +155,22 @@ class TrainStream(Generic[Row]):
 
     def batches(self, first: int, last: int, make: Callable[[int, list[Any]], Item]) -> Iterator[Item]:
         """``make(step, batch)`` of steps first, ..., last - 1; the next items are made while one is used."""
+        if self._expect is not None:
+            self._expect(self._loads(first, last, self.cache.held()))
         return ahead(make(step, self.batch(step)) for step in range(first, last))
+
+    def _loads(self, first: int, last: int, held: "OrderedDict[int, None]") -> Iterator[int]:
+        """The shards that steps first, ..., last - 1 will load, in their order: those that the cache, which has
+        ``held`` before, will not have then."""
+        for step in range(first, last):
+            for slot in self._slots:
+                shard = self.order.locate(step, slot).shard
+                if shard not in held:
+                    yield shard
+                    if len(held) == self.cache.capacity:
+                        held.popitem(last=False)
+                held[shard] = None
+                held.move_to_end(shard)
 
 
 def ahead(items: Iterator[Item], depth: int = 2) -> Generator[Item]:

@@ -19,23 +19,23 @@ from urllib.parse import quote, unquote
 from pydantic import ConfigDict, Field
 
 from alsace_dist import reading
-from alsace_dist.config import Section
+from alsace_dist.config import Config, Section
 from alsace_dist.config_file import validate
 from alsace_dist.errors import NotReady, UserError
+from alsace_dist.files import store
+from alsace_dist.files.cache import Cache, cache_of
+from alsace_dist.files.layout import data_url
 from alsace_dist.files.manifest import (
     FORMAT_VERSION,
     MANIFEST,
     Manifest,
     atomic_path,
-    digest_bytes,
     parse_manifest,
     write_manifest,
 )
+from alsace_dist.files.reader import ShardInfo, ShardReader
 
 KIND = "dataset"
-MAX_SHARD_BYTES = 8 << 30  # a shard is held in memory whole
-# fsspec has handlers that run code or reach into other files (chained "::" URLs); only plain stores are read.
-ALLOWED_SCHEMES = ("file", "s3", "gs", "gcs", "abfs", "az", "hdfs", "https", "memory")
 
 
 Value = TypeVar("Value")
@@ -87,29 +87,19 @@ def golds(label: Label) -> tuple[int, ...]:
 
 
 @dataclass(frozen=True)
-class ShardInfo:
-    """A shard as the dataset's manifest lists it; ``num_examples``: language -> number of groups that have it."""
-
-    name: str
-    sha256: str
-    num_groups: int
-    num_examples: dict[str, int]
-
-    @property
-    def stem(self) -> str:
-        """File name without suffix: joins a shard with its scores."""
-        return self.name.removesuffix(".tar")
-
-
-@dataclass(frozen=True)
 class Dataset:
-    """An opened dataset: where it is, its shards in order, its languages (sorted) and its identity."""
+    """An opened dataset: where it is, its shards in order, its languages (sorted), its identity, and what reads it."""
 
     url: str
     shards: tuple[ShardInfo, ...]
     languages: tuple[str, ...]
     labels: tuple[str, ...]
     digest: str
+    reader: ShardReader = field(compare=False, repr=False)
+
+    def expect(self, shards: Iterable[int]) -> None:
+        """Say which shards will be read next, by number: of a store the first of them are fetched at once."""
+        self.reader.expect(self.shards[shard] for shard in shards)
 
     @property
     def num_groups(self) -> int:
@@ -218,8 +208,13 @@ def _encode_key(key: str) -> str:
     return "%5F" + encoded[1:] if encoded.startswith("_") else encoded
 
 
-def open_dataset(url: str | Path) -> Dataset:
-    """Open a dataset by directory or fsspec URL.
+def open_split(config: Config, split: str) -> Dataset:
+    """Open a split's dataset, to read its shards. Raises as ``open_dataset``."""
+    return open_dataset(data_url(config, split), cache_of(config.data))
+
+
+def open_dataset(url: str | Path, cache: Cache | None = None) -> Dataset:
+    """Open a dataset by directory or fsspec URL. ``cache``: where shards of a store are kept on this node.
 
     Raises ``NotReady`` if there is no manifest, ``UserError`` if it is broken or of another kind, or if the URL's
     scheme is not allowed.
@@ -227,24 +222,25 @@ def open_dataset(url: str | Path) -> Dataset:
     location = str(url).rstrip("/")
     path = f"{location}/{MANIFEST}"
     try:
-        data = _read_bytes(path)
+        data = store.read(path, reading.MAX_TEXT_BYTES)
     except FileNotFoundError:
         raise NotReady(f"{path}: no such file; run `alsace prepare`, or name a prepared dataset") from None
     remedy = f"delete {location} and run `alsace prepare` again"
     value = reading.parse_json(data, f"{path}: ", remedy)
     if not isinstance(value, dict) or value.get("kind") != KIND or value.get("format_version") != FORMAT_VERSION:
         raise UserError(f"{path}: not the manifest of a dataset; name a directory that `alsace prepare` wrote")
-    return _dataset(location, parse_manifest(value, KIND, path, remedy))
+    return _dataset(location, parse_manifest(value, KIND, path, remedy), cache)
 
 
-def _dataset(url: str, manifest: Manifest) -> Dataset:
+def _dataset(url: str, manifest: Manifest, cache: Cache | None = None) -> Dataset:
     details = read_details(manifest, url)
     shards = tuple(
-        ShardInfo(row.name, manifest.files[row.name]["sha256"], row.num_groups, row.num_examples)
+        ShardInfo(row.name, entry["sha256"], entry["bytes"], row.num_groups, row.num_examples)
         for row in details.shards
+        for entry in [manifest.files[row.name]]
     )
     languages = sorted({language for shard in shards for language in shard.num_examples})
-    return Dataset(url, shards, tuple(languages), tuple(details.labels), manifest.digest)
+    return Dataset(url, shards, tuple(languages), tuple(details.labels), manifest.digest, ShardReader(url, cache))
 
 
 def read_details(manifest: Manifest, url: str | Path) -> "DatasetDetails":
@@ -259,24 +255,11 @@ def read_details(manifest: Manifest, url: str | Path) -> "DatasetDetails":
     return details
 
 
-def _read_bytes(url: str) -> bytes:
-    import fsspec  # stages that read no shard start without it
-    from fsspec.core import split_protocol
-
-    protocol, path = split_protocol(url)  # as fsspec itself will read it: "data:..." is a URL, too
-    scheme = protocol or "file"
-    if scheme not in ALLOWED_SCHEMES or "::" in url:
-        raise UserError(f"{url}: scheme {scheme!r} is not allowed; use one of {', '.join(ALLOWED_SCHEMES)}")
-    try:
-        if scheme == "file":
-            reading.check_regular(Path(path), "name a prepared dataset, or restore the file", MAX_SHARD_BYTES)
-        with fsspec.open(url, "rb") as file:
-            data: bytes = file.read()
-    except FileNotFoundError:
-        raise
-    except (OSError, ImportError) as error:  # permission, a directory, the network, a missing driver
-        raise UserError(f"{url}: cannot be read ({error}); correct the path or the access to it") from None
-    return data
+def read_shards(dataset: Dataset) -> Iterator[list[ParallelGroup]]:
+    """All shards, one after another. Raises as ``read_shard``."""
+    dataset.expect(range(len(dataset.shards)))
+    for shard in dataset.shards:
+        yield read_shard(dataset, shard)
 
 
 def read_shard(dataset: Dataset, shard: ShardInfo) -> list[ParallelGroup]:
@@ -287,11 +270,9 @@ def read_shard(dataset: Dataset, shard: ShardInfo) -> list[ParallelGroup]:
     url = f"{dataset.url}/{shard.name}"
     remedy = "restore the file, or delete the dataset and run `alsace prepare` again"
     try:
-        data = _read_bytes(url)
+        data = dataset.reader.read(shard)
     except FileNotFoundError:
         raise UserError(f"{url}: missing, though the manifest lists it; {remedy}") from None
-    if digest_bytes(data) != shard.sha256:
-        raise UserError(f"{url}: truncated or changed (its sha256 is not the manifest's); {remedy}")
     try:
         groups = list(_parse_tar(url, data))
     except tarfile.TarError as error:

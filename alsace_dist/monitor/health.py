@@ -1,18 +1,12 @@
-"""What people are warned of: the one place through which every warning goes, and the checks behind some of them."""
+"""Checks behind some of the warnings; every warning goes through ``warn``."""
 
 import math
-import sys
 import time
 
-from alsace_dist.errors import UserError
+from alsace_dist.errors import UserError, warn
 from alsace_dist.ranks import job
 
 MOST_BF16_SLOWDOWN = 3.0  # where bf16 is at home it is faster than float32, and this is noise
-
-
-def warn(text: str) -> None:
-    """Tell people of something that is not an error; the text names the remedy where there is one."""
-    print(f"warning: {text}", file=sys.stderr)
 
 
 class LeadCheck:

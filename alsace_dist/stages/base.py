@@ -14,12 +14,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from alsace_dist import __version__
 from alsace_dist.config import NOT_IN_FINGERPRINT, Config, EngineConfig, ExportType, Split, TrainConfig
 from alsace_dist.data.rows import answers_of
-from alsace_dist.errors import NotReady, UserError
+from alsace_dist.errors import NotReady, UserError, warn
 from alsace_dist.files import manifest
 from alsace_dist.files.layout import DATA, DISTILL, FINETUNE, MODEL, PRETRAIN, Layout
 from alsace_dist.files.manifest import Manifest
 from alsace_dist.files.shards import Dataset
-from alsace_dist.monitor.health import warn
 from alsace_dist.ranks.group import Ranks
 
 if TYPE_CHECKING:

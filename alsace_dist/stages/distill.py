@@ -18,7 +18,7 @@ from alsace_dist.files.layout import DISTILL, data_url
 from alsace_dist.files.manifest import load_manifest
 from alsace_dist.files.selection import KIND as SELECTION
 from alsace_dist.files.selection import Selection, read_selection
-from alsace_dist.files.shards import Dataset, open_dataset
+from alsace_dist.files.shards import Dataset, open_dataset, open_split
 from alsace_dist.method.calibration import calibrate
 from alsace_dist.method.targets import Target, learners, targets
 from alsace_dist.ranks.group import Ranks
@@ -73,7 +73,7 @@ def run(stage: Stage, ranks: Ranks | None) -> None:
 
     assert ranks is not None
     config, mode = stage.config, str(stage.config.distill.targets)
-    dataset = open_dataset(data_url(config, "unlabeled"))
+    dataset = open_split(config, "unlabeled")
     selection = read_selection(_selection(stage).directory)
     languages = learning(learners(dataset.languages, selection.ranked_weights, mode), dataset, config)
     if selection.num_groups > dataset.num_groups:

@@ -10,7 +10,7 @@ from alsace_dist.data.texts import check_texts
 from alsace_dist.errors import UserError
 from alsace_dist.files.layout import FINETUNE, data_url
 from alsace_dist.files.manifest import digest_bytes
-from alsace_dist.files.shards import Dataset, Label, open_dataset, read_shard
+from alsace_dist.files.shards import Dataset, Label, open_dataset, open_split, read_shards
 from alsace_dist.ranks.group import Ranks
 from alsace_dist.stages.base import (
     Output,
@@ -51,7 +51,7 @@ def run(stage: Stage, ranks: Ranks | None) -> None:
 
     assert ranks is not None
     config, section = stage.config, section_of(stage.config)
-    dataset = open_dataset(data_url(config, "labeled"))
+    dataset = open_split(config, "labeled")
     languages = [config.data.source_language]
     chosen = ranks.from_main(_chosen(dataset, config) if ranks.is_main else None)
     counts = [len(keys) for keys in chosen]
@@ -99,7 +99,7 @@ def _chosen(dataset: Dataset, config: Config) -> list[list[str]]:
     """Ids of each shard's labeled groups that are learnt from. Raises ``UserError`` if a label has too few."""
     language, shots = config.data.source_language, section_of(config).shots
     counts = example_counts(dataset, config)
-    groups = [[group for group in read_shard(dataset, shard) if language in group.texts] for shard in dataset.shards]
+    groups = [[group for group in part if language in group.texts] for part in read_shards(dataset)]
     if shots is None:
         return [[group.key for group in part[:count]] for part, count in zip(groups, counts, strict=True)]
     by_label: dict[Label, list[str]] = {}

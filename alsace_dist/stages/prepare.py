@@ -31,8 +31,8 @@ from alsace_dist.stages.base import Output, Stage, only
 
 KIND = DATA
 ON_RANKS = False
-# What is no part of the prepared data, but decides whether a run goes on with it.
-LIMITS = {"on_bad", "max_skipped", "min_parallel", "max_unknown", "max_cut"}
+# What is no part of the prepared data, but decides whether a run goes on with it, or where what is read is kept.
+LIMITS = {"on_bad", "max_skipped", "min_parallel", "max_unknown", "max_cut", "cache", "cache_gb"}
 
 
 def inputs(stage: Stage) -> list[Output]:

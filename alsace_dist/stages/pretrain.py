@@ -16,7 +16,7 @@ from alsace_dist.config import NOT_IN_FINGERPRINT, Config, EngineConfig, Pretrai
 from alsace_dist.errors import UserError
 from alsace_dist.files import manifest
 from alsace_dist.files.layout import PRETRAIN, data_url
-from alsace_dist.files.shards import Dataset, ParallelGroup, open_dataset, read_shard
+from alsace_dist.files.shards import Dataset, ParallelGroup, open_dataset, open_split, read_shard, read_shards
 from alsace_dist.ranks.group import Ranks
 from alsace_dist.stages.base import Output, Stage, data_inputs, only, run_training
 
@@ -73,13 +73,13 @@ def run(stage: Stage, ranks: Ranks | None) -> None:
     assert ranks is not None
     config, output = stage.config, only(stage.outputs)
     wanted = stage.fingerprint(output)
-    dataset = open_dataset(data_url(config, "pretrain"))
+    dataset = open_split(config, "pretrain")
     start = output.directory / "start"
 
     def make_start() -> None:
         manifest.begin(output.directory, KIND, wanted)
         if not (start / "config.json").exists():
-            texts = (text for shard in dataset.shards for text in texts_of(read_shard(dataset, shard)))
+            texts = (text for groups in read_shards(dataset) for text in texts_of(groups))
             assert config.model.nano is not None
             nano.write_start(start, config.model.nano, texts, config.task.answers().values())
 
@@ -131,6 +131,10 @@ class SpanExamples:
     def counts(self) -> Sequence[int]:
         """Rows of each shard."""
         return most_examples(self.dataset)
+
+    def expect(self, shards: Iterable[int]) -> None:
+        """Those of a store are fetched ahead."""
+        self.dataset.expect(shards)
 
     def load(self, shard: int) -> list[TextRow]:
         """All rows of a shard."""

@@ -20,13 +20,13 @@ from alsace_dist.config import Config
 from alsace_dist.data.rows import EncodedRow, rows_of
 from alsace_dist.data.stream import ahead, score_batches
 from alsace_dist.data.texts import TEXTS, check_texts, count, lines, read_texts, total
-from alsace_dist.errors import PeerFailed, Stopped, UserError
+from alsace_dist.errors import PeerFailed, Stopped, UserError, warn
 from alsace_dist.files import manifest
 from alsace_dist.files.layout import data_url
 from alsace_dist.files.progress import clear_progress
 from alsace_dist.files.scores import KIND, Scores, read_metadata, read_score_file, write_scores
-from alsace_dist.files.shards import Dataset, ShardInfo, open_dataset, read_shard
-from alsace_dist.monitor.health import LeadCheck, warn
+from alsace_dist.files.shards import Dataset, ShardInfo, open_dataset, open_split, read_shard
+from alsace_dist.monitor.health import LeadCheck
 from alsace_dist.monitor.progress import Advance, progress
 from alsace_dist.monitor.scalars import ScalarWriter
 from alsace_dist.ranks.group import Ranks
@@ -94,7 +94,7 @@ def run(stage: Stage, ranks: Ranks | None) -> None:
 
     assert ranks is not None
     config = stage.config
-    opened = {output: open_dataset(_url_of(stage, output)) for output in stage.outputs}
+    opened = {output: open_split(stage.config, output.directory.name) for output in stage.outputs}
     languages = sorted({language for dataset in opened.values() for language in dataset.languages})
     model = open_model(stage, stage.round, languages, ranks)
     engine = scoring_engine(config.score.sharding, config.engine, model, ranks)
@@ -216,13 +216,26 @@ class ScoringPass:
 
     def _batches(self, todo: list[ShardInfo]) -> Iterator[Batch]:
         """All batches of the shards that this rank draws, in order; made ahead of the model, in a thread."""
-        while (index := self.draw()) < len(todo):
+        for index in self._drawn(todo):
             work = self._open(todo[index], index + 1)
             if not work.cut:
                 self._write(work)
             for number, rows in enumerate(work.cut):
                 inputs = self.model.collate([work.rows[row] for row in rows])
                 yield Batch(work, rows, inputs, number == 0, number == len(work.cut) - 1)
+
+    def _drawn(self, todo: list[ShardInfo]) -> Iterator[int]:
+        """The shards that this rank draws from the shared counter, each fetched while the one before is scored.
+
+        Towards the end, when there may be none left for another rank, a shard is drawn when the one before is done.
+        """
+        index = self.draw()
+        while index < len(todo):
+            following = self.draw() if index + self.ranks.world_size < len(todo) else None
+            if following is not None and following < len(todo):
+                self.dataset.reader.expect([todo[following]])
+            yield index
+            index = self.draw() if following is None else following
 
     def _next(self, batches: Generator[Batch]) -> Batch | None:
         """The next batch; None at the end, or before the next shard if a stop is asked for."""

@@ -1,6 +1,6 @@
 """The examples of finetuning and distillation: encoded rows with the targets that they learn from, or whole groups."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -28,6 +28,10 @@ class TargetExamples:
     targets: Callable[[int, list[EncodedRow]], list[Example]]
     model: Family
     device: torch.device
+
+    def expect(self, shards: Iterable[int]) -> None:
+        """Those of a store are fetched ahead."""
+        self.dataset.expect(shards)
 
     def load(self, shard: int) -> list[Example]:
         """Read, encode and give targets to a shard."""
@@ -71,6 +75,10 @@ class GroupExamples:
     divergence: Divergence
     model: Family
     device: torch.device
+
+    def expect(self, shards: Iterable[int]) -> None:
+        """Those of a store are fetched ahead."""
+        self.dataset.expect(shards)
 
     def load(self, shard: int) -> list[list[EncodedRow]]:
         """Read and encode a shard: for each group its rows, one a language."""

@@ -1,7 +1,7 @@
 """The one training loop: batch, step, log, save. What is trained, and on what, is a ``Training``."""
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -36,6 +36,9 @@ class Examples(Protocol):
     @property
     def counts(self) -> Sequence[int]:
         """Number of examples of each shard."""
+
+    def expect(self, shards: Iterable[int]) -> None:
+        """Hear which shards will be loaded from now on, in their order."""
 
     def load(self, shard: int) -> list[Any]:
         """All examples of a shard, in a fixed order: rows that ``build`` makes the examples of."""
@@ -106,7 +109,8 @@ def run(training: Training, ranks: Ranks) -> tuple[int, dict[str, FileEntry]]:
     section, directory = training.section, training.directory
     order = CanonicalOrder(training.examples.counts, section.global_batch_size, training.seed)
     num_steps = num_steps_of(section, order)
-    stream = TrainStream(order, training.examples.load, training.examples.build, ranks.rank, ranks.world_size)
+    examples = training.examples
+    stream = TrainStream(order, examples.load, examples.build, ranks.rank, ranks.world_size, examples.expect)
     engine, first, rule = _start(training, stream, ranks)
     if first > num_steps:
         raise UserError(

@@ -192,6 +192,16 @@ def test_batches_made_ahead_are_the_same_in_the_same_order() -> None:
         assert list(found) == [(step, expected.batch(step)) for step in range(first, last)]
 
 
+@pytest.mark.parametrize(("counts", "size"), [*CASES, ([10] * 40, 8), ([3] * 30, 2)])
+def test_what_a_stream_says_it_will_load_is_what_it_loads(counts: list[int], size: int) -> None:
+    """So what is fetched ahead is what is asked for next, also where shards leave the cache and come again."""
+    heard: list[int] = []
+    one = stream(counts, size, rank=0, world_size=2)
+    one._expect = heard.extend
+    assert len(list(one.batches(7, 80, lambda step, batch: batch))) == 73
+    assert heard == one.cache.opened
+
+
 def test_items_are_made_ahead_and_no_further_than_asked() -> None:
     made: list[int] = []
     items = ahead((made.append(number) or number for number in range(10)), depth=2)

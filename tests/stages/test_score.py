@@ -13,13 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import objects
 import pyarrow.parquet as pq
 import pytest
 import tiny
 
 from alsace_dist.errors import EXIT_STOPPED
+from alsace_dist.files import store
 from alsace_dist.files.scores import read_scores
 from alsace_dist.files.shards import open_dataset, read_shard, write_dataset
+from alsace_dist.files.store import Patience
 
 REPOSITORY = Path(__file__).parents[2]
 # By default ZeRO-3 divides no tensor as small as those of the small models.
@@ -62,6 +65,37 @@ def test_any_number_of_ranks_gives_the_same_bytes(
     assert score_bytes(tmp_path / "x") == score_bytes(one_rank)
     assert len(score_bytes(one_rank)) == 3 + 2
     assert not list((tmp_path / "x/run").rglob("progress.json"))  # whichever rank has drawn the last shard
+
+
+def score_from_store(group: Any, path: str, environment: dict[str, str]) -> None:
+    """``tiny.stage_on_rank`` where S3 is what the environment says, and with little patience."""
+    before, patience = dict(os.environ), store.PATIENCE
+    os.environ.update(environment)
+    store.PATIENCE = Patience(2.0, 1.0, 1e5, num_tries=12, first_wait_seconds=0.02, most_wait_seconds=0.1)
+    try:
+        tiny.stage_on_rank(group, path, "score", 0, "")
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+        store.PATIENCE = patience
+
+
+def test_scores_from_a_store_that_fails_are_those_from_disk(world: Path, tmp_path: Path, one_rank: Path) -> None:
+    """Two ranks read S3; then again with a cache that they share."""
+    url = f"s3://{objects.BUCKET}/data"
+    with objects.s3_server(tmp_path / "server") as files:
+        files.put(str(world / "run/data"), f"{objects.BUCKET}/data", recursive=True)
+        proxy = objects.Proxy(files.port)
+        proxy.faults = ["", "503", "", "cut", "", "", "stall", "", "503", "cut"]
+        for name, more in (("store", {}), ("cache", {"cache": str(tmp_path / "kept")})):
+            path = make_run(world, tmp_path / name, data={"inputs": [], "splits": {}, "directory": url} | more)
+            tiny.run_ranks(score_from_store, 2, path=str(path), environment=objects.environment(proxy.port))
+            assert score_bytes(tmp_path / name) == score_bytes(one_rank)
+            assert proxy.faults == []
+            shards = [path for method, path in proxy.seen if method == "GET" and path.split("?")[0].endswith(".tar")]
+            assert name == "store" or len(shards) == 5, shards  # no shard twice, though two ranks read the first ones
+            proxy.seen.clear()
+        proxy.close()
 
 
 LAUNCHERS = {

@@ -14,6 +14,7 @@ from alsace_dist.config import NO_TEACHERS
 from alsace_dist.config_file import load_config
 from alsace_dist.data.rows import Candidates, EncodedRow
 from alsace_dist.errors import UserError
+from alsace_dist.files.reader import ShardReader
 from alsace_dist.files.shards import Dataset
 from alsace_dist.method.targets import MODES, num_pairs, targets
 from alsace_dist.models.batches import Inputs
@@ -62,7 +63,7 @@ def rows_of(group: list[tuple[str, str]]) -> list[EncodedRow]:
 
 def examples_of(mode: str, kind: str, through: bool, temperature: float, biases: Any = None) -> GroupExamples:
     pairs = num_pairs([[name for _, name in group] for group in GROUPS], WEIGHTS, mode)
-    dataset = Dataset("nowhere", (), LANGUAGES, ("a", "b", "c"), "")
+    dataset = Dataset("nowhere", (), LANGUAGES, ("a", "b", "c"), "", ShardReader("nowhere"))
     divergence = Divergence(kind, through, temperature)
     fake: Any = FakeModel()
     return GroupExamples(
