@@ -133,7 +133,8 @@ def ours_scoring(
     module = inference_module(load_module(model, 0.0, config.engine, turns), config.engine, turns)
     for output in outputs:
         tensorboard = Layout(Path(config.run_dir)).tensorboard(output)
-        ScoringPass(config, dataset, output, {}, tensorboard).run(model, module, is_sharded(config.engine), turns)
+        work = ScoringPass(config, dataset, output, {}, tensorboard)
+        work.run(model, module, turns, turns if is_sharded(config.engine) else None)
 
 
 def ours_training(ranks: Ranks, config: Config, begun: "list[Training]", pause: Callable[[], None]) -> None:

@@ -17,9 +17,9 @@ class ScoreConfig(Section):
     """Most prompt tokens, padding included, per forward pass. Part of the result, in the last bits."""
     sharding: Sharding = "auto"
     """Where the weights are while a model scores, whatever engine.zero_stage says of training. replicated: every rank
-    has all of them, and works at its own pace; zero3: they are divided over the ranks, and travel in every pass; auto:
-    replicated if they take up to half of a GPU's memory (without GPUs of the machine's, for all its ranks). Scores are
-    the same, but for last bits."""
+    has all of them, and works at its own pace; zero3: they are divided, over the ranks of each machine where that is
+    enough, else over all, and travel in every pass; auto: replicated if they take up to half of a GPU's memory (without
+    GPUs of the machine's, for all its ranks). Scores are the same, but for last bits."""
 
 
 class SelectConfig(Section):

@@ -1,6 +1,6 @@
 """Token ids as padded tensors on a device."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -48,6 +48,22 @@ def to_device(device: torch.device, *tensors: Tensor) -> tuple[Tensor, ...]:
     if device.type == "cpu":
         return tensors
     return tuple(tensor.pin_memory().to(device, non_blocking=True) for tensor in tensors)
+
+
+def to_host(tensor: Tensor) -> Callable[[], np.ndarray]:
+    """Begin to copy a tensor to the host; a function that waits for the copy and returns it."""
+    if tensor.device.type == "cpu":
+        return tensor.numpy
+    copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    copy.copy_(tensor, non_blocking=True)
+    done = torch.cuda.Event()
+    done.record()
+
+    def wait() -> np.ndarray:
+        done.synchronize()
+        return copy.numpy()
+
+    return wait
 
 
 def pad(rows: Sequence[Sequence[int]], value: int) -> Tensor:

@@ -7,8 +7,8 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -48,7 +48,8 @@ class StopFlag:
 
 @dataclass
 class Ranks:
-    """This rank among all ranks. ``control``: a gloo group, so that flags never wait for the accelerator.
+    """This rank among all ranks. ``control``: a gloo group, so that flags never wait for the accelerator; ``data``: a
+    group for tensors of the device, None: the default one.
 
     Of the collectives every rank must make the same calls in the same order.
     """
@@ -59,6 +60,7 @@ class Ranks:
     device: "torch.device"
     control: Any
     stop: StopFlag = field(default_factory=StopFlag)
+    data: Any = None
     _num_names: int = 0
 
     @property
@@ -145,6 +147,19 @@ class Ranks:
             raise error
         if failed:
             raise PeerFailed(otherwise)
+
+    def among(self, parts: Sequence[Sequence[int]]) -> "Ranks":
+        """This rank among those of its part; each rank is in one of ``parts``. For ``any_rank`` and DeepSpeed only: the
+        other collectives, which name a source, are for all ranks. Collective."""
+        import torch.distributed as dist
+
+        found = None
+        for part in parts:  # of every group all ranks must know
+            groups = {"data": dist.new_group(list(part)), "control": dist.new_group(list(part), backend="gloo")}
+            if self.rank in part:
+                found = replace(self, rank=list(part).index(self.rank), world_size=len(part), **groups)
+        assert found is not None
+        return found
 
     def own_name(self, text: str) -> str:
         """A name for the process group's store that no earlier call has given out. Collective."""

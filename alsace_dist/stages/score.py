@@ -5,13 +5,14 @@ counter; what a killed run has finished is kept.
 """
 
 import json
+import os
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -48,6 +49,8 @@ if TYPE_CHECKING:
     from alsace_dist.models.family import Family
 
 ON_RANKS = True
+# In the first passes under ZeRO-3 DeepSpeed compares the order of modules with rank 0's, whoever shares the weights.
+PASSES_OF_ALL = 2
 
 
 def _splits(stage: Stage) -> list[str]:
@@ -90,21 +93,22 @@ def run(stage: Stage, ranks: Ranks | None) -> None:
     Raises ``UserError`` for broken inputs, ``Stopped`` if a stop was agreed (finished shards are kept).
     """
     from alsace_dist.training.engine import inference_module, load_module
-    from alsace_dist.training.layout import scoring_engine
+    from alsace_dist.training.layout import scoring_layout
 
     assert ranks is not None
     config = stage.config
     opened = {output: open_split(stage.config, output.directory.name) for output in stage.outputs}
     languages = sorted({language for dataset in opened.values() for language in dataset.languages})
     model = open_model(stage, stage.round, languages, ranks)
-    engine = scoring_engine(config.score.sharding, config.engine, model, ranks)
-    module = inference_module(load_module(model, 0.0, engine, ranks), engine, ranks)
+    hosts = ranks.gather(os.uname().nodename)
+    engine, together = scoring_layout(config.score.sharding, config.engine, model, ranks, hosts)
+    module = inference_module(load_module(model, 0.0, engine, together), engine, together)
     for dataset in opened.values():
         ranks.main_first(partial(check_texts, model.encode, dataset, dataset.languages, config))
     for output, dataset in opened.items():
         tensorboard = stage.layout.tensorboard(output.directory)
         work = ScoringPass(config, dataset, output.directory, stage.fingerprint(output), tensorboard)
-        work.run(model, module, is_sharded(engine), ranks)
+        work.run(model, module, ranks, together if is_sharded(engine) else None)
 
 
 @dataclass
@@ -139,6 +143,13 @@ class Batch:
     is_last: bool
 
 
+class Flying(NamedTuple):
+    """A batch that is being scored. ``log_probs()`` waits for its results, [rows, K]."""
+
+    batch: Batch
+    log_probs: Callable[[], np.ndarray]
+
+
 @dataclass
 class Counts:
     """What this rank has scored since it started: rows, and encoder tokens without and with padding."""
@@ -161,12 +172,12 @@ class ScoringPass:
         self.num_done = 0
         self.check_lead = LeadCheck()
 
-    def run(self, model: "Family", module: Any, in_step: bool, ranks: Ranks) -> None:
+    def run(self, model: "Family", module: Any, ranks: Ranks, together: Ranks | None) -> None:
         """Score all shards that have no result yet, then check the whole and write the manifest. Collective.
 
-        ``in_step``: whether every forward pass of the module is collective.
+        ``together``: this rank among those whose forward passes are one collective; None: it runs by itself.
         """
-        self.model, self.module, self.in_step, self.ranks = model, module, in_step, ranks
+        self.model, self.module, self.ranks, self.together = model, module, ranks, together
         self.draw = ranks.shared_counter(f"score/{self.directory}")
         self.watchdog = Watchdog(ranks, self.directory, self.config.engine.hang_limit())
         begin = time.monotonic()
@@ -186,8 +197,12 @@ class ScoringPass:
         if ranks.is_main:
             note_position(f"{num_done} shards of {directory}")
         with progress(f"score {directory.name}", directory, num_shards, num_done, ranks.is_main) as advance:
-            score = self._run_in_step if self.in_step else self._run_freely
-            return score(todo, advance)
+            if self.together is None:
+                self._run_freely(todo, advance)
+            else:
+                self._run_in_step(todo, advance, self.together)
+            with self.watchdog.waiting_for_others():
+                return ranks.any_rank(ranks.stop.is_set)[0]
 
     # --- shards ----------------------------------------------------------------------------------------------------
 
@@ -246,18 +261,21 @@ class ScoringPass:
             return None
         return batch
 
-    def _forward(self, batch: Batch) -> np.ndarray:
-        """Log-probabilities [rows, K]."""
+    def _forward(self, batch: Batch) -> Flying:
+        """Begin to score a batch: on an accelerator nobody waits here for its results."""
+        from alsace_dist.models.batches import to_host
+
         tokens, padded = batch.inputs.num_tokens
         self.counts.num_tokens += tokens
         self.counts.num_padded += padded
-        log_probs: np.ndarray = self.module(*batch.inputs.to(self.ranks.device)).cpu().numpy()
-        return log_probs
+        return Flying(batch, to_host(self.module(*batch.inputs.to(self.ranks.device))))
 
-    def _keep(self, batch: Batch, log_probs: np.ndarray, advance: Advance) -> None:
+    def _keep(self, flying: Flying | None, advance: Advance) -> None:
         """Put a batch's results in their places; with the last one the shard is written."""
-        work = batch.work
-        for index, row in zip(batch.rows, log_probs, strict=True):
+        if flying is None:
+            return
+        batch, work = flying.batch, flying.batch.work
+        for index, row in zip(batch.rows, flying.log_probs(), strict=True):
             work.results[index] = row[: len(work.rows[index].candidates)]
         if batch.is_last:
             self._write(work)
@@ -266,21 +284,23 @@ class ScoringPass:
             advance(work.number - self.num_done)  # the shared counter tells how far all ranks are
             self.num_done = work.number
 
-    def _run_freely(self, todo: list[ShardInfo], advance: Advance) -> bool:
+    def _run_freely(self, todo: list[ShardInfo], advance: Advance) -> None:
         """With whole weights a forward pass concerns no other rank, so every rank works at its own pace.
 
-        An error leaves the loop at once; the launcher ends the other ranks. Returns whether a stop was asked for.
+        An error leaves the loop at once; the launcher ends the other ranks.
         """
         import torch
 
+        flying: Flying | None = None
         with torch.inference_mode(), closing(ahead(self._batches(todo))) as batches:
             while batch := self._next(batches):
-                self._keep(batch, self._forward(batch), advance)
+                next_flying = self._forward(batch)
+                self._keep(flying, advance)
+                flying = next_flying
                 self.watchdog.beat("the next batch")
-        with self.watchdog.waiting_for_others():
-            return self.ranks.any_rank(self.ranks.stop.is_set)[0]
+            self._keep(flying, advance)
 
-    def _run_in_step(self, todo: list[ShardInfo], advance: Advance) -> bool:
+    def _run_in_step(self, todo: list[ShardInfo], advance: Advance, together: Ranks) -> None:
         """Under ZeRO-3 every forward is collective: all ranks run equally many, with stand-ins where one has no work.
 
         An exception in one rank becomes a flag that all see before the next forward, so that none waits for it.
@@ -289,29 +309,37 @@ class ScoringPass:
 
         batch: Batch | None = None
         error: Exception | None = None
-        log_probs, stand_in = np.empty(0), None
+        flying: Flying | None = None
+        stand_in: Inputs | None = None
         with torch.inference_mode(), closing(ahead(self._batches(todo))) as batches:
+            if together.world_size < self.ranks.world_size:
+                stand_in = self._stand_in()
+                for _ in range(PASSES_OF_ALL):
+                    self.module(*stand_in.to(self.ranks.device))
             while True:
                 self.watchdog.beat("the next batch")
                 try:
-                    if batch is not None:
-                        self._keep(batch, log_probs, advance)
-                    batch = self._next(batches)
+                    batch = self._next(batches) if error is None else None
                 except Exception as caught:
                     error = caught
-                some_batch, failed = self.ranks.any_rank(batch is not None, error is not None)
+                some_batch, failed = together.any_rank(batch is not None, error is not None)
                 if error is not None:
                     raise error
                 if failed:
                     raise PeerFailed("another rank failed while scoring")
                 if not some_batch:
                     break
+                done = flying
                 if batch is None:
-                    stand_in = stand_in or self._stand_in()
+                    stand_in, flying = stand_in or self._stand_in(), None
                     self.module(*stand_in.to(self.ranks.device))
                 else:
-                    log_probs = self._forward(batch)
-        return self.ranks.any_rank(self.ranks.stop.is_set)[0]
+                    flying = self._forward(batch)
+                try:
+                    self._keep(done, advance)
+                except Exception as caught:
+                    error = caught
+            self._keep(flying, advance)
 
     def _stand_in(self) -> "Inputs":
         """A short batch, for a rank without work."""

@@ -63,7 +63,8 @@ def load_module(model: TrainableModel, dropout: float, engine: EngineConfig, ran
         deepspeed = _import_deepspeed()
         deepspeed.init_distributed()
         # The dtype comes from the config: given as an argument, it is ignored on machines without fp16.
-        with deepspeed.zero.Init(config_dict_or_path=deepspeed_settings(engine, None, ranks)):
+        settings = deepspeed_settings(engine, None, ranks)
+        with deepspeed.zero.Init(data_parallel_group=ranks.data, config_dict_or_path=settings):
             module = model.build(dropout, engine.gradient_checkpointing)
         for name, parameter in module.named_parameters():
             private(parameter, "ds_tensor").data.zero_()  # the last part is padded

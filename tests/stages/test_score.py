@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from alsace_dist.files import store
 from alsace_dist.files.scores import read_scores
 from alsace_dist.files.shards import open_dataset, read_shard, write_dataset
 from alsace_dist.files.store import Patience
+from alsace_dist.ranks.group import Ranks
 
 REPOSITORY = Path(__file__).parents[2]
 # By default ZeRO-3 divides no tensor as small as those of the small models.
@@ -154,6 +156,26 @@ def test_scores_do_not_depend_on_where_the_weights_are_nor_their_bytes_on_the_nu
     # Biased products of bf16 on CPUs depend in their last bits on where in memory a weight begins.
     assert np.allclose(whole.log_probs, divided.log_probs, atol=1e-6 if dtype == "fp32" else 0.03)
     assert np.std(whole.log_probs) > 0.01  # not a comparison of constants
+
+
+def score_on_machines(group: Ranks, path: str, hosts: str) -> None:
+    """The stage, as if each rank were on the machine of this name."""
+    uname = os.uname
+    os.uname = lambda: SimpleNamespace(nodename=hosts[group.rank])  # type: ignore[assignment, return-value]
+    try:
+        tiny.stage_on_rank(group, path, "score", 0, "")
+    finally:
+        os.uname = uname
+
+
+def test_machines_that_share_out_the_weights_each_for_itself_give_the_same_bytes(world: Path, tmp_path: Path) -> None:
+    """Ranks 0 and 2 on one machine, rank 1 on another: of 2 shards of the test split the second may get none."""
+    sections = {"score": {"sharding": "zero3"}}
+    for number, hosts in ((1, "a"), (3, "aba")):
+        engine = {"num_processes": number, "zero_stage": 3} | SHARD_ALL["zero3"]
+        config = make_run(world, tmp_path / hosts, engine=engine, **sections)
+        tiny.run_ranks(score_on_machines, number, path=str(config), hosts=hosts)
+    assert score_bytes(tmp_path / "a") == score_bytes(tmp_path / "aba")
 
 
 @pytest.mark.parametrize(("zero_stage", "scorer"), [(2, "mt5"), (3, "mt5"), (2, "head"), (3, "cloze")])
