@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -136,9 +137,16 @@ def broken(group: Ranks, world: str, directory: str) -> list[str]:
     said.append(str(caught.value))
     found = checkpoint.newest(Path(directory), FINGERPRINT, group)
     assert found == (Path(directory, "step-00000001"), 1)
+    index = found[0] / "slices.json"
+    sound = index.read_text()
+    group.barrier()
+    group.main_first(lambda: index.write_text(sound.replace("rank00001-", "../rank00001-")))
+    with pytest.raises(UserError, match=r"slices\.json: lists other files than manifest\.json"):
+        checkpoint.load(found[0], trained, found[1])
+    group.main_first(lambda: index.write_text(sound))
     group.main_first(lambda: [path.unlink() for path in found[0].glob("rank00001-*")])
     with pytest.raises((UserError, PeerFailed)) as caught_loading:
-        checkpoint.load(*found[:1], trained, 1)
+        checkpoint.load(found[0], trained, found[1])
     said.append(str(caught_loading.value))
     return said
 
@@ -189,6 +197,17 @@ def test_a_file_written_in_a_stream_is_what_safetensors_writes(tmp_path: Path) -
         assert set(opened.keys()) == tensors.keys()
         for name, tensor in tensors.items():
             assert torch.equal(opened.get_tensor(name), tensor) and opened.get_tensor(name).dtype == tensor.dtype
+
+
+def test_a_disk_that_fills_up_while_a_file_is_written_is_named_with_the_file(tmp_path: Path) -> None:
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=100k", "tmpfs", str(tmp_path)], check=True)
+    try:
+        with pytest.raises(OSError, match="No space left on device") as caught:
+            write_tensors(tmp_path / "x.safetensors", {"weight": torch.ones(50_000)})
+        assert caught.value.filename == str(tmp_path / "x.safetensors")
+        assert not list(tmp_path.iterdir())
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
 
 
 SHAPES = {"a": [2, 3], "b": []}
