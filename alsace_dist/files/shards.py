@@ -213,8 +213,10 @@ def open_split(config: Config, split: str) -> Dataset:
     return open_dataset(data_url(config, split), cache_of(config.data))
 
 
-def open_dataset(url: str | Path, cache: Cache | None = None) -> Dataset:
-    """Open a dataset by directory or fsspec URL. ``cache``: where shards of a store are kept on this node.
+def open_dataset(url: str | Path, cache: Cache | None = None, patience: store.Patience | None = None) -> Dataset:
+    """Open a dataset by directory or fsspec URL.
+
+    ``cache``: where shards of a store are kept on this node; ``patience``: how long to wait for the manifest.
 
     Raises ``NotReady`` if there is no manifest, ``UserError`` if it is broken or of another kind, or if the URL's
     scheme is not allowed.
@@ -222,7 +224,7 @@ def open_dataset(url: str | Path, cache: Cache | None = None) -> Dataset:
     location = str(url).rstrip("/")
     path = f"{location}/{MANIFEST}"
     try:
-        data = store.read(path, reading.MAX_TEXT_BYTES)
+        data = store.read(path, reading.MAX_TEXT_BYTES, patience=patience)
     except FileNotFoundError:
         raise NotReady(f"{path}: no such file; run `alsace prepare`, or name a prepared dataset") from None
     remedy = f"delete {location} and run `alsace prepare` again"

@@ -45,6 +45,7 @@ class Patience:
 
 
 PATIENCE = Patience()
+ONE_LOOK = Patience(num_tries=2)  # where a person waits for the answer, and a store that is away is the answer
 _JITTER = random.Random()  # of its own: the state of the module's generator belongs to whoever has seeded it
 _stores: dict[tuple[int, str, Patience], Any] = {}
 _stores_lock = threading.Lock()
@@ -56,7 +57,7 @@ def is_remote(url: str) -> bool:
     return _scheme_and_path(url)[0] != "file"
 
 
-def read(url: str, most_bytes: int, sha256: str | None = None) -> bytes:
+def read(url: str, most_bytes: int, sha256: str | None = None, patience: Patience | None = None) -> bytes:
     """The bytes at a path or URL: all of them, at most ``most_bytes``, with this sha256.
 
     Raises ``FileNotFoundError``, and ``UserError`` if the scheme is not allowed, or if the file cannot be read, is
@@ -64,7 +65,7 @@ def read(url: str, most_bytes: int, sha256: str | None = None) -> bytes:
     """
     scheme, path = _scheme_and_path(url)
     if scheme != "file":
-        return _read_remote(url, most_bytes, sha256, PATIENCE)
+        return _read_remote(url, most_bytes, sha256, patience or PATIENCE)
     try:
         reading.check_regular(Path(path), "name a prepared dataset, or restore the file", most_bytes)
         data = Path(path).read_bytes()

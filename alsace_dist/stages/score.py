@@ -240,13 +240,13 @@ class ScoringPass:
                 yield Batch(work, rows, inputs, number == 0, number == len(work.cut) - 1)
 
     def _drawn(self, todo: list[ShardInfo]) -> Iterator[int]:
-        """The shards that this rank draws from the shared counter, each fetched while the one before is scored.
-
-        Towards the end, when there may be none left for another rank, a shard is drawn when the one before is done.
+        """The shards that this rank draws from the shared counter; of a store, each is drawn and fetched while the one
+        before is scored. Towards the end, when there may be none left for another rank, no shard is drawn ahead.
         """
-        index = self.draw()
+        index, is_remote = self.draw(), self.dataset.reader.is_remote
         while index < len(todo):
-            following = self.draw() if index + self.ranks.world_size < len(todo) else None
+            has_enough = index + self.ranks.world_size < len(todo)
+            following = self.draw() if is_remote and has_enough else None
             if following is not None and following < len(todo):
                 self.dataset.reader.expect([todo[following]])
             yield index

@@ -14,6 +14,7 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import fsspec.config
 import objects
 import pytest
 import tiny
@@ -85,6 +86,7 @@ def test_what_passes_is_tried_again_and_said_once(server: Any, proxy: Proxy, cap
 @pytest.mark.parametrize("fault", ["503", "cut", "stall"])
 def test_a_store_that_stays_away_is_an_error_in_bounded_time(proxy: Proxy, fault: str) -> None:
     dataset = open_dataset(URL)
+    proxy.seen.clear()
     proxy.always = fault
     begin = time.monotonic()
     reason = {"503": "HTTP 503: ", "cut": "", "stall": ""}[fault]
@@ -93,6 +95,7 @@ def test_a_store_that_stays_away_is_an_error_in_bounded_time(proxy: Proxy, fault
     ):
         read_shard(dataset, dataset.shards[0])
     assert time.monotonic() - begin < 12  # 4 tries of 1 s each, if each stalls, and a busy machine
+    assert len(proxy.seen) == (4 if fault == "503" else 8)  # a HEAD and a GET a try; the libraries try nothing again
 
 
 def test_nobody_listens(proxy: Proxy) -> None:
@@ -136,6 +139,15 @@ def test_bytes_that_stay_other_than_the_manifest_says(server: Any, proxy: Proxy)
     ):
         read_shard(dataset, dataset.shards[1])
     assert [method for method, _ in proxy.seen].count("GET") == 2
+
+
+def test_options_of_the_library_come_from_the_environment(proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As docs/data.md says; fsspec reads it when it is imported."""
+    options: dict[str, Any] = {}
+    fsspec.config.set_conf_env(options, {"FSSPEC_S3": '{"requester_pays": true}'})
+    monkeypatch.setitem(fsspec.config.conf, "s3", options["s3"])
+    open_dataset(URL)
+    assert all(b"x-amz-request-payer: requester" in head for head in proxy.heads) and len(proxy.heads) == 2
 
 
 def test_size_is_looked_at_before_contents(server: Any, proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -69,34 +69,48 @@ def test_any_number_of_ranks_gives_the_same_bytes(
     assert not list((tmp_path / "x/run").rglob("progress.json"))  # whichever rank has drawn the last shard
 
 
-def score_from_store(group: Any, path: str, environment: dict[str, str]) -> None:
+def stage_from_store(group: Any, path: str, command: str, environment: dict[str, str]) -> None:
     """``tiny.stage_on_rank`` where S3 is what the environment says, and with little patience."""
     before, patience = dict(os.environ), store.PATIENCE
     os.environ.update(environment)
     store.PATIENCE = Patience(2.0, 1.0, 1e5, num_tries=12, first_wait_seconds=0.02, most_wait_seconds=0.1)
     try:
-        tiny.stage_on_rank(group, path, "score", 0, "")
+        tiny.stage_on_rank(group, path, command, 0, "")
     finally:
         os.environ.clear()
         os.environ.update(before)
         store.PATIENCE = patience
 
 
-def test_scores_from_a_store_that_fails_are_those_from_disk(world: Path, tmp_path: Path, one_rank: Path) -> None:
-    """Two ranks read S3; then again with a cache that they share."""
-    url = f"s3://{objects.BUCKET}/data"
+def test_two_ranks_make_of_a_store_that_fails_what_they_make_of_a_disk(
+    world: Path, tmp_path: Path, one_rank: Path
+) -> None:
+    """Scores, also with a cache that the ranks share, and a finetuned model."""
+    data = {"inputs": [], "splits": {}, "directory": f"s3://{objects.BUCKET}/data"}
+    steps = {"finetune": {"num_steps": 6, "global_batch_size": 10}}
     with objects.s3_server(tmp_path / "server") as files:
         files.put(str(world / "run/data"), f"{objects.BUCKET}/data", recursive=True)
         proxy = objects.Proxy(files.port)
-        proxy.faults = ["", "503", "", "cut", "", "", "stall", "", "503", "cut"]
-        for name, more in (("store", {}), ("cache", {"cache": str(tmp_path / "kept")})):
-            path = make_run(world, tmp_path / name, data={"inputs": [], "splits": {}, "directory": url} | more)
-            tiny.run_ranks(score_from_store, 2, path=str(path), environment=objects.environment(proxy.port))
-            assert score_bytes(tmp_path / name) == score_bytes(one_rank)
-            assert proxy.faults == []
-            shards = [path for method, path in proxy.seen if method == "GET" and path.split("?")[0].endswith(".tar")]
-            assert name == "store" or len(shards) == 5, shards  # no shard twice, though two ranks read the first ones
+
+        def do(command: str, name: str, **sections: Any) -> None:
+            proxy.faults = [] if name == "cache" else ["", "503", "", "cut", "", "stall", "503", "cut"]
             proxy.seen.clear()
+            path = make_run(world, tmp_path / name, **sections)
+            environment = objects.environment(proxy.port)
+            tiny.run_ranks(stage_from_store, 2, path=str(path), command=command, environment=environment)
+
+        for name, more in (("store", {}), ("cache", {"cache": str(tmp_path / "kept")})):
+            do("score", name, data=data | more)
+            assert proxy.faults == []
+            assert score_bytes(tmp_path / name) == score_bytes(one_rank)
+        shards = [path for method, path in proxy.seen if method == "GET" and ".tar" in path]
+        assert len(shards) == len(list((tmp_path / "kept").glob("[0-9a-f]*"))) == 5  # each once, whoever reads it first
+        do("finetune", "disk-model", **steps)
+        assert not proxy.seen
+        do("finetune", "store-model", data=data, **steps)
+        assert proxy.faults == []
+        models = [tmp_path / name / "run/finetune/model/model.safetensors" for name in ("disk-model", "store-model")]
+        assert models[0].read_bytes() == models[1].read_bytes()
         proxy.close()
 
 
