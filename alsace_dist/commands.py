@@ -229,9 +229,9 @@ def plan(config: str, *, num_processes: int = 0, debug: bool = False, **override
         debug: show tracebacks.
         overrides: settings by dotted name.
     """
-    from alsace_dist import plan as planning
+    from alsace_dist.plan.overview import print_plan
 
-    planning.print_plan(_load(config, overrides), num_processes or None)
+    print_plan(_load(config, overrides), num_processes or None)
 
 
 def doctor(config: str = "", *, cluster: str = "", nodes: int = 0, debug: bool = False, **overrides: Any) -> None:

@@ -16,7 +16,7 @@ decoder's cross-attention, every decoder token through the decoder's other matri
 itself. Embedding look-ups, norms and the K rows of the head are left out. Training counts three times the forward
 pass, also where gradient checkpointing makes the hardware do it a fourth time.
 
-Memory: *plan* is what alsace_dist.plan predicts of weights, gradients, optimizer and buffers; *states* is the peak of
+Memory: *plan* is what alsace_dist/plan predicts of weights, gradients, optimizer and buffers; *states* is the peak of
 a step on one short example (scoring: the weights), to compare with it; *peak* has the activations as well.
 """
 
@@ -43,11 +43,11 @@ import numpy as np
 import torch
 from gpu_work import SIZES, RandomWeights, Row, Runs
 
-from alsace_dist import plan
 from alsace_dist.config import EngineConfig
 from alsace_dist.data.stream import score_batches
 from alsace_dist.errors import UserError
 from alsace_dist.files.manifest import write_json
+from alsace_dist.plan.memory import scoring_memory, training_memory
 from alsace_dist.ranks.group import STOP_SIGNALS, Ranks, finish, start
 from alsace_dist.training.engine import inference_module
 
@@ -64,7 +64,7 @@ def measure_scoring(name: str, group: Ranks, deadline: float) -> Row:
     size, config, device = SIZES[name], EngineConfig(), group.device
     rows, weights = work.make_prompts(size, size.num_rows), RandomWeights(size, device)
     batches = score_batches([len(row.input_ids) for row in rows], size.tokens_per_batch)
-    predicted = plan.scoring_memory(weights.parameters, config, 1)
+    predicted = scoring_memory(weights.parameters, config, 1)
     row = work.make_row(f"score {name}", size, f"{size.tokens_per_batch:,} tokens a batch", predicted, rows, 1)
     module = inference_module(weights.load(config, group), config, group)
     work.take_peak(device)
@@ -81,7 +81,7 @@ def measure_training(name: str, config: EngineConfig, group: Ranks, with_engine:
     size, section, device = SIZES[name], SIZES[name].section, group.device
     examples, weights = work.make_examples(size, section.global_batch_size), RandomWeights(size, device)
     prompts = [example.row for example in examples]
-    memory = plan.training_memory(weights.parameters, section, config, 1)
+    memory = training_memory(weights.parameters, section, config, 1)
     settings = f"ZeRO-{config.zero_stage}" if with_engine else "no DeepSpeed"
     settings += f", {section.global_batch_size} in micro-batches of {section.micro_batch_size}"
     settings += ", embedding frozen" * section.freeze_vocabulary + ", checkpointing" * config.gradient_checkpointing

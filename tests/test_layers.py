@@ -248,7 +248,15 @@ def test_commands_start_in_under_a_second_and_without_torch(finished_run: Path, 
 
 
 def test_stages_that_compute_little_load_without_torch() -> None:
-    modules = ["stages.select", "stages.evaluate", "reporting.report", "plan", "pipeline", "cli", "cluster.submit"]
+    modules = [
+        "stages.select",
+        "stages.evaluate",
+        "reporting.report",
+        "plan.overview",
+        "pipeline",
+        "cli",
+        "cluster.submit",
+    ]
     code = f"import sys, {', '.join(f'alsace_dist.{module}' for module in modules)}; print(*sys.modules)"
     done, _ = start("-c", code)
     assert done.returncode == 0, done.stderr
