@@ -19,7 +19,8 @@ from alsace_dist.errors import UserError
 from alsace_dist.models.family import Parameters
 from alsace_dist.models.mt5 import MT5
 from alsace_dist.plan.memory import Memory, checkpoint_bytes, model_bytes, scoring_memory, training_memory
-from alsace_dist.plan.overview import num_steps, print_plan, prompts_per_example
+from alsace_dist.plan.overview import print_plan
+from alsace_dist.plan.work import num_steps, prompts_per_example
 from alsace_dist.stages.prepare import prepare
 
 

@@ -58,10 +58,11 @@ class PassShape:
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes. ``layers``: kept within all layers; ``largest_layer``: within the largest one; ``working``: gradients of
-    its feed-forward while it goes backward; ``between``: what goes from layer to layer; ``ends``: embeddings, the last
-    norms, the head."""
+    """Bytes, of ``num_layers`` layers. ``layers``: kept within all of them; ``largest_layer``: within the largest one;
+    ``working``: gradients of its feed-forward while it goes backward; ``between``: what goes from layer to layer;
+    ``ends``: embeddings, the last norms, the head."""
 
+    num_layers: int
     layers: int
     largest_layer: int
     working: int
@@ -110,6 +111,7 @@ def encoder_decoder(config: Any, shape: PassShape, weight_bytes: int, kernel: At
     encoder = tokens * (self_attention(shape.length) + norm + feed_forward)
     decoder = outputs * (self_attention(shape.num_positions) + cross + norm + feed_forward) + read * keys_and_values
     return Activations(
+        num_layers=config.num_layers + config.num_decoder_layers,
         layers=config.num_layers * encoder + config.num_decoder_layers * decoder,
         largest_layer=max(encoder, decoder),
         working=2 * weight * config.d_ff * tokens,
@@ -141,6 +143,7 @@ def encoder(config: Any, shape: PassShape, weight_bytes: int, kernel: Attention)
     attention = _attention(weight, d, heads, shape.length, kernel, masked=1)
     layer = shape.num_tokens * (norms + attention + 2 * weight * config.intermediate_size)
     return Activations(
+        num_layers=num_layers,
         layers=num_layers * layer,
         largest_layer=layer,
         working=weight * config.intermediate_size * shape.num_tokens,

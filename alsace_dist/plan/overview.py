@@ -11,15 +11,12 @@ from typing import TYPE_CHECKING
 
 from alsace_dist import pipeline
 from alsace_dist.config import Config, EngineConfig, Mode, Split, TrainConfig
-from alsace_dist.data.stream import CanonicalOrder
 from alsace_dist.errors import UserError
-from alsace_dist.files.layout import data_url
-from alsace_dist.files.shards import Dataset, open_dataset
 from alsace_dist.plan.memory import checkpoint_bytes, model_bytes, scoring_memory, training_memory
 from alsace_dist.plan.model import PlannedModel, planned_model
 from alsace_dist.plan.output import amount, gigabytes, print_notes, print_table
-from alsace_dist.stages import distill, finetune, pretrain, score
-from alsace_dist.stages.base import Stage, TrainingStageModule
+from alsace_dist.plan.work import dataset_of, num_rows, num_steps, prompts_per_example, training_stages
+from alsace_dist.stages import distill, finetune, score
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -100,18 +97,12 @@ def _print_memory(config: Config, parameters: "Parameters", num_ranks: int, cons
 def _trainings(config: Config) -> Iterator[tuple[list[str], TrainConfig, EngineConfig]]:
     """Kinds of training of the run itself that differ in what they hold: names, a section and the engine."""
     found: dict[tuple[str, bool, int], tuple[list[str], TrainConfig, EngineConfig]] = {}
-    for stage, module in _training_stages(config):
+    for stage, module in training_stages(config):
         if not stage.variant and stage.round <= 1:
             section, engine = module.section_of(config), module.engine_of(config)
             kind = (section.optimizer, section.freeze_vocabulary, engine.zero_stage)
             found.setdefault(kind, ([], section, engine))[0].append(module.KIND)
     yield from found.values()
-
-
-def _training_stages(config: Config) -> list[tuple[Stage, TrainingStageModule]]:
-    """The stages of the run and its variants that train a model."""
-    modules: dict[str, TrainingStageModule] = {one.KIND: one for one in (pretrain, finetune, distill)}
-    return [(stage, modules[stage.module.KIND]) for stage in pipeline.stages(config) if stage.module.KIND in modules]
 
 
 def _memory_row(
@@ -129,7 +120,7 @@ def _memory_row(
 
 
 def _print_disk(config: Config, parameters: "Parameters", console: "Console") -> None:
-    trainings = _training_stages(config)
+    trainings = training_stages(config)
     rows = [["exported model", gigabytes(model_bytes(parameters)), f"{len(trainings)} in the end"]]
     for module in (finetune, distill):
         if any(stage.module is module for stage, _ in trainings):
@@ -138,14 +129,6 @@ def _print_disk(config: Config, parameters: "Parameters", console: "Console") ->
             rows.append([f"checkpoint of {module.KIND}", gigabytes(checkpoint_bytes(parameters, section)), note])
     print_table(console, "Disk, GB each", ["", "GB", ""], rows)
     console.print()
-
-
-def prompts_per_example(config: Config, mode: Mode) -> tuple[int, str]:
-    """How many prompts a model reads of one example, and in words why; of candidates in any number the fewest."""
-    if mode == "head" and config.task.candidates:
-        number = config.task.num_candidates
-        return (number, "one for each candidate") if number else (2, "one for each candidate, at least")
-    return (2, "one with context and one without") if config.task.needs_context_free else (1, "")
 
 
 def _print_work(config: Config, mode: Mode, console: "Console") -> None:
@@ -162,27 +145,11 @@ def _print_work(config: Config, mode: Mode, console: "Console") -> None:
     print_notes(console, notes)
 
 
-def _dataset(config: Config, split: Split) -> Dataset | None:
-    """A split's dataset; None if it is not prepared yet."""
-    try:
-        return open_dataset(data_url(config, split))
-    except UserError:
-        if config.data.directory is not None:  # no stage is going to prepare the dataset
-            raise
-        return None
-
-
-def num_steps(section: TrainConfig, num_examples: int) -> int:
-    """Optimizer steps of a training, as the training loop counts them."""
-    order = CanonicalOrder([num_examples], section.global_batch_size, 0)
-    return section.num_steps or order.num_steps(section.num_epochs or 0)
-
-
 def _training_rows(config: Config) -> Iterator[list[str]]:
     """Trainings; the rounds of a variant are alike."""
-    trainings = _training_stages(config)
+    trainings = training_stages(config)
     for stage, module in trainings:
-        data = _dataset(config, module.SPLIT) if stage.round <= 1 else None
+        data = dataset_of(config, module.SPLIT) if stage.round <= 1 else None
         if data is not None:
             times = sum(one.module is stage.module and one.variant == stage.variant for one, _ in trainings)
             num_examples = sum(module.most_examples(data, stage.config))
@@ -199,12 +166,8 @@ def _scoring_rows(config: Config, num_prompts: int) -> Iterator[list[str]]:
     )
     splits: tuple[Split, ...] = ("unlabeled", "test")
     for split in splits:
-        if data := _dataset(config, split):
+        if data := dataset_of(config, split):
             rows_per_batch = max(1, config.score.tokens_per_batch // (num_prompts * config.task.max_tokens))
             batches = sum(math.ceil(sum(shard.num_examples.values()) / rows_per_batch) for shard in data.shards)
-            counts = [f"{data.num_groups:,}", f"{_num_examples(data):,}", "", f"{batches:,}"]
+            counts = [f"{data.num_groups:,}", f"{num_rows(data):,}", "", f"{batches:,}"]
             yield [f"score {split}", *counts, str(passes[split])]
-
-
-def _num_examples(data: Dataset) -> int:
-    return sum(sum(shard.num_examples.values()) for shard in data.shards)
