@@ -88,8 +88,8 @@ def make_page() -> str:
     lines += [
         f"- GPUs of {GPU_MEMORY / 1e9:g} GB with {assumptions.PEAK_FLOPS / 1e12:g} TFLOPS, {GPUS_PER_NODE} a node, "
         f"each with {assumptions.NETWORK_BANDWIDTH / 1e9:g} GB/s to other nodes. Prompts of "
-        f"{assumptions.AVERAGE_LENGTH} tokens, {COUNTS.num_groups:,} groups in {COUNTS.num_languages} languages, three epochs; otherwise "
-        "`configs/xnli-mt5-xxl.yaml`.",
+        f"{assumptions.AVERAGE_LENGTH} tokens, {COUNTS.num_groups:,} groups in {COUNTS.num_languages} languages, three "
+        "epochs; otherwise `configs/xnli-mt5-xxl.yaml`.",
         "- For every number of GPUs the cheapest settings that fit: the ZeRO stage; c: with gradient checkpointing; "
         "o: optimizer in host memory; h: hpZ over the node; and the micro-batch.",
     ]

@@ -83,8 +83,8 @@ def forecast(config: Config, model: PlannedModel, cluster: Cluster, average_leng
     )
 
 
-def most_prompts(section: TrainConfig) -> int:
-    """Most prompts in a micro-batch, each of which may be ``task.max_tokens`` long."""
+def most_prompts(section: TrainConfig, length: int) -> int:
+    """Most prompts of this length in a micro-batch: as many as of any other."""
     return section.micro_batch_size
 
 
@@ -154,9 +154,9 @@ def estimate_training(about: Forecast, work: Work, section: TrainConfig, engine:
     """
     cluster, parameters = about.cluster, about.parameters
     per_rank = max(1.0, section.global_batch_size * work.rows_per_example / cluster.num_ranks)
-    num_passes = math.ceil(per_rank / most_prompts(section))
+    num_passes = math.ceil(per_rank / most_prompts(section, about.average_length))
     prompts = per_rank / num_passes
-    at_most = min(most_prompts(section), math.ceil(per_rank))
+    at_most = min(most_prompts(section, about.max_tokens), math.ceil(per_rank))
     longest = about.activations(at_most, about.max_tokens, engine)
     usual = about.activations(prompts, about.average_length, engine)
     flops = about.flops(prompts)

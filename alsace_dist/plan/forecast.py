@@ -40,6 +40,7 @@ def print_forecast(config: Config, wish: Wish) -> None:
         f"{cluster.flops / 1e12:g} TFLOPS and {cluster.bandwidth / 1e9:g} GB/s to other nodes.",
         "All that follows is predicted, not measured.",
         *model.notes,
+        *(["Pretraining the nano model is left out: it is made for one machine."] if config.model.nano else []),
     ]
     print_notes(console, lines)
     estimates = [estimate(about, work) for work in works]
