@@ -91,7 +91,7 @@ def measure_training(name: str, config: EngineConfig, group: Ranks, with_engine:
     row = work.make_row(f"train {name}", size, settings, memory.states + memory.buffers, prompts, 3)
     lengths = [len(prompt.input_ids) for prompt in prompts]
     kept = work.activations(size, lengths, work.cut_step(lengths, section, device))
-    row.plan_activation_bytes = max(one.peak(config.gradient_checkpointing) for one in kept)
+    row.plan_activation_bytes = max(one.most(config.gradient_checkpointing, section.freeze_vocabulary) for one in kept)
     common = (weights, examples, config, section, group)
     contestants: dict[str, Callable[[], Runs]] = {"bare": lambda: work.bare_training(*common)}
     if with_engine:

@@ -20,6 +20,9 @@ input, and a cross-attention whose keys and values are as many as the prompt's t
 An encoder with LayerNorm keeps, before or after its attention and feed-forward alike, the input and the output of each
 norm (4 w d, and mean and deviation), the attention (4 w d + 4 H), and 2 w f: the activation's input and output.
 
+The last gradient of a pass is that of the embedding, as large as the vocabulary, when all these are gone. Where encoder
+and decoder read the same embedding there are three at once: each one's, and their sum.
+
 With gradient checkpointing only what goes from layer to layer is kept (w d a token and layer), and one layer at a time
 is computed again. Dropout is left out: it adds a mask of a byte where it is used.
 """
@@ -60,7 +63,7 @@ class PassShape:
 class Activations:
     """Bytes, of ``num_layers`` layers. ``layers``: kept within all of them; ``largest_layer``: within the largest one;
     ``working``: gradients of its feed-forward while it goes backward; ``between``: what goes from layer to layer;
-    ``ends``: embeddings, the last norms, the head."""
+    ``ends``: embeddings, the last norms, the head; ``embedding``: gradients of the embedding."""
 
     num_layers: int
     layers: int
@@ -68,10 +71,15 @@ class Activations:
     working: int
     between: int
     ends: int
+    embedding: int = 0
 
     def kept(self, gradient_checkpointing: bool) -> int:
         """Bytes at the end of a forward pass."""
         return self.ends + (self.between if gradient_checkpointing else self.layers)
+
+    def most(self, gradient_checkpointing: bool, freeze_vocabulary: bool) -> int:
+        """Most bytes in a pass: of activations, or of what the embedding's gradient is made from."""
+        return max(self.peak(gradient_checkpointing), 0 if freeze_vocabulary else self.embedding)
 
     def peak(self, gradient_checkpointing: bool) -> int:
         """Most bytes in a forward and backward pass, but for the gradients of the weights.
@@ -117,6 +125,7 @@ def encoder_decoder(config: Any, shape: PassShape, weight_bytes: int, kernel: At
         working=2 * weight * config.d_ff * tokens,
         between=weight * d * (config.num_layers * tokens + config.num_decoder_layers * outputs),
         ends=(tokens + outputs) * (norm + weight * d + 8) + _repeated(shape, weight * d) + _head(shape, d, weight),
+        embedding=3 * weight * d * config.vocab_size,
     )
 
 
@@ -149,4 +158,5 @@ def encoder(config: Any, shape: PassShape, weight_bytes: int, kernel: Attention)
         working=weight * config.intermediate_size * shape.num_tokens,
         between=weight * d * num_layers * shape.num_tokens,
         ends=shape.num_tokens * (2 * weight * d + 32) + _head(shape, d, weight),
+        embedding=weight * d * config.vocab_size,
     )

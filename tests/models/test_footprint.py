@@ -125,3 +125,21 @@ def test_xlmr(kind: Any, device: str, dtype: torch.dtype, saving: bool) -> None:
     assert planned is not None
     assert planned.kept(saving) == pytest.approx(kept, rel=0.05)
     assert planned.peak(saving) == pytest.approx(peak, rel=0.1)
+
+
+@pytest.mark.parametrize("family", ["mt5", "xlmr"])
+def test_the_gradients_of_the_embedding_are_what_a_short_pass_takes(family: str) -> None:
+    ids = torch.full((1, 4), 9, device="meta")
+    mask, two = torch.ones_like(ids), torch.zeros(1, 2, dtype=torch.long, device="meta")
+    with torch.device("meta"):
+        if family == "mt5":
+            config: Any = MT5Config(vocab_size=250112, **NANO)
+            module: Any = make_scorer(config, CandidateForm(True, (5, 6), (0, 4), 0), 0.0, False)
+        else:
+            config = XLMRobertaConfig(vocab_size=250002, max_position_embeddings=66, type_vocab_size=1, **ENCODER)
+            module = HeadScorer(config, 0.0, False, 3, "first")
+    _, peak = measure(module, "meta", torch.bfloat16, ids, mask, *([two, two] if family == "mt5" else []))
+    activations = (MT5 if family == "mt5" else XLMR).activations(config, PassShape(1, 4, 1, 2, 2), 2, "math")
+    assert activations is not None
+    assert activations.most(False, freeze_vocabulary=False) == pytest.approx(peak, rel=0.02)
+    assert activations.most(False, freeze_vocabulary=True) < 0.1 * peak

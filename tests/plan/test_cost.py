@@ -118,7 +118,7 @@ def test_a_stage_is_put_together_of_its_parts(tmp_path: Path) -> None:
     assert (one.num_passes, one.prompts) == (4, 15)
     assert work.section is not None
     assert one.memory == training_memory(about.parameters, work.section, work.engine, 8)
-    assert one.activations == about.activations(16, 256, work.engine).peak(False)
+    assert one.activations == about.activations(16, 256, work.engine).most(False, True)
     assert one.device_bytes == one.memory.states + one.activations and one.fits
     compute = 4 * pass_seconds(about.flops(15), about.activations(15, 64, work.engine), work.engine, SMALL)
     wait = sum(part.seconds(SMALL) for part in training_traffic(about.parameters, work.section, work.engine).each_step)
@@ -127,6 +127,8 @@ def test_a_stage_is_put_together_of_its_parts(tmp_path: Path) -> None:
     assert one.step_seconds == pytest.approx(compute + wait + update)
     assert one.seconds == pytest.approx(31 * one.step_seconds) and one.node_hours == one.seconds / 1800
     assert one.mfu == pytest.approx(3 * about.flops(480) / (one.step_seconds * 8 * 1000e12))
+    # A trained embedding, and few prompts: its three gradients of 250,112 x 1,024 are what counts.
+    assert about.activations(1, 256, work.engine).most(False, False) == 3 * 2 * 250112 * 1024
     assert one.checkpoint == 12 * about.parameters.trained(True)
 
 
