@@ -220,18 +220,67 @@ def calibrate(config: str, *, variant: str = "", debug: bool = False, **override
     _single("calibrate", config, overrides, debug, None, variant)
 
 
-def plan(config: str, *, num_processes: int = 0, debug: bool = False, **overrides: Any) -> None:
+def plan(
+    config: str,
+    *,
+    num_processes: int = 0,
+    nodes: int = 0,
+    gpus_per_node: int = 0,
+    gpu_memory: str = "",
+    bandwidth: str = "",
+    flops: str = "",
+    groups: int = 0,
+    languages: int = 0,
+    average_length: int = 0,
+    write: str = "",
+    choice: int = 0,
+    debug: bool = False,
+    **overrides: Any,
+) -> None:
     """Say how many parameters the model has and what memory its states take per rank, without loading it.
+
+    With --nodes: what a run takes on such nodes, memory, time and node-hours, and which settings fit, cheapest first.
 
     Args:
         config: the run's YAML.
         num_processes: ranks over all nodes; default: as many as would run here.
+        nodes: predict for so many nodes, which need not be there.
+        gpus_per_node: of each node; default 8.
+        gpu_memory: of each GPU, such as 80GB or 80GiB.
+        bandwidth: GB/s that each GPU has to other nodes; default 40.
+        flops: TFLOPS of dense bf16 that a GPU is said to have; default 989.
+        groups: parallel groups of each split that is not prepared; default 1000.
+        languages: in which they are; default: data.languages, or 15.
+        average_length: tokens of a prompt, on average; default 64, or task.max_tokens if that is less.
+        write: a new YAML for the settings that are chosen, which run takes.
+        choice: which of the settings that fit; default 1, the cheapest.
         debug: show tracebacks.
         overrides: settings by dotted name.
     """
-    from alsace_dist import plan as planning
+    from alsace_dist.plan.wish import read_wish
 
-    planning.print_plan(_load(config, overrides), num_processes or None)
+    given: dict[str, int | str] = {
+        "gpus-per-node": gpus_per_node,
+        "gpu-memory": gpu_memory,
+        "bandwidth": bandwidth,
+        "flops": flops,
+        "groups": groups,
+        "languages": languages,
+        "average-length": average_length,
+        "write": write,
+        "choice": choice,
+    }
+    loaded = _load(config, overrides)
+    if wish := read_wish(nodes, given, loaded):
+        from alsace_dist.plan.forecast import print_forecast
+
+        if num_processes:
+            raise UserError("--num-processes and --nodes: both say how many ranks there are; remove one")
+        print_forecast(loaded, wish)
+    else:
+        from alsace_dist.plan.overview import print_plan
+
+        print_plan(loaded, num_processes or None)
 
 
 def doctor(config: str = "", *, cluster: str = "", nodes: int = 0, debug: bool = False, **overrides: Any) -> None:
@@ -460,7 +509,7 @@ COMMANDS: dict[str, Command] = {
         Command("submit", submit, f"alsace submit CONFIG.yaml {_CLUSTER} --nodes=4"),
         Command("status", status, "alsace status runs/xnli"),
         Command("cancel", cancel, "alsace cancel runs/xnli"),
-        Command("plan", plan, "alsace plan configs/xnli-mt5-large.yaml --num-processes=8"),
+        Command("plan", plan, "alsace plan configs/xnli-mt5-xxl.yaml --nodes=4 --gpus-per-node=8 --gpu-memory=80GB"),
         Command("doctor", doctor, f"alsace doctor CONFIG.yaml {_CLUSTER} --nodes=4"),
         Command("completion", completion, "alsace completion bash"),
     )

@@ -16,8 +16,9 @@ decoder's cross-attention, every decoder token through the decoder's other matri
 itself. Embedding look-ups, norms and the K rows of the head are left out. Training counts three times the forward
 pass, also where gradient checkpointing makes the hardware do it a fourth time.
 
-Memory: *plan* is what alsace_dist.plan predicts of weights, gradients, optimizer and buffers; *states* is the peak of
-a step on one short example (scoring: the weights), to compare with it; *peak* has the activations as well.
+Memory: *plan* is what alsace_dist/plan predicts of weights, gradients, optimizer and buffers; *states* is the peak of
+a step on one short example (scoring: the weights), to compare with it; *peak* has the activations as well, to compare
+with *plan peak*, which is an upper bound: states and activations are not largest at the same time.
 """
 
 import argparse
@@ -43,11 +44,11 @@ import numpy as np
 import torch
 from gpu_work import SIZES, RandomWeights, Row, Runs
 
-from alsace_dist import plan
 from alsace_dist.config import EngineConfig
 from alsace_dist.data.stream import score_batches
 from alsace_dist.errors import UserError
 from alsace_dist.files.manifest import write_json
+from alsace_dist.plan.memory import scoring_memory, training_memory
 from alsace_dist.ranks.group import STOP_SIGNALS, Ranks, finish, start
 from alsace_dist.training.engine import inference_module
 
@@ -64,8 +65,10 @@ def measure_scoring(name: str, group: Ranks, deadline: float) -> Row:
     size, config, device = SIZES[name], EngineConfig(), group.device
     rows, weights = work.make_prompts(size, size.num_rows), RandomWeights(size, device)
     batches = score_batches([len(row.input_ids) for row in rows], size.tokens_per_batch)
-    predicted = plan.scoring_memory(weights.parameters, config, 1)
+    predicted = scoring_memory(weights.parameters, config, 1)
     row = work.make_row(f"score {name}", size, f"{size.tokens_per_batch:,} tokens a batch", predicted, rows, 1)
+    lengths = [len(prompt.input_ids) for prompt in rows]
+    row.plan_activation_bytes = max(one.largest_layer + one.working for one in work.activations(size, lengths, batches))
     module = inference_module(weights.load(config, group), config, group)
     work.take_peak(device)
     row.states_bytes = work.take_peak(device)
@@ -81,11 +84,14 @@ def measure_training(name: str, config: EngineConfig, group: Ranks, with_engine:
     size, section, device = SIZES[name], SIZES[name].section, group.device
     examples, weights = work.make_examples(size, section.global_batch_size), RandomWeights(size, device)
     prompts = [example.row for example in examples]
-    memory = plan.training_memory(weights.parameters, section, config, 1)
+    memory = training_memory(weights.parameters, section, config, 1)
     settings = f"ZeRO-{config.zero_stage}" if with_engine else "no DeepSpeed"
     settings += f", {section.global_batch_size} in micro-batches of {section.micro_batch_size}"
     settings += ", embedding frozen" * section.freeze_vocabulary + ", checkpointing" * config.gradient_checkpointing
     row = work.make_row(f"train {name}", size, settings, memory.states + memory.buffers, prompts, 3)
+    lengths = [len(prompt.input_ids) for prompt in prompts]
+    kept = work.activations(size, lengths, work.cut_step(lengths, section, device))
+    row.plan_activation_bytes = max(one.most(config.gradient_checkpointing, section.freeze_vocabulary) for one in kept)
     common = (weights, examples, config, section, group)
     contestants: dict[str, Callable[[], Runs]] = {"bare": lambda: work.bare_training(*common)}
     if with_engine:
@@ -189,7 +195,7 @@ def peak_flops(device_name: str) -> float | None:
 
 HEADER = (
     *("part", "settings", "sequences/s", "tokens/s", "MFU", "bare sequences/s", "of bare (least to most)"),
-    *("making batches", "plan GB", "states GB", "peak GB", "bare peak GB"),
+    *("making batches", "plan GB", "states GB", "plan peak GB", "peak GB", "bare peak GB"),
 )
 
 
@@ -210,7 +216,8 @@ def table(rows: list[dict[str, Any]]) -> str:
         rates = [count(row["sequences_per_second"]), count(row["tokens_per_second"]), share(row["mfu"])]
         ratio = " ".join(share(row[key]) for key in ("ratio", "ratio_min", "ratio_max"))
         peaks = [size(row["peak_bytes"].get(name)) for name in ("ours", "bare")]
-        sizes = [size(row["plan_bytes"]), size(row["states_bytes"]), *peaks]
+        planned_peak = row["plan_bytes"] + row["plan_activation_bytes"]
+        sizes = [size(row["plan_bytes"]), size(row["states_bytes"]), size(planned_peak), *peaks]
         lines.append([row["part"], row["settings"], *rates, count(row["bare_sequences_per_second"]), ratio,
                       share(row["collating_share"]), *sizes])  # fmt: skip
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -26,6 +26,7 @@ from alsace_dist.data.stream import micro_batches
 from alsace_dist.errors import UserError
 from alsace_dist.models.decoding import CandidateForm, Collator
 from alsace_dist.models.family import WHOLE
+from alsace_dist.models.footprint import Activations, PassShape
 from alsace_dist.models.mt5 import MT5, CandidateScorer, make_scorer
 from alsace_dist.ranks.group import Ranks
 from alsace_dist.training.budget import usual_rule
@@ -75,7 +76,10 @@ SIZES = {
 
 @dataclass
 class Row:
-    """What was measured of one part: sequences per second of every block, and bytes, which are None without a GPU."""
+    """What was measured of one part: sequences per second of every block, and bytes, which are None without a GPU.
+
+    ``plan_bytes``: of the states, as the plan has them; ``plan_activation_bytes``: what comes on top of them.
+    """
 
     part: str
     settings: str
@@ -85,6 +89,7 @@ class Row:
     plan_bytes: int
     rates: dict[str, list[float]] = field(default_factory=dict)
     peak_bytes: dict[str, int | None] = field(default_factory=dict)
+    plan_activation_bytes: int = 0
     states_bytes: int | None = None
     collating_seconds: float | None = None
 
@@ -126,12 +131,25 @@ def make_prompts(size: Size, count: int) -> list[EncodedRow]:
     return [example.row for example in make_examples(size, count)]
 
 
+def cut_step(lengths: Sequence[int], section: TrainConfig, device: torch.device) -> list[list[int]]:
+    """Indices of the prompts in each micro-batch of a step."""
+    return micro_batches(lengths, usual_rule(section, EngineConfig(), 1, device.type))
+
+
 def split(examples: Sequence[Example], section: TrainConfig, device: torch.device) -> list[FrozenTargetLoss]:
     """The micro-batches of a step, as ``loop.run`` and ``TargetExamples`` make them."""
-    rule = usual_rule(section, EngineConfig(), 1, device.type)
-    cut = micro_batches([len(one.row.input_ids) for one in examples], rule)
+    cut = cut_step([len(one.row.input_ids) for one in examples], section, device)
     chosen = [[examples[index] for index in part] for part in cut]
     return [FrozenTargetLoss(collate([one.row for one in part]), part, device) for part in chosen]
+
+
+def activations(size: Size, lengths: Sequence[int], batches: list[list[int]]) -> list[Activations]:
+    """What the plan says that a bf16 pass over each batch keeps; ``batches``: indices of prompts of these lengths."""
+    shapes = [
+        PassShape(len(batch), max(lengths[one] for one in batch), 1, 2, len(FORM.vocabulary)) for batch in batches
+    ]
+    found = [MT5.activations(size.config, shape, 2, "fused") for shape in shapes]
+    return [one for one in found if one is not None]
 
 
 def make_row(part: str, size: Size, settings: str, plan_bytes: int, prompts: Sequence[EncodedRow], times: int) -> Row:

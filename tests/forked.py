@@ -186,9 +186,10 @@ def _serve() -> None:
     import transformers.models.mt5.modeling_mt5  # noqa: F401
     import webdataset.tariterators  # noqa: F401
 
-    from alsace_dist import cli, doctor, pipeline, plan, runner  # noqa: F401
+    from alsace_dist import cli, doctor, pipeline, runner  # noqa: F401
     from alsace_dist.cluster import submit  # noqa: F401
     from alsace_dist.models import mt5  # noqa: F401
+    from alsace_dist.plan import overview  # noqa: F401
     from alsace_dist.reporting import report  # noqa: F401
     from alsace_dist.training import loop  # noqa: F401
 

@@ -52,7 +52,8 @@ LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
 SIBLINGS = {
     "stages": {"base"},
     "tasks": {"base"},
-    "models": {"family", "weights", "batches", "nano", "encoder", "heads", "decoding", "t5gemma2_module"},
+    "models": {"family", "weights", "batches", "nano", "encoder", "heads", "decoding", "footprint"}
+    | {"t5gemma2_module"},
 }
 # Packages that may not meet although one stands below the other.
 STRANGERS = {("models", "tasks")}
@@ -248,7 +249,15 @@ def test_commands_start_in_under_a_second_and_without_torch(finished_run: Path, 
 
 
 def test_stages_that_compute_little_load_without_torch() -> None:
-    modules = ["stages.select", "stages.evaluate", "reporting.report", "plan", "pipeline", "cli", "cluster.submit"]
+    modules = [
+        "stages.select",
+        "stages.evaluate",
+        "reporting.report",
+        "plan.overview",
+        "pipeline",
+        "cli",
+        "cluster.submit",
+    ]
     code = f"import sys, {', '.join(f'alsace_dist.{module}' for module in modules)}; print(*sys.modules)"
     done, _ = start("-c", code)
     assert done.returncode == 0, done.stderr

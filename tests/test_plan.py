@@ -18,16 +18,9 @@ from alsace_dist.data.stream import CanonicalOrder, score_batches
 from alsace_dist.errors import UserError
 from alsace_dist.models.family import Parameters
 from alsace_dist.models.mt5 import MT5
-from alsace_dist.plan import (
-    Memory,
-    checkpoint_bytes,
-    model_bytes,
-    num_steps,
-    print_plan,
-    prompts_per_example,
-    scoring_memory,
-    training_memory,
-)
+from alsace_dist.plan.memory import Memory, checkpoint_bytes, model_bytes, scoring_memory, training_memory
+from alsace_dist.plan.overview import print_plan
+from alsace_dist.plan.work import num_steps, prompts_per_example
 from alsace_dist.stages.prepare import prepare
 
 
@@ -176,9 +169,9 @@ def test_without_gradients_in_float32_it_is_the_papers_16_bytes() -> None:
 
 
 def test_scoring_and_disk_by_hand() -> None:
-    assert scoring_memory(THOUSAND, EngineConfig(zero_stage=2), 4) == 2000
-    assert scoring_memory(THOUSAND, EngineConfig(zero_stage=3), 4) == 500
-    assert scoring_memory(THOUSAND, EngineConfig(zero_stage=0, dtype="fp32"), 4) == 4000
+    assert scoring_memory(THOUSAND, "bf16", 1) == 2000
+    assert scoring_memory(THOUSAND, "bf16", 4) == 500
+    assert scoring_memory(THOUSAND, "fp32", 1) == 4000
     assert model_bytes(THOUSAND) == 4 * 1400
     assert model_bytes(THOUSAND, "bf16") == 2 * 1400
     assert checkpoint_bytes(THOUSAND, SECTION) == 12000
@@ -347,7 +340,8 @@ def test_print_plan_without_data_says_so(prepared: Config, capsys: pytest.Captur
     assert rows["all"] == ["300,176,768", "300.18 M"]
     assert rows["output head, rows kept here"] == ["1,536"]
     # ZeRO-3 on two ranks: (2 + 8 + 12) bytes of 172 M parameters each, halved.
-    assert rows["* 3"] == ["0.172", "0.688", "1.03", "1.89", "0.688", "-", "0.172"]
+    assert rows["* 3"] == ["0.172", "0.688", "1.03", "1.89", "0.688", "-"]
+    assert "Scoring: 0.344 where a rank has all weights, 0.172 where all ranks share them out" in text
     assert rows["0"][:4] == ["0.344", "1.03", "2.07", "3.44"]
     assert rows["exported model"] == ["1.20", "6 in the end"]  # finetune, the run, paper, three rounds of long
     assert "2 ranks" in text

@@ -18,6 +18,7 @@ from alsace_dist.data.rows import GAP, Answers, Candidates, EncodedRow, Part, Ro
 from alsace_dist.errors import UserError
 from alsace_dist.models import prompts
 from alsace_dist.models.batches import CandidateScore, Inputs
+from alsace_dist.models.footprint import Activations, Attention, PassShape
 from alsace_dist.models.weights import SOUND, load_tokenizer, read_config
 from alsace_dist.reading import shorten
 
@@ -188,6 +189,11 @@ class Family(ABC):
 
         ``num_answer_tokens``: positions of each prompt at which answers are scored. The output head is left out.
         """
+
+    @staticmethod
+    def activations(config: Any, shape: PassShape, weight_bytes: int, kernel: Attention) -> Activations | None:
+        """Bytes that a forward pass keeps for its backward pass; None: nobody has derived it for this family."""
+        return None
 
     @property
     @abstractmethod

@@ -23,6 +23,7 @@ from alsace_dist.errors import UserError
 from alsace_dist.models.batches import SUM, CandidateScore, attention_over
 from alsace_dist.models.decoding import CandidateForm, DecoderFamily, score_sequences, score_single_tokens
 from alsace_dist.models.family import WHOLE, Parameters
+from alsace_dist.models.footprint import encoder_decoder
 from alsace_dist.models.vocabulary import token_log_probs
 from alsace_dist.models.weights import SOUND, Activation, Depth, Extent, Geometry, Weights, read_config
 
@@ -260,6 +261,8 @@ class MT5(DecoderFamily):
         embedding = scorer.body.shared.weight.numel()
         body = sum(parameter.numel() for parameter in scorer.body.parameters())
         return Parameters(body, embedding, embedding, scorer.head.weight.numel(), vocabulary=2 * embedding)
+
+    activations = staticmethod(encoder_decoder)
 
     @staticmethod
     def forward_flops(config: Any, lengths: Sequence[int], num_answer_tokens: int) -> float:

@@ -33,6 +33,7 @@ from alsace_dist.models.encoder import (
     make_body,
 )
 from alsace_dist.models.family import DEFAULTS, WHOLE, Family, Options, Parameters
+from alsace_dist.models.footprint import encoder
 from alsace_dist.models.heads import (
     CHOICE,
     CLASSIFICATION,
@@ -406,6 +407,8 @@ class XLMR(Family):
         embedding = size * config.hidden_size
         has_rows = mode != "head" and not config.tie_word_embeddings
         return Parameters(_num_parameters(body), embedding, whole, kept, vocabulary=embedding * (2 if has_rows else 1))
+
+    activations = staticmethod(encoder)
 
     @staticmethod
     def forward_flops(config: Any, lengths: Sequence[int], num_answer_tokens: int) -> float:

@@ -75,7 +75,7 @@ def test_a_tiny_run_checks_measures_prints_and_writes(tmp_path: Path) -> None:
         assert [row["ratio_min"], row["ratio_max"]] == [min(ratios), max(ratios)]
         assert row["ratio"] == pytest.approx(sum(ratios) / 2)
         assert row["tokens_per_second"] == pytest.approx(row["sequences_per_second"] * row["tokens_per_sequence"])
-        assert 0 < row["collating_share"] < 1 and row["plan_bytes"] > 0
+        assert 0 < row["collating_share"] < 1 and row["plan_bytes"] > 0 and row["plan_activation_bytes"] > 0
         assert row["mfu"] is row["states_bytes"] is row["peak_bytes"]["ours"] is row["peak_bytes"]["bare"] is None
     lines = done.stdout.splitlines()
     assert lines[0].startswith(report["device"]) and "deepspeed" in lines[0]
@@ -128,6 +128,7 @@ def test_a_part_that_fails_or_comes_too_late_leaves_the_others(
 
     def finish() -> gpu.Row:
         row = gpu.Row("score xl", "", 100, 50.0, 2e12, 6_000_000_000, states_bytes=7_000_000_000, collating_seconds=0.1)
+        row.plan_activation_bytes = 1_500_000_000
         row.rates = {"ours": [90.0, 110.0, 100.0], "bare": [100.0, 100.0, 125.0]}
         row.peak_bytes = {"ours": 8_000_000_000, "bare": 9_000_000_000}
         return row
@@ -141,4 +142,4 @@ def test_a_part_that_fails_or_comes_too_late_leaves_the_others(
     assert json.loads((tmp_path / "out.json").read_text())["rows"] == report["rows"]
     cells = [cell.strip() for cell in gpu.table(report["rows"]).splitlines()[2].split("|")[1:-1]]
     speed = ["100", "5,000", "20.0%", "100", "90.0% 80.0% 110.0%", "10.0%"]
-    assert cells == ["score xl", "", *speed, "6.00", "7.00", "8.00", "9.00"]
+    assert cells == ["score xl", "", *speed, "6.00", "7.00", "7.50", "8.00", "9.00"]

@@ -1,0 +1,162 @@
+"""What a forward pass keeps in memory for its backward pass: formulas, of the modules as transformers computes them.
+
+Derivation: autograd keeps what the derivative of each operation reads, once for each tensor however many operations
+read it. In an encoder-decoder, per token and layer, with w bytes per number (bf16: 2, fp32: 4), width d, H heads with
+an inner width I in all, and feed-forward width f:
+
+- RMSNorm computes its variance in float32. In bf16 the square keeps a float32 copy (4 d), the product its input (2 d),
+  the scaling the normed values (2 d); in fp32 the copy is the input itself, so 4 d + 4 d. Both: 8 d, and the 4 bytes of
+  1 / rms.
+- A linear layer keeps its input: w d for queries, keys and values together, w d for the two gated matrices, w I for the
+  attention's output, whose tensor a fused kernel keeps anyway.
+- A fused attention kernel keeps queries, keys, values and output (4 w I), the logarithm of the softmax's sum (4 H), and
+  the bias of positions with the mask, which transformers materialises in every layer (w H L for L keys). PyTorch's
+  fallback ("math") keeps float32 queries, keys and values (12 I), the softmax (4 H L) and the output (w I).
+- The gated feed-forward keeps the input and output of its activation, the other factor and the product: 4 w f.
+
+So an encoder layer keeps 2 (8 d + 4) + 2 w d + attention + 4 w f a token. A decoder layer has another norm, another
+input, and a cross-attention whose keys and values are as many as the prompt's tokens: 2 w I for each of these.
+
+An encoder with LayerNorm keeps, before or after its attention and feed-forward alike, the input and the output of each
+norm (4 w d, and mean and deviation), the attention (4 w d + 4 H), and 2 w f: the activation's input and output.
+
+The last gradient of a pass is that of the embedding, as large as the vocabulary, when all these are gone. Where encoder
+and decoder read the same embedding there are three at once: each one's, and their sum.
+
+With gradient checkpointing only what goes from layer to layer is kept (w d a token and layer), and one layer at a time
+is computed again. Dropout is left out: it adds a mask of a byte where it is used.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+# fused: PyTorch's memory-efficient kernel, as on GPUs; math: what it falls back to on CPUs where a bias is trained.
+Attention = Literal["fused", "math"]
+
+
+@dataclass(frozen=True)
+class PassShape:
+    """A forward pass over ``num_prompts`` prompts, padded to ``length`` tokens.
+
+    ``num_sequences``: that the decoder reads for each of them, of ``num_positions`` tokens. ``num_head_rows``: rows of
+    the output head that score.
+    """
+
+    num_prompts: int
+    length: int
+    num_sequences: int
+    num_positions: int
+    num_head_rows: int
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the prompts, padding included."""
+        return self.num_prompts * self.length
+
+    @property
+    def num_outputs(self) -> int:
+        """Tokens that the decoder reads."""
+        return self.num_prompts * self.num_sequences * self.num_positions
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Bytes, of ``num_layers`` layers. ``layers``: kept within all of them; ``largest_layer``: within the largest one;
+    ``working``: gradients of its feed-forward while it goes backward; ``between``: what goes from layer to layer;
+    ``ends``: embeddings, the last norms, the head; ``embedding``: gradients of the embedding."""
+
+    num_layers: int
+    layers: int
+    largest_layer: int
+    working: int
+    between: int
+    ends: int
+    embedding: int = 0
+
+    def kept(self, gradient_checkpointing: bool) -> int:
+        """Bytes at the end of a forward pass."""
+        return self.ends + (self.between if gradient_checkpointing else self.layers)
+
+    def most(self, gradient_checkpointing: bool, freeze_vocabulary: bool) -> int:
+        """Most bytes in a pass: of activations, or of what the embedding's gradient is made from."""
+        return max(self.peak(gradient_checkpointing), 0 if freeze_vocabulary else self.embedding)
+
+    def peak(self, gradient_checkpointing: bool) -> int:
+        """Most bytes in a forward and backward pass, but for the gradients of the weights.
+
+        The last layer goes backward first, when all the layers before it still keep theirs; with gradient checkpointing
+        what it keeps has to be computed again, and of its own tensors some are freed when its gradients come.
+        """
+        if gradient_checkpointing:
+            return self.kept(True) + self.largest_layer + self.working // 2
+        return self.kept(False) + self.working
+
+
+def _attention(weight: int, inner: int, num_heads: int, num_keys: int, kernel: Attention, masked: int) -> int:
+    """Per query, in attention to as many keys: queries, keys, values, output, and what the kernel keeps.
+
+    ``masked``: heads for which a mask is materialised.
+    """
+    if kernel == "fused":
+        return 4 * weight * inner + 4 * num_heads + weight * masked * num_keys
+    return (12 + weight) * inner + 4 * num_heads * num_keys
+
+
+def encoder_decoder(config: Any, shape: PassShape, weight_bytes: int, kernel: Attention) -> Activations:
+    """Of T5's module (RMSNorm, gated feed-forward, a bias of positions); ``weight_bytes``: per number."""
+    weight, d, inner, heads = weight_bytes, config.d_model, config.num_heads * config.d_kv, config.num_heads
+    norm, feed_forward = 8 * d + 4, weight * d + 4 * weight * config.d_ff
+    tokens, outputs = shape.num_tokens, shape.num_outputs
+    read = tokens * shape.num_sequences  # prompts, repeated for every sequence of the decoder
+
+    def self_attention(num_keys: int) -> int:
+        return norm + weight * d + _attention(weight, inner, heads, num_keys, kernel, heads)
+
+    # Queries and output are of the decoder, keys and values of the prompts.
+    keys_and_values = (2 * weight if kernel == "fused" else 8) * inner
+    both = _attention(weight, inner, heads, shape.length, kernel, heads)
+    cross = norm + weight * d + both - keys_and_values
+    encoder = tokens * (self_attention(shape.length) + norm + feed_forward)
+    decoder = outputs * (self_attention(shape.num_positions) + cross + norm + feed_forward) + read * keys_and_values
+    return Activations(
+        num_layers=config.num_layers + config.num_decoder_layers,
+        layers=config.num_layers * encoder + config.num_decoder_layers * decoder,
+        largest_layer=max(encoder, decoder),
+        working=2 * weight * config.d_ff * tokens,
+        between=weight * d * (config.num_layers * tokens + config.num_decoder_layers * outputs),
+        ends=(tokens + outputs) * (norm + weight * d + 8) + _repeated(shape, weight * d) + _head(shape, d, weight),
+        embedding=3 * weight * d * config.vocab_size,
+    )
+
+
+def _repeated(shape: PassShape, width_bytes: int) -> int:
+    """Last hidden states of the encoder, of which every sequence of the decoder reads a copy if there are several."""
+    return shape.num_tokens * shape.num_sequences * width_bytes if shape.num_sequences > 1 else 0
+
+
+def _head(shape: PassShape, width: int, weight: int) -> int:
+    """Float32 copies of hidden states and of the head's rows, and log-probabilities over the rows."""
+    copy = 4 * shape.num_head_rows * width if weight == 2 else 0
+    return copy + shape.num_outputs * 4 * (width + shape.num_head_rows)
+
+
+def encoder(config: Any, shape: PassShape, weight_bytes: int, kernel: Attention) -> Activations:
+    """Of an encoder with LayerNorm, before its attention and feed-forward or behind them."""
+    weight, d, heads, num_layers = (
+        weight_bytes,
+        config.hidden_size,
+        config.num_attention_heads,
+        config.num_hidden_layers,
+    )
+    norms = 4 * weight * d + 16
+    attention = _attention(weight, d, heads, shape.length, kernel, masked=1)
+    layer = shape.num_tokens * (norms + attention + 2 * weight * config.intermediate_size)
+    return Activations(
+        num_layers=num_layers,
+        layers=num_layers * layer,
+        largest_layer=layer,
+        working=weight * config.intermediate_size * shape.num_tokens,
+        between=weight * d * num_layers * shape.num_tokens,
+        ends=shape.num_tokens * (2 * weight * d + 32) + _head(shape, d, weight),
+        embedding=weight * d * config.vocab_size,
+    )
