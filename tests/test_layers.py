@@ -52,7 +52,7 @@ LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
 SIBLINGS = {
     "stages": {"base"},
     "tasks": {"base"},
-    "models": {"family", "weights", "batches", "nano", "encoder", "heads", "decoding", "footprint"}
+    "models": {"family", "weights", "batches", "nano", "encoder", "heads", "decoding", "footprint", "vocabulary"}
     | {"t5gemma2_module"},
 }
 # Packages that may not meet although one stands below the other.

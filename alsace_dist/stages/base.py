@@ -23,7 +23,7 @@ from alsace_dist.ranks.group import Ranks
 
 if TYPE_CHECKING:
     from alsace_dist.models.family import Family, TrainableModel
-    from alsace_dist.training.loop import Examples
+    from alsace_dist.training.examples import Examples
 
 
 class Output(NamedTuple):

@@ -119,7 +119,7 @@ class SpanExample:
 
 @dataclass(frozen=True)
 class SpanExamples:
-    """``loop.Examples`` of span corruption: other spans, and other pairs of translations, in every pass."""
+    """``Examples`` of span corruption: other spans, and other pairs of translations, in every pass."""
 
     dataset: Dataset
     section: PretrainConfig

@@ -18,7 +18,7 @@ from alsace_dist.training.engine import TrainEngine
 from alsace_dist.training.settings import every_backward_is_collective
 
 if TYPE_CHECKING:
-    from alsace_dist.training.loop import Examples
+    from alsace_dist.training.examples import Examples
 
 # Without an accelerator more tokens a pass save little (data/stream.PASS_COST), and take memory.
 CPU_TOKENS = 2048

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -14,9 +15,35 @@ from alsace_dist.models.family import Family
 from alsace_dist.training.losses import Divergence, FrozenTargetLoss, LiveTeacherLoss, MicroBatch, Pairs
 
 
+class Examples(Protocol):
+    """The training examples of a stage."""
+
+    @property
+    def counts(self) -> Sequence[int]:
+        """Number of examples of each shard."""
+
+    def expect(self, shards: Iterable[int]) -> None:
+        """Hear which shards will be loaded from now on, in their order."""
+
+    def load(self, shard: int) -> list[Any]:
+        """All examples of a shard, in a fixed order: rows that ``build`` makes the examples of."""
+
+    def build(self, row: Any, pass_index: int) -> Any:
+        """The example that a row is in one pass over the data: a function of the two."""
+
+    def length(self, example: Any) -> int:
+        """Encoder tokens of an example."""
+
+    def stretched(self, example: Any) -> Any:
+        """An example like this one, as long as the longest may be."""
+
+    def collate(self, examples: list[Any]) -> MicroBatch:
+        """A micro-batch."""
+
+
 @dataclass(frozen=True)
 class TargetExamples:
-    """``loop.Examples`` over the rows of some languages of a dataset.
+    """``Examples`` over the rows of some languages of a dataset.
 
     ``counts``: examples of each shard. ``targets(shard, rows)``: the rows that count with what they learn from.
     """
@@ -58,7 +85,7 @@ class TargetExamples:
 
 @dataclass(frozen=True)
 class GroupExamples:
-    """``loop.Examples`` for live teachers: an example is a parallel group, all of whose languages run together.
+    """``Examples`` for live teachers: an example is a parallel group, all of whose languages run together.
 
     ``counts``: groups of each shard that are learnt from. ``weights``: teacher -> weight, the best first; ``biases``:
     language -> bias per candidate, of teachers; ``mode``: ``distill.targets``. ``mean_pairs``: pairs of a group on

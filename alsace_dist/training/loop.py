@@ -1,11 +1,11 @@
 """The one training loop: batch, step, log, save. What is trained, and on what, is a ``Training``."""
 
 import math
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -21,6 +21,7 @@ from alsace_dist.ranks.watchdog import Watchdog
 from alsace_dist.training import checkpoint
 from alsace_dist.training.budget import cut_rule
 from alsace_dist.training.engine import TrainEngine, load_module
+from alsace_dist.training.examples import Examples
 from alsace_dist.training.export import COPIED, WEIGHTS, export
 from alsace_dist.training.losses import MicroBatch
 from alsace_dist.training.saving import Saver
@@ -28,32 +29,6 @@ from alsace_dist.training.settings import every_backward_is_collective
 
 CHECKPOINTS = "checkpoints"
 MAX_STEPS = 100_000_000
-
-
-class Examples(Protocol):
-    """The training examples of a stage."""
-
-    @property
-    def counts(self) -> Sequence[int]:
-        """Number of examples of each shard."""
-
-    def expect(self, shards: Iterable[int]) -> None:
-        """Hear which shards will be loaded from now on, in their order."""
-
-    def load(self, shard: int) -> list[Any]:
-        """All examples of a shard, in a fixed order: rows that ``build`` makes the examples of."""
-
-    def build(self, row: Any, pass_index: int) -> Any:
-        """The example that a row is in one pass over the data: a function of the two."""
-
-    def length(self, example: Any) -> int:
-        """Encoder tokens of an example."""
-
-    def stretched(self, example: Any) -> Any:
-        """An example like this one, as long as the longest may be."""
-
-    def collate(self, examples: list[Any]) -> MicroBatch:
-        """A micro-batch."""
 
 
 @dataclass(frozen=True)
