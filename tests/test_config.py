@@ -54,7 +54,7 @@ INPUT = {"path": "x.jsonl"}
 UNKNOWN = [
     ({"foo": 1}, "foo", "data, distill, engine"),
     ({"engine": {"zero": 3}}, "engine.zero", "deepspeed, dtype"),
-    ({"data": {"sorce_language": "en"}}, "data.sorce_language", "directory, exposure"),
+    ({"data": {"sorce_language": "en"}}, "data.sorce_language", "cache, cache_gb, directory, exposure"),
     ({"data": {"inputs": [INPUT, INPUT | {"pth": "y"}]}}, "data.inputs.1.pth", "also, columns, header, hub_split"),
     (
         {"data": {"inputs": [INPUT | {"columns": {"lable": "y"}}]}},
