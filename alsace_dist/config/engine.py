@@ -159,14 +159,15 @@ class EngineConfig(Section):
     num_processes: Count | Literal["auto"] = "auto"
     """Ranks on this machine; auto: one per GPU, without GPUs one per core, four at most."""
     zero_stage: Literal[0, 1, 2, 3] = 1
-    """What the ranks share out. 1: the optimizer's states; 2: the gradients too, which then travel after every
-    micro-batch and not once a step; 3: the weights too, also for scoring."""
+    """What the ranks share out while they train (for scoring see score.sharding). 1: the optimizer's states; 2: the
+    gradients too, which then travel after every micro-batch and not once a step; 3: the weights too."""
     dtype: Literal["bf16", "fp32"] = "bf16"
     """Precision of weights and activations; the loss and the optimizer are always float32."""
     offload_optimizer: bool = False
     """Keep optimizer states in host memory (ZeRO 1 to 3)."""
-    num_threads: Annotated[int, Field(ge=1, le=4096)] = 1
-    """CPU threads per rank. Part of the result: another number may change the last bits of scores on CPUs."""
+    num_threads: Annotated[int, Field(ge=1, le=4096)] | Literal["auto"] = "auto"
+    """CPU threads per rank. auto: 1, but beside a GPU as many as there are cores for each rank, which an optimizer in
+    host memory needs. Part of the result: another number may change the last bits of scores on CPUs."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time. Not in pretraining."""
     timeout_seconds: Seconds = 1800

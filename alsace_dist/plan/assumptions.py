@@ -25,6 +25,7 @@ ZERO_3_LAUNCHES = 2.0
 OPTIMIZER_TRAFFIC = 30
 # Parameters a second that Adam updates in host memory, per thread, and what a device and its host exchange [estimated].
 HOST_ADAM_RATE = 0.3e9
+HOST_THREADS = 12  # cores of a node for each of its GPUs
 HOST_BANDWIDTH = 25e9
 # Held by the CUDA context, NCCL and cuBLAS; and the share of a device's memory lost between tensors [estimated].
 CONTEXT_BYTES = 2e9

@@ -129,4 +129,5 @@ def update_seconds(parameters: "Parameters", section: TrainConfig, engine: Engin
     if not engine.offload_optimizer:
         return own * given.OPTIMIZER_TRAFFIC / given.MEMORY_BANDWIDTH
     travel = own * (4 + WEIGHT_BYTES[engine.dtype]) / given.HOST_BANDWIDTH
-    return travel + own / (given.HOST_ADAM_RATE * engine.num_threads)
+    num_threads = given.HOST_THREADS if engine.num_threads == "auto" else engine.num_threads
+    return travel + own / (given.HOST_ADAM_RATE * num_threads)

@@ -180,10 +180,23 @@ class Ranks:
 def check_threads(engine: EngineConfig) -> None:
     """Raises ``UserError`` for more threads than a machine can ever run side by side: a typo would make it crawl."""
     num_cores = len(os.sched_getaffinity(0))
-    if engine.num_threads > 4 * num_cores:
+    if engine.num_threads != "auto" and engine.num_threads > 4 * num_cores:
         raise UserError(
             f"engine.num_threads: {engine.num_threads} for a rank, and this machine has {num_cores} cores; lower it"
         )
+
+
+def threads_of(engine: EngineConfig, num_gpus: int) -> int:
+    """CPU threads of this rank. ``num_gpus``: of this machine.
+
+    torchrun says how many ranks share this machine's cores. Where srun has started them, each has cores of its own, or
+    they share all.
+    """
+    if engine.num_threads != "auto":
+        return engine.num_threads
+    num_cores = len(os.sched_getaffinity(0))
+    num_sharing = job.number("LOCAL_WORLD_SIZE", num_gpus if num_cores == os.cpu_count() else 1)
+    return max(1, num_cores // max(1, num_sharing)) if num_gpus else 1
 
 
 def start(engine: EngineConfig) -> Ranks:
@@ -207,7 +220,7 @@ def start(engine: EngineConfig) -> Ranks:
     import torch.distributed as dist
 
     check_threads(engine)
-    torch.set_num_threads(engine.num_threads)
+    torch.set_num_threads(threads_of(engine, torch.cuda.device_count()))
     if torch.cuda.is_available():
         # Batches differ in shape, and without this the allocator's free blocks fit ever fewer of them.
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")

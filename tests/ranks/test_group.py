@@ -205,6 +205,17 @@ def test_more_than_the_machine_has_is_refused(settings: dict[str, int], monkeypa
         launcher.check_room(EngineConfig.model_validate(settings))
 
 
+def test_threads_follow_the_cores_beside_gpus_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    auto = EngineConfig()
+    monkeypatch.setattr(os, "cpu_count", lambda: 96)
+    for cores, local, expected in ((96, "8", 12), (96, "", 12), (12, "", 12), (4, "8", 1)):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _, cores=cores: set(range(cores)))
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", local) if local else monkeypatch.delenv("LOCAL_WORLD_SIZE", False)
+        assert group.threads_of(auto, 8) == expected
+        assert group.threads_of(auto, 0) == 1
+        assert group.threads_of(EngineConfig(num_threads=3), 8) == 3
+
+
 def test_an_ignored_hangup_stays_ignored() -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
     others = {number: signal.getsignal(number) for number in group.STOP_SIGNALS}
