@@ -236,7 +236,7 @@ class ScoringPass:
             if not work.cut:
                 self._write(work)
             for number, rows in enumerate(work.cut):
-                inputs = self.model.collate([work.rows[row] for row in rows])
+                inputs = self.model.collate([work.rows[row] for row in rows]).pinned(self.ranks.device)
                 yield Batch(work, rows, inputs, number == 0, number == len(work.cut) - 1)
 
     def _drawn(self, todo: list[ShardInfo]) -> Iterator[int]:

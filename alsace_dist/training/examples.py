@@ -79,7 +79,7 @@ class TargetExamples:
 
     def collate(self, examples: list[Example]) -> MicroBatch:
         """A micro-batch with its loss."""
-        inputs = self.model.collate([example.row for example in examples])
+        inputs = self.model.collate([example.row for example in examples]).pinned(self.device)
         return MicroBatch(FrozenTargetLoss(inputs, examples, self.device), *inputs.num_tokens)
 
 
@@ -131,7 +131,7 @@ class GroupExamples:
     def collate(self, examples: list[list[EncodedRow]]) -> MicroBatch:
         """A micro-batch of whole groups with its loss."""
         rows = [row for group in examples for row in group]
-        inputs = self.model.collate(rows)
+        inputs = self.model.collate(rows).pinned(self.device)
         biases = np.zeros((len(rows), inputs.num_candidates), dtype=np.float32)
         for index, row in enumerate(rows):
             if row.language in self.biases:
