@@ -221,7 +221,7 @@ def kill_one(ranks: list[int], rng: Any = random) -> bool:
     return True
 
 
-def wait_for(condition: Any, seconds: float = 90, every_seconds: float = 0.02) -> None:
+def wait_for(condition: Any, seconds: float = 180, every_seconds: float = 0.02) -> None:
     """Wait until a condition holds. Fails the test if it does not in time."""
     end = time.monotonic() + seconds
     while not condition():

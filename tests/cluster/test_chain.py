@@ -55,11 +55,11 @@ def test_a_time_limit_is_met_with_a_checkpoint(
 ) -> None:
     """The rank on beta stands still until the signal has come: so the limit is always met in the middle of training."""
     config = make_run(world, tmp_path, finetune=LONG)
-    submit(config, "--stages=finetune", site=site(tmp_path, time=2, lead_seconds=60))
+    submit(config, "--stages=finetune", site=site(tmp_path, time=3, lead_seconds=70))
     tiny.wait_for(lambda: any(tmp_path.glob("run/finetune/checkpoints/*/manifest.json")))
     rank = rank_of("beta")
     rank.suspend()
-    tiny.wait_for(lambda: "stopping at the next safe point" in log(tmp_path, "finetune"), seconds=120)
+    tiny.wait_for(lambda: "stopping at the next safe point" in log(tmp_path, "finetune"))
     rank.resume()
     slurm.wait_for_jobs(200)
     assert "stopped after step" in log(tmp_path, "finetune")
@@ -75,7 +75,7 @@ def test_a_node_that_dies_costs_nothing_but_time(
     rank = rank_of("beta")
     rank.suspend()  # with its node
     slurm.kill("beta")
-    tiny.wait_for(lambda: slurm.jobs().get(job) != "RUNNING", seconds=120)  # Slurm has noticed
+    tiny.wait_for(lambda: slurm.jobs().get(job) != "RUNNING")  # Slurm has noticed
     rank.kill()
     slurm.start_node("beta")
     slurm.wait_for_jobs(200)
@@ -87,7 +87,7 @@ def test_a_hang_is_found_told_and_requeued(slurm: LocalSlurm, world: Path, tmp_p
     (job,) = submit(config, "--stages=finetune").values()
     tiny.wait_for(lambda: any(tmp_path.glob("run/finetune/checkpoints/*/manifest.json")))
     rank_of("beta").suspend()
-    tiny.wait_for(lambda: "requeued, 1 of at most" in log(tmp_path, "finetune"), seconds=120)
+    tiny.wait_for(lambda: "requeued, 1 of at most" in log(tmp_path, "finetune"))
     text = tiny.alsace("status", "run").stdout
     assert "no answer from rank 1" in text and "pending" in text
     slurm.wait_for_jobs(200)

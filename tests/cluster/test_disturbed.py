@@ -108,7 +108,7 @@ def test_a_controller_that_is_away_when_a_rank_dies(
     tiny.wait_for(lambda: any(tmp_path.glob("run/finetune/checkpoints/*/manifest.json")))
     slurm.stop_controller()
     rank_of("beta").kill()
-    tiny.wait_for(lambda: "srun: error: alpha: task 0: Exited" in log(tmp_path, "finetune"), seconds=120)
+    tiny.wait_for(lambda: "srun: error: alpha: task 0: Exited" in log(tmp_path, "finetune"))
     time.sleep(30)  # the end of the step, or else the requeue, finds nobody
     slurm.start_controller()
     slurm.wait_for_jobs(200)

@@ -59,4 +59,5 @@ def test_what_bf16_costs_is_measured() -> None:
     capability = torch.backends.cpu.get_cpu_capability()
     assert 0.05 < bf16_slowdown() < 1000
     if capability in ("DEFAULT", "AVX2"):
-        assert bf16_slowdown() > health.MOST_BF16_SLOWDOWN
+        # The best of some, for other work on the machine may fall on the float32 part of one.
+        assert max(bf16_slowdown() for _ in range(5)) > health.MOST_BF16_SLOWDOWN
