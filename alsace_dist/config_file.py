@@ -192,9 +192,20 @@ def _problems(error: ValidationError, value: Any, model: type[Section], if_missi
     ``if_missing``: what to do about a key that is missing.
     """
     told: set[tuple[int | str, ...]] = set()
-    for row in error.errors():
-        key = ".".join(shorten(part, 60) for part in _as_written(row["loc"], value, row["type"]))
+    rows = [
+        (".".join(shorten(one, 60) for one in _as_written(row["loc"], value, row["type"])), row)
+        for row in error.errors()
+    ]
+    for number, (key, row) in enumerate(rows):
         message = row["msg"].removeprefix("Value error, ")
+        if row["type"] == "literal_error" and any(other == key for other, _ in rows[:number]):
+            continue  # the other way to fill a key that takes a number or a word: said with the number
+        words = [
+            one["ctx"]["expected"]
+            for other, one in rows[number + 1 :]
+            if (other, one["type"]) == (key, "literal_error")
+        ]
+        message = ", or ".join([message, *words])
         if row["type"] == "extra_forbidden":
             section = row["loc"][:-1]
             known = ", ".join(_known_keys(model, section) if section not in told else ())  # once is enough

@@ -65,7 +65,7 @@ def measure_scoring(name: str, group: Ranks, deadline: float) -> Row:
     size, config, device = SIZES[name], EngineConfig(), group.device
     rows, weights = work.make_prompts(size, size.num_rows), RandomWeights(size, device)
     batches = score_batches([len(row.input_ids) for row in rows], size.tokens_per_batch)
-    predicted = scoring_memory(weights.parameters, config, 1)
+    predicted = scoring_memory(weights.parameters, config.dtype, 1)
     row = work.make_row(f"score {name}", size, f"{size.tokens_per_batch:,} tokens a batch", predicted, rows, 1)
     lengths = [len(prompt.input_ids) for prompt in rows]
     row.plan_activation_bytes = max(one.largest_layer + one.working for one in work.activations(size, lengths, batches))
@@ -86,7 +86,7 @@ def measure_training(name: str, config: EngineConfig, group: Ranks, with_engine:
     prompts = [example.row for example in examples]
     memory = training_memory(weights.parameters, section, config, 1)
     settings = f"ZeRO-{config.zero_stage}" if with_engine else "no DeepSpeed"
-    settings += f", {section.global_batch_size} in micro-batches of {section.micro_batch_size}"
+    settings += f", {section.global_batch_size} in micro-batches of at most {section.micro_batch_size}"
     settings += ", embedding frozen" * section.freeze_vocabulary + ", checkpointing" * config.gradient_checkpointing
     row = work.make_row(f"train {name}", size, settings, memory.states + memory.buffers, prompts, 3)
     lengths = [len(prompt.input_ids) for prompt in prompts]

@@ -32,6 +32,7 @@ from typing import Any, Literal
 
 # fused: PyTorch's memory-efficient kernel, as on GPUs; math: what it falls back to on CPUs where a bias is trained.
 Attention = Literal["fused", "math"]
+CHUNK_ROWS = 16_384  # as in models/vocabulary, which loads torch
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,8 @@ class PassShape:
 class Activations:
     """Bytes, of ``num_layers`` layers. ``layers``: kept within all of them; ``largest_layer``: within the largest one;
     ``working``: gradients of its feed-forward while it goes backward; ``between``: what goes from layer to layer;
-    ``ends``: embeddings, the last norms, the head; ``embedding``: gradients of the embedding."""
+    ``ends``: embeddings, the last norms, the head; ``embedding``: gradients of the
+    embedding; ``head``: what the head takes while it goes backward."""
 
     num_layers: int
     layers: int
@@ -72,6 +74,7 @@ class Activations:
     between: int
     ends: int
     embedding: int = 0
+    head: int = 0
 
     def kept(self, gradient_checkpointing: bool) -> int:
         """Bytes at the end of a forward pass."""
@@ -88,8 +91,8 @@ class Activations:
         what it keeps has to be computed again, and of its own tensors some are freed when its gradients come.
         """
         if gradient_checkpointing:
-            return self.kept(True) + self.largest_layer + self.working // 2
-        return self.kept(False) + self.working
+            return self.kept(True) + max(self.largest_layer + self.working // 2, self.head)
+        return self.kept(False) + max(self.working, self.head)
 
 
 def _attention(weight: int, inner: int, num_heads: int, num_keys: int, kernel: Attention, masked: int) -> int:
@@ -126,6 +129,7 @@ def encoder_decoder(config: Any, shape: PassShape, weight_bytes: int, kernel: At
         between=weight * d * (config.num_layers * tokens + config.num_decoder_layers * outputs),
         ends=(tokens + outputs) * (norm + weight * d + 8) + _repeated(shape, weight * d) + _head(shape, d, weight),
         embedding=3 * weight * d * config.vocab_size,
+        head=_head_backward(shape, d, weight),
     )
 
 
@@ -134,8 +138,22 @@ def _repeated(shape: PassShape, width_bytes: int) -> int:
     return shape.num_tokens * shape.num_sequences * width_bytes if shape.num_sequences > 1 else 0
 
 
+def _head_backward(shape: PassShape, width: int, weight: int) -> int:
+    """Of answers of several tokens: the whole head's gradient twice, of the vocabulary's sum and of the tokens' rows,
+    and a chunk of logits and of their gradients."""
+    if shape.num_sequences == 1:
+        return 0
+    return 2 * weight * shape.num_head_rows * width + 8 * shape.num_outputs * min(shape.num_head_rows, CHUNK_ROWS)
+
+
 def _head(shape: PassShape, width: int, weight: int) -> int:
-    """Float32 copies of hidden states and of the head's rows, and log-probabilities over the rows."""
+    """Float32 copies of hidden states and of the head's rows, and log-probabilities over the rows.
+
+    Of answers of several tokens the states and the head's row of each token: the vocabulary goes by in chunks, of which
+    nothing is kept.
+    """
+    if shape.num_sequences > 1:
+        return shape.num_outputs * (4 + 4) * width
     copy = 4 * shape.num_head_rows * width if weight == 2 else 0
     return copy + shape.num_outputs * 4 * (width + shape.num_head_rows)
 

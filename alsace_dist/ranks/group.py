@@ -72,21 +72,6 @@ class Ranks:
         """For each flag, whether any rank has it set. Collective."""
         return [value > 0 for value in self.sum(*(float(flag) for flag in flags))]
 
-    def begin_any_rank(self, *flags: bool) -> Callable[[], list[bool]]:
-        """``any_rank`` of the flags as they are now, which goes on behind what this rank does next; a function that
-        waits for the answer. Both collective."""
-        import torch
-        import torch.distributed as dist
-
-        tensor = torch.tensor([float(flag) for flag in flags], dtype=torch.float64)
-        work = dist.all_reduce(tensor, group=self.control, async_op=True)
-
-        def wait() -> list[bool]:
-            work.wait()
-            return [value > 0 for value in tensor.tolist()]
-
-        return wait
-
     def sum(self, *values: float) -> list[float]:
         """Sums over the ranks, in float64. Collective."""
         import torch

@@ -108,13 +108,12 @@ def run(training: Training, ranks: Ranks) -> tuple[int, dict[str, FileEntry]]:
             if section.dropout:
                 torch.manual_seed(hash((training.seed, step, ranks.rank)))
             rate = learning_rate(section, step, num_steps)
-            flags = ranks.begin_any_rank(ranks.stop.is_set, saver.is_writing)  # while the step is computed
             sums = engine.step([part.sums for part in parts], rate)
             done = step + 1
             num_tokens = sum(part.num_tokens for part in parts), sum(part.num_padded_tokens for part in parts)
             monitor.step(done, sums, num_tokens, rate, engine.gradient_norm)
             watchdog.beat(f"the checkpoint after step {done}")
-            stop, is_writing = flags()
+            stop, is_writing = ranks.any_rank(ranks.stop.is_set, saver.is_writing)
             if not is_writing:
                 saver.finish()
             if done < num_steps and (stop or done % section.checkpoint_every_steps == 0):

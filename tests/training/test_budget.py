@@ -48,8 +48,7 @@ def dry_and_not(group: Ranks, world: str, scorer: str, settings: dict[str, Any])
             rule = cut_rule("distill", section, EngineConfig(**settings), given, example, trained)
             seen.remove()
             assert (rule.most_tokens, rule.most_examples) == (600, None)
-            for name in trained.parameters:
-                trained.load_weight(name, model.initial_value(name))
+            trained.load_initial(model)
         mine = test_engine.examples(model)[group.rank :: group.world_size]
         for _ in range(2):
             trained.step([test_engine.loss_of(model, mine, group)], 1e-3)
@@ -90,7 +89,7 @@ def test_a_pass_that_no_memory_holds_comes_before_the_first_step(world: Path, tm
     )
     last = failed.stderr.strip().splitlines()[-1]
     said = (
-        r"error: finetune.tokens_per_micro_batch: rank 0 has no memory for a pass of 200,000 tokens, 300 times 4,000 "
+        r"error: finetune.tokens_per_micro_batch: rank 0 has no memory for a pass of 1,200,000 tokens, 300 times 4,000 "
     )
     assert re.match(said + r"\(tried to allocate \d+ bytes\); lower it, to half or less, or set", last), failed.stderr
     assert failed.returncode == 2
