@@ -100,8 +100,9 @@ class DataConfig(Section):
     """An existing prepared dataset (directory or fsspec URL); then nothing is prepared.
     Of stores (s3, gs, https, hdfs, abfs) see docs/data.md; a URL holds no user, password or query."""
     cache: Location | None = None
-    """Directory on a disk of each node in which the shards of a store are kept, shared by the node's ranks; may hold
-    variables that jobs set, such as $SLURM_TMPDIR/alsace. Null: shards are fetched each time they are read."""
+    """Directory on a disk of each node in whose folder alsace-shards the shards of a store are kept, shared by the
+    node's ranks; may hold variables that jobs set, such as $SLURM_TMPDIR. Null: shards are fetched each time they are
+    read."""
     cache_gb: Positive = 100.0
     """Most that the cache holds, in GB (1e9 bytes); the shards least recently used go."""
     inputs: list[InputConfig] = []

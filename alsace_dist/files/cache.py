@@ -22,7 +22,9 @@ from alsace_dist.files.manifest import digest_bytes
 
 # A process that dies lets go of its lock; one that is stopped does not, and then everybody fetches for themselves.
 LOCK_SECONDS = 300.0
+FOLDER = "alsace-shards"  # of its own below the directory that a config names, where people may keep other things
 _KEPT = re.compile("[0-9a-f]{64}")
+_UNFINISHED = re.compile(r"fetching-\w+\.tmp")
 _has_warned = threading.Event()
 
 
@@ -78,7 +80,7 @@ class Cache:
         """Delete the least recently used until so many bytes fit, and what processes that died have left."""
         found: list[tuple[int, int, Path]] = []
         for path in self.directory.iterdir():
-            if path.suffix == ".tmp":  # nobody else is writing: who writes holds the lock
+            if _UNFINISHED.fullmatch(path.name):  # nobody else is writing: who writes holds the lock
                 path.unlink()
             elif _KEPT.fullmatch(path.name):
                 status = path.stat()
@@ -110,7 +112,7 @@ class Cache:
 
 def _write(path: Path, data: bytes) -> None:
     """Atomic, but without fsync: who reads the file looks at its sha256."""
-    handle, name = tempfile.mkstemp(suffix=".tmp", dir=path.parent)
+    handle, name = tempfile.mkstemp(prefix="fetching-", suffix=".tmp", dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
@@ -138,12 +140,15 @@ def _warn(text: str) -> None:
 
 
 def cache_of(config: DataConfig) -> Cache | None:
-    """The cache that a config asks for. Variables are those of this process: a job's directory has another name on each
-    node, and none on a login node, where there is no cache then."""
+    """The cache that a config asks for, in a folder of its own there.
+
+    Variables are those of this process: a job's directory has another name on each node, and none on a login node,
+    where there is no cache then.
+    """
     if config.cache is None:
         return None
     place = os.path.expandvars(config.cache)
     if "$" in place:
         _warn(f"data.cache: {config.cache}: no such variable here; shards are fetched each time")
         return None
-    return Cache(Path(place), round(config.cache_gb * 1e9))
+    return Cache(Path(place) / FOLDER, round(config.cache_gb * 1e9))

@@ -30,9 +30,10 @@ is computed again. Dropout is left out: it adds a mask of a byte where it is use
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from alsace_dist.models.vocabulary import CHUNK_ROWS
+
 # fused: PyTorch's memory-efficient kernel, as on GPUs; math: what it falls back to on CPUs where a bias is trained.
 Attention = Literal["fused", "math"]
-CHUNK_ROWS = 16_384  # as in models/vocabulary, which loads torch
 
 
 @dataclass(frozen=True)

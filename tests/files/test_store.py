@@ -27,6 +27,7 @@ from alsace_dist.data.stream import CanonicalOrder, TrainStream
 from alsace_dist.errors import NotReady, UserError
 from alsace_dist.files import cache, reader, store
 from alsace_dist.files.cache import Cache, cache_of
+from alsace_dist.files.manifest import digest_bytes
 from alsace_dist.files.shards import Dataset, ParallelGroup, open_dataset, read_shard, write_dataset
 from alsace_dist.files.store import Patience
 
@@ -260,11 +261,11 @@ def test_the_cache_holds_no_more_than_it_may(server: Any, proxy: Proxy, tmp_path
     for number in (0, 1, 2, 0, 3, 4):  # 0 was used when 1 and 2 had to go
         read_shard(dataset, dataset.shards[number])
         time.sleep(0.02)  # times of files are no finer
-    (tmp_path / "left.tmp").write_bytes(b"half of a shard")  # by a process that died
+    (tmp_path / "fetching-left.tmp").write_bytes(b"half of a shard")  # by a process that died
     kept = {path.name for path in tmp_path.iterdir()} & {shard.sha256 for shard in dataset.shards}
     assert kept == {dataset.shards[number].sha256 for number in (0, 3, 4)}
     read_shard(dataset, dataset.shards[5])
-    assert not (tmp_path / "left.tmp").exists()
+    assert not (tmp_path / "fetching-left.tmp").exists()
     small = open_dataset(URL, Cache(tmp_path / "small", sizes[0] - 1))
     assert read_all(small) == GROUPS
     assert {path.suffix or path.name[:6] for path in (tmp_path / "small").iterdir()} == {".lock-"}
@@ -320,12 +321,28 @@ def test_a_full_disk_and_a_place_that_cannot_be_used_are_no_errors(
     assert line.startswith(f"warning: {tmp_path}/full: not used as a cache (File too large)")
 
 
+def test_what_a_person_keeps_beside_the_cache_stays(tmp_path: Path) -> None:
+    """Even within its folder only what it has named itself goes."""
+    kept = cache_of(DataConfig(directory="s3://bucket/x", cache=str(tmp_path), cache_gb=1e-9))
+    assert kept is not None
+    folder = tmp_path / "alsace-shards"
+    folder.mkdir()
+    theirs = [tmp_path / "notes.tmp", tmp_path / ("a" * 64), folder / "notes.tmp", folder / "readme"]
+    for path in theirs:
+        path.write_text("a person's")
+    (folder / "fetching-x1.tmp").write_text("left by a process that died")
+    assert kept.get(digest_bytes(b"1"), lambda: b"1") == b"1" and kept.get(digest_bytes(b"2"), lambda: b"2") == b"2"
+    assert all(path.read_text() == "a person's" for path in theirs)
+    names = {path.name for path in folder.iterdir() if not path.name.startswith(".lock")}
+    assert names == {"notes.tmp", "readme", digest_bytes(b"2")}  # a byte of room: the shard before went
+
+
 def test_the_cache_of_a_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.setenv("SLURM_TMPDIR", str(tmp_path))
     config = DataConfig(directory="s3://bucket/x", cache="$SLURM_TMPDIR/shards", cache_gb=2.5)
     for one in (config, DataConfig(directory="s3://bucket/x")):
         assert DataConfig.model_validate(one.model_dump()) == one  # as the run's copy of its config
-    assert cache_of(config) == Cache(tmp_path / "shards", 2_500_000_000)
+    assert cache_of(config) == Cache(tmp_path / "shards/alsace-shards", 2_500_000_000)
     monkeypatch.delenv("SLURM_TMPDIR")  # as on the login node
     cache._has_warned.clear()
     assert cache_of(config) is None
