@@ -29,6 +29,7 @@ class Weights:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self._torch: dict[str, dict[str, Tensor]] = {}
+        self._opened: dict[str, Any] = {}
         self._files = self._index()
 
     def _index(self) -> dict[str, str]:
@@ -57,8 +58,13 @@ class Weights:
     def _keys(self, file: Path) -> list[str]:
         if file.suffix == ".bin":
             return list(self._load_torch(file.name))
-        with _open_safetensors(file) as opened:
-            return list(opened.keys())
+        return list(self._open(file.name).keys())
+
+    def _open(self, name: str) -> Any:
+        """A file of safetensors, which stays mapped: its header, of thousands of tensors, is read once."""
+        if name not in self._opened:
+            self._opened[name] = _open_safetensors(self.directory / name)
+        return self._opened[name]
 
     def _load_torch(self, name: str) -> dict[str, Tensor]:
         if name not in self._torch:
@@ -74,6 +80,13 @@ class Weights:
                 reason = "it holds something other than tensors" if is_other else shorten(error) or type(error).__name__
                 raise UserError(f"{path}: cannot be read as weights ({reason}); get the file again") from None
         return self._torch[name]
+
+    def _holding(self, key: str) -> Any:
+        """The opened file that holds a tensor. Raises ``UserError`` if it does not, against the index."""
+        opened = self._open(self._files[key])
+        if key not in opened.keys():  # noqa: SIM118 (not a mapping)
+            raise self._missing(key)
+        return opened
 
     def _missing(self, key: str) -> UserError:
         return UserError(f"{self.directory / self._files[key]}: lacks {key}, which the index lists; get the file again")
@@ -99,10 +112,8 @@ class Weights:
             if not isinstance(found, dict) or not isinstance(found.get(key), Tensor):
                 raise self._missing(key)
             return self._checked(key, found[key] if part == slice(None) else found[key][part])
-        with _open_safetensors(self.directory / name) as opened:
-            if key not in opened.keys():  # noqa: SIM118 (not a mapping)
-                raise self._missing(key)
-            tensor: Tensor = opened.get_tensor(key) if part == slice(None) else opened.get_slice(key)[part]
+        opened = self._holding(key)
+        tensor: Tensor = opened.get_tensor(key) if part == slice(None) else opened.get_slice(key)[part]
         return self._checked(key, tensor)
 
     def _checked(self, key: str, tensor: Tensor) -> Tensor:
@@ -112,7 +123,8 @@ class Weights:
             raise UserError(f"{where} is a sparse or an empty (meta) tensor, without plain values; {SOUND}")
         if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
             raise UserError(f"{where} has numbers of kind {str(tensor.dtype).removeprefix('torch.')}; {SOUND}")
-        if not bool(torch.isfinite(tensor).all()):
+        # Least and largest: isfinite would make two copies of the tensor. Both are NaN if any value is.
+        if tensor.numel() and not all(bool(torch.isfinite(one)) for one in tensor.aminmax()):
             raise UserError(f"{where} holds NaN or infinite numbers: its training has diverged; {SOUND}")
         return tensor
 
@@ -121,21 +133,15 @@ class Weights:
         name = self._files[key]
         if name.endswith(".bin"):
             return self.tensor(key)[list(rows)]
-        with _open_safetensors(self.directory / name) as opened:
-            if key not in opened.keys():  # noqa: SIM118 (not a mapping)
-                raise self._missing(key)
-            matrix = opened.get_slice(key)
-            return self._checked(key, torch.cat([matrix[row : row + 1] for row in rows]))
+        matrix = self._holding(key).get_slice(key)
+        return self._checked(key, torch.cat([matrix[row : row + 1] for row in rows]))
 
     def shape(self, key: str) -> tuple[int, ...]:
         """Shape of one tensor without reading it (safetensors)."""
         name = self._files[key]
         if name.endswith(".bin"):
             return tuple(self.tensor(key).shape)
-        with _open_safetensors(self.directory / name) as opened:
-            if key not in opened.keys():  # noqa: SIM118 (not a mapping)
-                raise self._missing(key)
-            return tuple(opened.get_slice(key).get_shape())
+        return tuple(self._holding(key).get_slice(key).get_shape())
 
     def problems(self, needed: Mapping[str, tuple[int, ...]], known: Collection[str]) -> list[str]:
         """What does not fit: tensors that are missing, of another shape, or neither needed nor otherwise known."""
