@@ -95,6 +95,8 @@ class Config(Section):
             raise ValueError("pretrain is only done for model.nano; remove the section")
         if self.pretrain.freeze_vocabulary:
             raise ValueError("pretrain.freeze_vocabulary: a new vocabulary must learn; remove it")
+        if self.pretrain.lora:
+            raise ValueError("pretrain.lora: new weights must learn; remove it")
         for name in ("finetune", "distill"):
             section = getattr(self, name)
             if section is not None and section.optimizer == "adafactor" and self.engine.zero_stage != 0:

@@ -5,15 +5,16 @@ Training, scoring, the plan and the export know models through this page alone.
 """
 
 import importlib
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from math import prod
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
-from alsace_dist.config import Config, Masks, Mode, Pooling
+from alsace_dist.config import Config, Masks, Mode, Pooling, TrainConfig
 from alsace_dist.data.rows import GAP, Answers, Candidates, EncodedRow, Part, Row
 from alsace_dist.errors import UserError
 from alsace_dist.models import prompts
@@ -38,6 +39,7 @@ REFUSED = {
 }
 
 WHOLE = slice(None)
+HEAD_PART = "head."  # what the names of a head's parameters begin with, in all modules
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,8 @@ DEFAULTS = Options()
 class Parameters:
     """Parameter counts. ``body`` includes ``embedding``; ``kept_head``: the part of the head that is held in memory;
     ``vocabulary``: in matrices with a row for each piece of the vocabulary. ``beside``: in parts of the exported model
-    that are not held, for they neither score nor are trained."""
+    that are not held, for they neither score nor are trained. ``linear``: inputs and outputs of all linear layers that
+    can be adapted, by the ends of their names. ``new_head``: of the kept head, what is trained beside adapters."""
 
     body: int
     embedding: int
@@ -70,6 +73,8 @@ class Parameters:
     kept_head: int
     vocabulary: int = 0
     beside: int = 0
+    linear: Mapping[str, int] = field(default_factory=dict)
+    new_head: int = 0
 
     @property
     def total(self) -> int:
@@ -81,9 +86,38 @@ class Parameters:
         """What a rank (or, under ZeRO-3, all of them together) holds for scoring and training."""
         return self.body + self.kept_head
 
-    def trained(self, freeze_vocabulary: bool) -> int:
+    def trained(self, section: TrainConfig) -> int:
         """Parameters that a training changes."""
-        return self.kept - (self.embedding if freeze_vocabulary else 0)
+        if section.lora:
+            widths = (width for name, width in self.linear.items() if section.lora.adapts(name))
+            return section.lora.rank * sum(widths) + self.new_head
+        return self.kept - (self.embedding if section.freeze_vocabulary else 0)
+
+
+class Unit(NamedTuple):
+    """Trained parameters of which tensors of an exported model are made together: their names, and how many elements
+    come out."""
+
+    names: tuple[str, ...]
+    numel: int
+
+
+def linear_layers(module: nn.Module) -> dict[str, int]:
+    """The linear layers of a model that can be adapted, all but those of its head: name -> inputs and outputs."""
+    return {
+        name: layer.in_features + layer.out_features
+        for name, layer in module.named_modules()
+        if type(layer) is nn.Linear and not name.startswith(HEAD_PART)
+    }
+
+
+def linear_widths(module: nn.Module) -> dict[str, int]:
+    """Of the same layers, inputs and outputs summed by the ends of their names."""
+    found: dict[str, int] = {}
+    for name, width in linear_layers(module).items():
+        end = name.rpartition(".")[2]
+        found[end] = found.get(end, 0) + width
+    return found
 
 
 class TrainableModel(Protocol):
@@ -92,28 +126,41 @@ class TrainableModel(Protocol):
     ``directory``: a ``transformers`` directory whose config and tokenizer the exported model takes over.
     ``config_changes``: keys of its config.json that have another value in the exported model's. ``vocabulary``: the
     parameters that ``freeze_vocabulary`` keeps fixed. ``delicate``: the parameters that are compared with the file once
-    the module is loaded.
+    the module is loaded. ``trained_whole``: beside adapters; those of a head that may be new.
     """
 
     directory: Path
     config_changes: Mapping[str, Any]
     vocabulary: frozenset[str]
     delicate: tuple[str, ...]
+    trained_whole: Collection[str] = ()
 
+    @abstractmethod
     def build(self, dropout: float, gradient_checkpointing: bool) -> nn.Module:
         """The module, with weights of any value; called under ``torch.device("meta")`` and ``zero.Init``, too."""
 
+    @abstractmethod
     def initial_value(self, name: str, part: slice = WHOLE) -> Tensor:
         """The float32 value that a parameter starts with, or part of its first dimension, on the CPU."""
 
-    def exported(self, name: str, value: Tensor) -> dict[str, Tensor]:
-        """A trained parameter as tensors of the exported model, by their names there."""
+    def units(self, shapes: Mapping[str, tuple[int, ...]]) -> list[Unit]:
+        """The trained parameters, of which these are the shapes, by what is exported together."""
+        return [Unit((name,), prod(shape)) for name, shape in shapes.items()]
 
+    def merged(self, values: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """The trained parameters of a unit as those that ``exported`` knows."""
+        return values
+
+    @abstractmethod
+    def exported(self, name: str, value: Tensor) -> dict[str, Tensor]:
+        """A parameter as tensors of the exported model, by their names there."""
+
+    @abstractmethod
     def remaining(self, written: Collection[str]) -> Iterator[tuple[str, Tensor]]:
         """Tensors of the exported model that were not trained, all but those that are ``written`` already."""
 
 
-class Family(ABC):
+class Family(TrainableModel):
     """A model directory as a scorer of a task's candidates: a ``TrainableModel`` that encodes rows, too.
 
     ``name``: for people. ``modes``: values of ``model.mode`` that the family has beside auto. ``gap``: how its
@@ -223,10 +270,6 @@ class Family(ABC):
     @abstractmethod
     def initial_value(self, name: str, part: slice = WHOLE) -> Tensor:
         """As in ``TrainableModel``, from the checkpoint."""
-
-    @abstractmethod
-    def exported(self, name: str, value: Tensor) -> dict[str, Tensor]:
-        """As in ``TrainableModel``."""
 
     @abstractmethod
     def remaining(self, written: Collection[str]) -> Iterator[tuple[str, Tensor]]:

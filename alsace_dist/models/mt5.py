@@ -22,7 +22,7 @@ from alsace_dist.data.rows import Answers
 from alsace_dist.errors import UserError
 from alsace_dist.models.batches import SUM, CandidateScore, attention_over
 from alsace_dist.models.decoding import CandidateForm, DecoderFamily, score_sequences, score_single_tokens
-from alsace_dist.models.family import WHOLE, Parameters
+from alsace_dist.models.family import WHOLE, Parameters, linear_widths
 from alsace_dist.models.footprint import encoder_decoder
 from alsace_dist.models.vocabulary import token_log_probs
 from alsace_dist.models.weights import SOUND, Activation, Depth, Extent, Geometry, Weights, read_config
@@ -260,7 +260,8 @@ class MT5(DecoderFamily):
             scorer = make_scorer(config, form, 0.0, gradient_checkpointing=False)
         embedding = scorer.body.shared.weight.numel()
         body = sum(parameter.numel() for parameter in scorer.body.parameters())
-        return Parameters(body, embedding, embedding, scorer.head.weight.numel(), vocabulary=2 * embedding)
+        kept_head, linear = scorer.head.weight.numel(), linear_widths(scorer)
+        return Parameters(body, embedding, embedding, kept_head, vocabulary=2 * embedding, linear=linear)
 
     activations = staticmethod(encoder_decoder)
 

@@ -16,7 +16,7 @@ from alsace_dist.config import NanoConfig
 from alsace_dist.errors import UserError
 from alsace_dist.files.manifest import write_text
 from alsace_dist.models.batches import IGNORED, Inputs, attention_over, pad, pad_prompts
-from alsace_dist.models.family import WHOLE
+from alsace_dist.models.family import WHOLE, TrainableModel
 from alsace_dist.models.mt5 import HEAD, CandidateHead, load_config, make_body
 from alsace_dist.models.weights import load_tokenizer
 from alsace_dist.reading import shorten
@@ -83,7 +83,7 @@ def write_start(directory: Path, nano: NanoConfig, texts: Iterable[str], answers
     write_text(directory / "config.json", model_config(nano, len(tokenizer)).to_json_string())
 
 
-class NanoModel:
+class NanoModel(TrainableModel):
     """What ``write_start`` has written, with new weights, as a ``TrainableModel``; its module is a language model."""
 
     config_changes: Mapping[str, Any] = {"tie_word_embeddings": False}

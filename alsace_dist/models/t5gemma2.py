@@ -20,7 +20,7 @@ from alsace_dist.config import Mode
 from alsace_dist.data.rows import GAP, Part
 from alsace_dist.errors import UserError
 from alsace_dist.models.decoding import DecoderFamily
-from alsace_dist.models.family import WHOLE, Parameters
+from alsace_dist.models.family import WHOLE, Parameters, linear_widths
 from alsace_dist.models.t5gemma2_module import GemmaScorer, T5Gemma2Geometry, vision_tower
 from alsace_dist.models.weights import SOUND, Weights, read_config
 
@@ -146,11 +146,12 @@ class T5Gemma2(DecoderFamily):
     @staticmethod
     def count_parameters(config: Any, num_head_rows: int | None, mode: Mode = "auto") -> Parameters:
         with torch.device("meta"):
-            body = _num_parameters(GemmaScorer(config, None, 0.0, False))
+            module = GemmaScorer(config, None, 0.0, False)
             beside = _num_parameters(vision_tower(config))
         vocabulary = config.decoder.vocab_size * config.decoder.hidden_size
         embedding = vocabulary + config.decoder.hidden_size  # with what stands for the end of an image
-        return Parameters(body, embedding, 0, 0, vocabulary=vocabulary, beside=beside)
+        linear = linear_widths(module)
+        return Parameters(_num_parameters(module), embedding, 0, 0, vocabulary=vocabulary, beside=beside, linear=linear)
 
     @staticmethod
     def forward_flops(config: Any, lengths: Sequence[int], num_answer_tokens: int) -> float:

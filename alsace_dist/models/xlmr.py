@@ -32,7 +32,7 @@ from alsace_dist.models.encoder import (
     collate_choices,
     make_body,
 )
-from alsace_dist.models.family import DEFAULTS, WHOLE, Family, Options, Parameters
+from alsace_dist.models.family import DEFAULTS, HEAD_PART, WHOLE, Family, Options, Parameters, linear_widths
 from alsace_dist.models.footprint import encoder
 from alsace_dist.models.heads import (
     CHOICE,
@@ -251,6 +251,11 @@ class XLMR(Family):
         with torch.device("meta"):
             return {name: tuple(value.shape) for name, value in self.build(0.0, False).named_parameters()}
 
+    @property
+    def trained_whole(self) -> Collection[str]:  # type: ignore[override]
+        """As in ``TrainableModel``: a classification head, which adapters could not make from random values."""
+        return [name for name in self._shapes if name.startswith(HEAD_PART)] if self.mode == "head" else []
+
     @cached_property
     def _prefix(self) -> str:
         """What names of the encoder's tensors begin with; nothing if the encoder was saved by itself."""
@@ -304,7 +309,7 @@ class XLMR(Family):
     @property
     def _has_head(self) -> bool:
         """Whether the checkpoint holds a classification head, of whatever task."""
-        return all(self._key(name) in self.weights for name in self._shapes if name.startswith("head."))
+        return all(self._key(name) in self.weights for name in self._shapes if name.startswith(HEAD_PART))
 
     @property
     def _labels_of_head(self) -> list[str]:
@@ -327,12 +332,12 @@ class XLMR(Family):
         return f"has a classification head for {', '.join(map(str, self.config.id2label.values()))}"
 
     def _is_new(self, name: str) -> bool:
-        return self.mode == "head" and name.startswith("head.") and bool(self._head_misfit)
+        return self.mode == "head" and name.startswith(HEAD_PART) and bool(self._head_misfit)
 
     @cached_property
     def _new_head(self) -> dict[str, Tensor]:
         """Initial values of a new head: alike on all ranks."""
-        shapes = {name: shape for name, shape in self._shapes.items() if name.startswith("head.")}
+        shapes = {name: shape for name, shape in self._shapes.items() if name.startswith(HEAD_PART)}
         return new_values(shapes, self.config.initializer_range, self.options.seed)
 
     def _pooling(self) -> Pooling:
@@ -406,7 +411,15 @@ class XLMR(Family):
                 kept = _num_parameters(ClozeHead(config, size if num_head_rows is None else num_head_rows))
         embedding = size * config.hidden_size
         has_rows = mode != "head" and not config.tie_word_embeddings
-        return Parameters(_num_parameters(body), embedding, whole, kept, vocabulary=embedding * (2 if has_rows else 1))
+        return Parameters(
+            _num_parameters(body),
+            embedding,
+            whole,
+            kept,
+            vocabulary=embedding * (2 if has_rows else 1),
+            linear=linear_widths(body),
+            new_head=kept if mode == "head" else 0,
+        )
 
     activations = staticmethod(encoder)
 

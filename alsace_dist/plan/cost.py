@@ -77,7 +77,7 @@ def hpz_size(engine: EngineConfig) -> int:
 
 def training_traffic(parameters: "Parameters", section: TrainConfig, engine: EngineConfig) -> Traffic:
     """What a training sends between its ranks."""
-    trained, weight = parameters.trained(section.freeze_vocabulary), WEIGHT_BYTES[engine.dtype]
+    trained, weight = parameters.trained(section), WEIGHT_BYTES[engine.dtype]
     num_buckets = math.ceil(trained / REDUCE_BUCKET_SIZE)
     scatter = Collective(4.0 * trained, num_buckets)
     all_reduce = (scatter, scatter)  # a reduce-scatter and an all-gather, of as many bytes
@@ -125,7 +125,7 @@ def _kernel_seconds(flops: float, activations: "Activations", cluster: Cluster) 
 
 def update_seconds(parameters: "Parameters", section: TrainConfig, engine: EngineConfig, num_ranks: int) -> float:
     """Time in which a rank updates its own parameters, on its device or in its host's memory."""
-    own = parameters.trained(section.freeze_vocabulary) / (num_ranks if engine.zero_stage else 1)
+    own = parameters.trained(section) / (num_ranks if engine.zero_stage else 1)
     if not engine.offload_optimizer:
         return own * given.OPTIMIZER_TRAFFIC / given.MEMORY_BANDWIDTH
     travel = own * (4 + WEIGHT_BYTES[engine.dtype]) / given.HOST_BANDWIDTH

@@ -177,7 +177,7 @@ def estimate_training(about: Forecast, work: Work, section: TrainConfig, engine:
         work=work,
         cluster=cluster,
         memory=training_memory(parameters, section, engine, cluster.num_ranks),
-        activations=longest.most(engine.gradient_checkpointing, section.freeze_vocabulary),
+        activations=longest.most(engine.gradient_checkpointing, section.freeze_vocabulary or bool(section.lora)),
         gathered=gathered_bytes(parameters, engine) if engine.zero_stage == 3 else 0,
         prompts=prompts,
         num_passes=num_passes,

@@ -53,7 +53,7 @@ def training_memory(parameters: "Parameters", section: TrainConfig, engine: Engi
     """
     stage, weight = engine.zero_stage, WEIGHT_BYTES[engine.dtype]
     is_bf16 = engine.dtype == "bf16"
-    trained = parameters.trained(section.freeze_vocabulary)
+    trained = parameters.trained(section)
     own = trained if stage == 0 else math.ceil(trained / num_ranks)
     copy = 0 if stage == 0 and not is_bf16 else 4 * own
     optimizer = copy + (8 * own if section.optimizer == "adamw" else 0)
@@ -91,7 +91,7 @@ def scoring_memory(parameters: "Parameters", dtype: str, num_sharing: int) -> in
 
 def checkpoint_bytes(parameters: "Parameters", section: TrainConfig) -> int:
     """Size of a training checkpoint: per trained parameter the float32 weight and Adam's two moments."""
-    return parameters.trained(section.freeze_vocabulary) * (12 if section.optimizer == "adamw" else 4)
+    return parameters.trained(section) * (12 if section.optimizer == "adamw" else 4)
 
 
 def model_bytes(parameters: "Parameters", dtype: ExportType = "float32") -> int:

@@ -83,7 +83,8 @@ def _print_memory(config: Config, parameters: "Parameters", num_ranks: int, cons
         title = f"GB per rank, {num_ranks} {'rank' if num_ranks == 1 else 'ranks'}, {engine.dtype}: "
         title += f"{' and '.join(names)} with {section.optimizer}"
         title += ", optimizer offloaded" if engine.offload_optimizer else ""
-        title += ", embedding frozen" if section.freeze_vocabulary else ""
+        title += ", embedding frozen" if section.freeze_vocabulary and not section.lora else ""
+        title += f", LoRA of rank {section.lora.rank}" if section.lora else ""
         header = ["ZeRO", "weights", "gradients", "optimizer", "sum", "buffers", "host"]
         print_table(console, title, header, rows)
     notes = [
@@ -100,11 +101,11 @@ def _print_memory(config: Config, parameters: "Parameters", num_ranks: int, cons
 
 def _trainings(config: Config) -> Iterator[tuple[list[str], TrainConfig, EngineConfig]]:
     """Kinds of training of the run itself that differ in what they hold: names, a section and the engine."""
-    found: dict[tuple[str, bool, int], tuple[list[str], TrainConfig, EngineConfig]] = {}
+    found: dict[tuple[str, bool, str, int], tuple[list[str], TrainConfig, EngineConfig]] = {}
     for stage, module in training_stages(config):
         if not stage.variant and stage.round <= 1:
             section, engine = module.section_of(config), module.engine_of(config)
-            kind = (section.optimizer, section.freeze_vocabulary, engine.zero_stage)
+            kind = (section.optimizer, section.freeze_vocabulary, str(section.lora), engine.zero_stage)
             found.setdefault(kind, ([], section, engine))[0].append(module.KIND)
     yield from found.values()
 

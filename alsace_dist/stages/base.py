@@ -296,9 +296,12 @@ def run_training(
     export_type: ExportType = "float32",
 ) -> None:
     """The same for an output that is begun already, with an engine of the stage's own."""
+    from alsace_dist.models.lora import LoraModel
     from alsace_dist.training import loop
 
     directory, kind = only(stage.outputs)
+    if section.lora is not None:
+        model = LoraModel(model, section.lora, stage.config.seed, f"{kind}.lora")
     training = loop.Training(
         kind=kind,
         directory=directory,

@@ -4,7 +4,6 @@ import re
 import shutil
 from collections.abc import Mapping
 from functools import partial
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from alsace_dist.config import ExportType
 from alsace_dist.files.manifest import MANIFEST, STARTED, FileEntry, atomic_path, read_json, write_json
-from alsace_dist.models.family import TrainableModel
+from alsace_dist.models.family import TrainableModel, Unit
 from alsace_dist.training.engine import TrainEngine
 from alsace_dist.training.state import WEIGHT, shape_of
 from alsace_dist.training.tensor_file import FILE_BYTES, write_tensors
@@ -72,15 +71,18 @@ def export(
     for a manifest.
     """
     ranks = engine.ranks
-    parts = _parts(engine, max_bytes // DTYPES[dtype].itemsize)
+    parts = _parts(engine, model, max_bytes // DTYPES[dtype].itemsize)
     writer = PartWriter(directory, DTYPES[dtype])
     last = len(parts) - 1
-    for number, names in enumerate(parts):
+    for number, units in enumerate(parts):
         owner = (last - number) % ranks.world_size  # rank 0 has the last
-        for name in names:
-            value = engine.layout.whole(name, WEIGHT, owner)  # collective: ranks that do not write take part
+        for unit in units:
+            # Collective: ranks that do not write take part.
+            values = {name: engine.layout.whole(name, WEIGHT, owner) for name in unit.names}
             if owner == ranks.rank:
-                writer.add(model.exported(name, value.detach().float().cpu()))
+                values = {name: value.detach().float().cpu() for name, value in values.items()}
+                for name, value in model.merged(values).items():
+                    writer.add(model.exported(name, value))
         if owner == 0:  # every rank has one now; into rank 0's last comes what was not trained, too
             is_kept = ranks.is_main and number == last
             ranks.each((lambda: None) if is_kept else partial(writer.write, number - ranks.rank))
@@ -103,17 +105,16 @@ def export(
     return entries
 
 
-def _parts(engine: TrainEngine, most: int) -> list[list[str]]:
-    """The names of the trained parameters by file, of at most so many elements, or one parameter."""
-    parts: list[list[str]] = [[]]
+def _parts(engine: TrainEngine, model: TrainableModel, most: int) -> list[list[Unit]]:
+    """The trained parameters by file, of at most so many elements, or one unit."""
+    parts: list[list[Unit]] = [[]]
     size = 0
-    for name, parameter in engine.parameters.items():
-        numel = prod(shape_of(parameter))
-        if parts[-1] and size + numel > most:
+    for unit in model.units({name: shape_of(parameter) for name, parameter in engine.parameters.items()}):
+        if parts[-1] and size + unit.numel > most:
             parts.append([])
             size = 0
-        parts[-1].append(name)
-        size += numel
+        parts[-1].append(unit)
+        size += unit.numel
     return parts
 
 

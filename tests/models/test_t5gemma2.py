@@ -23,7 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import T5Gemma2Config, T5Gemma2ForConditionalGeneration
 
-from alsace_dist.config import EngineConfig, TaskConfig
+from alsace_dist.config import EngineConfig, TaskConfig, TrainConfig
 from alsace_dist.data.rows import GAP, Answers, EncodedRow, Part, Row, answers_of
 from alsace_dist.errors import UserError
 from alsace_dist.models.family import Options, family_of, open_model
@@ -464,7 +464,8 @@ def test_parameter_counts_are_those_of_transformers() -> None:
     assert found.beside == sum(parameter.numel() for parameter in vision)
     assert (found.embedding, found.vocabulary) == (262_145 * 640, 262_144 * 640)
     assert (found.kept, f"{found.kept / 1e6:.0f} M") == (found.total - found.beside, "368 M")
-    assert found.trained(freeze_vocabulary=True) == found.kept - 262_145 * 640
+    frozen = TrainConfig(num_steps=1, learning_rate=1.0, freeze_vocabulary=True)
+    assert found.trained(frozen) == found.kept - 262_145 * 640
     assert T5Gemma2.describe(config) == "T5Gemma 2, width 640, 18 encoder and 18 decoder layers, vocabulary 262,144"
 
 
