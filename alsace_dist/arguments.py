@@ -16,6 +16,7 @@ from alsace_dist.errors import UserError
 from alsace_dist.reading import shorten
 
 HELP = ("--help", "-h")
+OVER_HELP = "sections of a YAML file laid over the config; or a preset: lora, hpz, offload-all ... (configs/engine)"
 _FLAG = re.compile(r"--(?P<name>[^=]+)(=(?P<value>.*))?", re.DOTALL)
 
 
@@ -86,7 +87,8 @@ class Command:
                 texts[match[1]] = match[2]
         rows = [(name.upper(), texts.get(name, "")) for name in [*self.arguments, *self.optional]]
         rows += [(f"--{_typed(name)}", texts.get(name, "")) for name in self.flags]
-        rows += [("--SETTING=VALUE", texts["overrides"])] if self.takes_settings else []
+        if self.takes_settings:
+            rows += [("--SETTING=VALUE", texts["overrides"]), ("--over=FILE", OVER_HELP)]
         width = max((len(name) for name, _ in rows), default=0)
         lines = [f"  {name:<{width}}  {text}" for name, text in rows]
         return "\n".join([f"usage: {self.usage()}", "", doc.strip(), "", *lines, "", f"example: {self.example}"])

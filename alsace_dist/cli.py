@@ -32,8 +32,9 @@ def main() -> None:
 def _settings() -> list[str]:
     """Names of the config's keys and sections."""
     from alsace_dist.config import Config
+    from alsace_dist.config_file import OVER
 
-    return list(Config.model_fields)
+    return [*Config.model_fields, OVER]
 
 
 def _stop_on_signals() -> None:

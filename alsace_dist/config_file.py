@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Hashable, Iterator, Mapping
+from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,6 +16,7 @@ from alsace_dist.reading import MAX_DEPTH, depth_of, half_character, read_text, 
 MAX_YAML_BYTES = 1 << 20  # a second of PyYAML's time takes 100 kB
 MAX_PROBLEMS = 5  # that an error lists
 MAX_ALIASES = 30  # one of eight aliases within another has 16 million values
+OVER = "over"  # beside the names of settings: files that are laid over a config
 SectionType = TypeVar("SectionType", bound=Section)
 
 
@@ -42,7 +44,10 @@ def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
     """
     file = Path(path)
     value = read_yaml(file, "give the path of a run's YAML")
-    for key, item in (overrides or {}).items():
+    settings = dict(overrides or {})
+    for name in _names(settings.pop(OVER, "")):
+        value = _merge(value, _laid_over(value, name))
+    for key, item in settings.items():
         value = _merge(value, _nest(key, item))
     config = validate(Config, value, f"{file}: ")
     for name in config.variants:
@@ -51,6 +56,24 @@ def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
         except UserError as error:
             raise UserError(f"{file}: {error}") from None
     return config
+
+
+def _names(value: Any) -> list[str]:
+    found = value.split(",") if isinstance(value, str) else value
+    if not isinstance(found, list) or not all(isinstance(one, str) for one in found):
+        raise UserError(f"--{OVER}: {shorten(repr(value))} is no name of a file; give one, or several with commas")
+    return [one for one in found if one]
+
+
+def _laid_over(value: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The sections of a file that are to be laid over a config, but for those that the config leaves out (null)."""
+    presets, file = resources.files("alsace_dist.presets.engine"), Path(name)
+    known = sorted(one.name.removesuffix(".yaml") for one in presets.iterdir() if one.name.endswith(".yaml"))
+    if name in known and not file.exists():
+        found: Any = yaml.safe_load((presets / f"{name}.yaml").read_text(encoding="utf-8"))
+    else:
+        found = read_yaml(file, f"--{OVER} takes the path of a YAML file, or one of {', '.join(known)}")
+    return {key: section for key, section in found.items() if key not in value or value[key] is not None}
 
 
 def read_yaml(file: Path, remedy: str) -> dict[str, Any]:

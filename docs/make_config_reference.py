@@ -24,6 +24,8 @@ that names the file, the key and the remedy. The resolved config, with every def
 how to describe data, [method.md](method.md) what the options of the method mean.
 
 On the command line any key can be set by its dotted name: `alsace run CONFIG.yaml --distill.learning_rate=3e-5`.
+With `--over=FILE.yaml` the sections of another file are laid over the config first; [configs/engine](../configs/engine)
+holds such files for models that do not fit, which go by their names too: `--over=lora,gradient-checkpointing`.
 Only `true` and `false` are truth values in the YAML: `no` is Norwegian and `yes` an answer. A key that is given twice
 is an error.
 """
@@ -47,9 +49,12 @@ def make_references() -> dict[str, str]:
     """Name of a file below docs -> its text."""
     schema = Config.model_json_schema()
     parts = [HEAD, _section("The run", "Config", schema, schema)]
+    places: dict[str, list[str]] = {}  # a section that several hold is written once
     for path, name in _walk("", schema, schema["$defs"]):
-        parts.append(_section(f"`{path}`", name, schema["$defs"][name], schema))
-        if path == "distill":
+        places.setdefault(name, []).append(f"`{path}`")
+    for name, paths in places.items():
+        parts.append(_section(", ".join(paths), name, schema["$defs"][name], schema))
+        if paths == ["`distill`"]:
             parts.append(_methods())
     schema = SiteProfile.model_json_schema()
     clusters = [CLUSTERS_HEAD, _section("The profile", "SiteProfile", schema, schema)]

@@ -49,7 +49,6 @@ class ZeroOptimization(RawSection):
     stage3_max_reuse_distance: Size | None = None
     zero_hpz_partition_size: Count | None = None
     zero_quantized_weights: bool | None = None
-    zero_quantized_nontrainable_weights: bool | None = None
     zero_quantized_gradients: bool | None = None
     memory_efficient_linear: bool | None = None
     log_trace_cache_warnings: bool | None = None
@@ -129,7 +128,6 @@ CHANGES_RESULTS = (
     "communication_data_type",
     "data_types",
     "zero_optimization.zero_quantized_weights",
-    "zero_optimization.zero_quantized_nontrainable_weights",
     "zero_optimization.zero_quantized_gradients",
 )
 

@@ -66,7 +66,7 @@ class TrainConfig(Section):
     """Keep the embedding matrix fixed (21 % of mT5-large's parameters, 14 % of XL's)."""
     lora: LoraConfig | None = None
     """Train low-rank adapters instead of the weights, `{}` for those of rank 16: optimizer states of XXL fall from 150
-    GB to 2. They want a learning rate about ten times as high. Needs peft: `pip install 'alsace_dist[lora]'`."""
+    GB to 1. They want a learning rate about ten times as high. Needs peft: `pip install 'alsace_dist[lora]'`."""
     checkpoint_every_steps: Count = 500
     """Steps between checkpoints."""
     keep_checkpoints: Count = 1

@@ -16,7 +16,6 @@ WEIGHTS_SHARE = 0.5
 # Raw settings of ZeRO-3 that are for training: quantised weights and gradients, and second copies within a node.
 TRAINING_ONLY = (
     "zero_quantized_weights",
-    "zero_quantized_nontrainable_weights",
     "zero_quantized_gradients",
     "zero_hpz_partition_size",
 )

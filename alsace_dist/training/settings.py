@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Literal
 
 from alsace_dist.config import EngineConfig, TrainConfig
+from alsace_dist.errors import UserError
 from alsace_dist.ranks.group import Ranks
 
 if TYPE_CHECKING:
@@ -13,6 +14,9 @@ if TYPE_CHECKING:
 # weights are whole, the float32 copies and the optimizer states are divided (ZeRO-1 and 2); sharded: the weights are
 # divided, too (ZeRO-3).
 StateLayout = Literal["whole", "partitioned", "sharded"]
+
+
+QUANTIZED = ("zero_quantized_weights", "zero_quantized_gradients")
 
 
 def state_layout(engine: EngineConfig) -> StateLayout:
@@ -35,9 +39,13 @@ def deepspeed_settings(engine: EngineConfig, train: TrainConfig | None, ranks: R
     """The DeepSpeed settings that an engine section stands for; its raw ``deepspeed`` mapping is merged last.
 
     ``train``: None for scoring. Accumulation is driven by ``TrainEngine`` (one optimizer step per global batch), so
-    DeepSpeed is told of a single micro-batch per step.
+    DeepSpeed is told of a single micro-batch per step. Raises ``UserError`` for what this device cannot do.
     """
     stage, on_gpu = engine.zero_stage, ranks.device.type == "cuda"
+    if quantized := [key for key in QUANTIZED if engine.deepspeed.get("zero_optimization", {}).get(key) and not on_gpu]:
+        raise UserError(
+            f"engine.deepspeed.zero_optimization.{quantized[0]}: DeepSpeed packs numbers on GPUs only; remove it"
+        )
     value: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,

@@ -141,7 +141,7 @@ def test_a_stage_is_put_together_of_its_parts(tmp_path: Path) -> None:
     assert one.mfu == pytest.approx(3 * about.flops(480) / (one.step_seconds * 8 * 1000e12))
     # A trained embedding, and few prompts: its three gradients of 250,112 x 1,024 are what counts.
     assert about.activations(1, 256, work.engine).most(False, False) == 3 * 2 * 250112 * 1024
-    assert one.checkpoint == 12 * about.parameters.trained(True)
+    assert one.checkpoint == 12 * about.parameters.trained(SECTION)
 
 
 def test_under_zero_3_passes_and_collectives_overlap(tmp_path: Path) -> None:

@@ -1,0 +1,1 @@
+"""Ways to fit a model into memory, each to be laid over a config with --over=NAME."""
