@@ -2,11 +2,12 @@
 
 Columns: ``key``, ``language``, ``log_probs`` (list of float32, one per candidate), ``label`` (index or null). Where a
 row has need of them there are also ``labels`` (list of int32: several right candidates), ``apart`` (bool: candidates
-that correspond to no other language's) and ``category`` (string).
+that correspond to no other language's) and ``category`` (string). While a shard is scored by several ranks, each writes
+files of parts of it, whose metadata says which of the shard's rows they hold.
 """
 
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from alsace_dist.files.shards import Label, golds
 from alsace_dist.reading import check_regular
 
 KIND = "scores"
+PART = "part-"  # after a shard's name and a point: a file of a part of it
+ROWS = "rows"  # in the metadata of such a file: the places of its rows among the shard's
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,12 @@ class Scores:
     labels: list[Label]
     apart: list[bool] = field(default_factory=list)
     categories: list[str] = field(default_factory=list)
+
+    def rows(self) -> Iterator[tuple[str, str, np.ndarray, Label, bool, str]]:
+        """Row by row: key, language, log-probabilities, label, apart, category."""
+        num_rows = len(self.keys)
+        apart, categories = self.apart or [False] * num_rows, self.categories or [""] * num_rows
+        return zip(self.keys, self.languages, self.log_probs, self.labels, apart, categories, strict=True)
 
     def groups(self) -> dict[str, dict[str, np.ndarray]]:
         """key -> language -> log-probabilities of candidates that correspond, keys in row order."""
@@ -80,8 +89,9 @@ def _is_of_kind(column: Any) -> bool:
     return bool(kinds.is_integer(kind) if column.name == "label" else kinds.is_string(kind))
 
 
-def write_scores(path: Path, scores: Scores, metadata: dict[str, str]) -> None:
-    """Write one shard's scores atomically; equal rows and metadata give equal bytes."""
+def write_scores(path: Path, scores: Scores, metadata: dict[str, str], rows: Sequence[int] | None = None) -> None:
+    """Write one shard's scores atomically; equal rows and metadata give equal bytes. ``rows``: of a part of a shard,
+    the places of its rows."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -95,9 +105,35 @@ def write_scores(path: Path, scores: Scores, metadata: dict[str, str]) -> None:
         columns["labels"] = [list(label) if isinstance(label, tuple) else None for label in scores.labels]
     columns |= {"apart": scores.apart} if any(scores.apart) else {}
     columns |= {"category": scores.categories} if any(scores.categories) else {}
+    metadata = metadata if rows is None else metadata | {ROWS: " ".join(map(str, rows))}
     table = pa.table(columns, schema=_schema(columns)).replace_schema_metadata(metadata)
     with atomic_path(path) as temporary:
         pq.write_table(table, temporary, compression="zstd")
+
+
+def parts_of(directory: Path) -> dict[str, list[Path]]:
+    """Files of parts of shards: name of the shard -> its files."""
+    found: dict[str, list[Path]] = {}
+    for path in sorted(directory.glob(f"*.{PART}*.parquet")):
+        found.setdefault(path.name.partition(f".{PART}")[0], []).append(path)
+    return found
+
+
+def put_together(path: Path, parts: Sequence[Path], metadata: dict[str, str]) -> None:
+    """Write a shard's scores from files of parts of it, as if nobody had divided it; parts whose metadata says anything
+    else than ``metadata`` are those of another model and left out. Raises ``UserError`` as ``read_score_file``."""
+    rows: dict[int, tuple[Any, ...]] = {}
+    whole = dict(metadata)
+    for part in parts:
+        found = read_metadata(part) or {}
+        if found.items() >= metadata.items():
+            places = map(int, found.pop(ROWS, "").split())
+            rows |= dict(zip(places, read_score_file(part).rows(), strict=True))
+            whole = {name: value for name, value in found.items() if not name.startswith("ARROW:")}
+    keys, languages, log_probs, labels, apart, categories = (
+        map(list, zip(*(rows[place] for place in sorted(rows)), strict=True)) if rows else ([] for _ in range(6))
+    )
+    write_scores(path, Scores(keys, languages, log_probs, labels, apart, categories), whole)
 
 
 def read_metadata(path: Path) -> dict[str, str] | None:
@@ -154,6 +190,13 @@ def read_score_file(path: Path) -> Scores:
     if "labels" in found:
         labels = [tuple(many) if many else one for one, many in zip(labels, found["labels"], strict=True)]
     return Scores(keys, languages, rows, labels, found.get("apart", []), found.get("category", []))
+
+
+def check_rows(path: Path, num_examples: Mapping[str, int]) -> None:
+    """Raises ``UserError`` if a shard's file has not every row once. ``num_examples``: of the shard, by language."""
+    scores = read_score_file(path)
+    if dict(Counter(scores.languages)) != {language: count for language, count in num_examples.items() if count}:
+        raise UserError(f"{path}: rows are missing or too many; delete it and score again")
 
 
 def _check_names(path: Path, keys: list[str], languages: list[str], remedy: str) -> None:
@@ -223,10 +266,12 @@ def read_scores(directory: Path, num_groups: int | None = None, num_candidates: 
     apart: list[bool] = []
     categories: list[str] = []
     whole = Scores([], [], [], [], apart, categories)
+    keys: set[str] = set()
     for name in sorted(manifest.files):
-        if num_groups is not None and len(set(whole.keys)) >= num_groups:
+        if num_groups is not None and len(keys) >= num_groups:
             break
         part = read_verified(directory, manifest, name)
+        keys.update(part.keys)
         whole.keys.extend(part.keys)
         whole.languages.extend(part.languages)
         whole.log_probs.extend(part.log_probs)
@@ -241,6 +286,6 @@ def read_scores(directory: Path, num_groups: int | None = None, num_candidates: 
     _check_groups(directory, whole, num_candidates)
     if num_groups is None:
         _check_counts(directory, manifest, whole)
-    if num_groups is not None and len(set(whole.keys)) < num_groups:
-        raise UserError(f"select.num_groups: {num_groups} asked for, {directory} has {len(set(whole.keys))}; lower it")
+    if num_groups is not None and len(keys) < num_groups:
+        raise UserError(f"select.num_groups: {num_groups} asked for, {directory} has {len(keys)}; lower it")
     return whole

@@ -1,7 +1,7 @@
 """Scoring: log P(candidate | prompt) of every (group, language) of a dataset, exactly once, for any number of ranks.
 
-The unit of work is a shard, and its result does not depend on who computes it. Ranks draw shards from a shared
-counter; what a killed run has finished is kept.
+The unit of work is a shard, or where there are few of them some of a shard's batches, and its result does not depend on
+who computes it. Ranks draw from a shared counter; what a killed run has finished is kept.
 """
 
 import json
@@ -9,7 +9,7 @@ import os
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -18,14 +18,23 @@ import numpy as np
 
 from alsace_dist import __version__
 from alsace_dist.config import Config
+from alsace_dist.data.dealing import Part, Work, deal
 from alsace_dist.data.rows import EncodedRow, rows_of
 from alsace_dist.data.stream import ahead, score_batches
-from alsace_dist.data.texts import TEXTS, check_texts, count, lines, read_texts, total
-from alsace_dist.errors import PeerFailed, Stopped, UserError, warn
+from alsace_dist.data.texts import TEXTS, TextCounts, check_texts, count, lines, read_texts, total
+from alsace_dist.errors import PeerFailed, Stopped, warn
 from alsace_dist.files import manifest
 from alsace_dist.files.layout import data_url
+from alsace_dist.files.manifest import FileEntry
 from alsace_dist.files.progress import clear_progress
-from alsace_dist.files.scores import KIND, Scores, read_metadata, read_score_file, write_scores
+from alsace_dist.files.scores import (
+    KIND,
+    check_rows,
+    parts_of,
+    put_together,
+    read_metadata,
+    write_scores,
+)
 from alsace_dist.files.shards import Dataset, ShardInfo, open_dataset, open_split, read_shard
 from alsace_dist.monitor.health import LeadCheck
 from alsace_dist.monitor.progress import Advance, progress
@@ -111,32 +120,11 @@ def run(stage: Stage, ranks: Ranks | None) -> None:
         work.run(model, module, ranks, together if is_sharded(engine) else None)
 
 
-@dataclass
-class ShardWork:
-    """A shard being scored: its rows, how they are cut into batches (indices of rows), and the results so far.
-
-    ``number``: how many shards have been drawn, this one included.
-    """
-
-    shard: ShardInfo
-    number: int
-    rows: list[EncodedRow]
-    cut: list[list[int]]
-    results: list[np.ndarray]
-    begin: float = field(default_factory=time.monotonic)
-
-    def scores(self) -> Scores:
-        """The results as they are written: rows in shard order."""
-        keys, languages = [row.key for row in self.rows], [row.language for row in self.rows]
-        apart, categories = [row.is_apart for row in self.rows], [row.category for row in self.rows]
-        return Scores(keys, languages, self.results, [row.label for row in self.rows], apart, categories)
-
-
 @dataclass(frozen=True)
 class Batch:
-    """A batch of a shard: which of its rows, as padded tensors; whether it is the shard's first or last."""
+    """A batch of a part: which rows of its shard, as padded tensors; whether it is the part's first or last."""
 
-    work: ShardWork
+    work: Work
     rows: list[int]
     inputs: "Inputs"
     is_first: bool
@@ -170,6 +158,7 @@ class ScoringPass:
         self.metadata = {"fingerprint": manifest.digest_json(fingerprint)}
         self.counts = Counts()
         self.num_done = 0
+        self._tokenised: tuple[ShardInfo, list[EncodedRow], list[list[int]]] | None = None
         self.check_lead = LeadCheck()
 
     def run(self, model: "Family", module: Any, ranks: Ranks, together: Ranks | None) -> None:
@@ -184,53 +173,75 @@ class ScoringPass:
         with self.watchdog:
             stopped = self._run()
         if stopped:
-            raise Stopped(f"score: stopped; {self.directory} keeps the shards that are done")
+            raise Stopped(f"score: stopped; {self.directory} keeps what is done")
         self._finish(time.monotonic() - begin)
 
     def _run(self) -> bool:
         """Score what has no result yet; whether a stop was asked for."""
         ranks, directory = self.ranks, self.directory
         ranks.main_first(lambda: manifest.begin(directory, KIND, self.fingerprint))
-        todo = ranks.from_main([s for s in self.dataset.shards if not self._is_done(s)] if ranks.is_main else None)
-        num_shards = len(self.dataset.shards)
-        num_done = num_shards - len(todo)
+        shards = self._without_result([Part(shard) for shard in self.dataset.shards])
+        parts = deal([part.shard for part in shards], ranks.world_size, self._most_batches)
+        todo = self._without_result(parts)
+        num_whole = len(self.dataset.shards) - len(shards)
+        total, num_done = num_whole + len(parts), num_whole + len(parts) - len(todo)
         if ranks.is_main:
-            note_position(f"{num_done} shards of {directory}")
-        with progress(f"score {directory.name}", directory, num_shards, num_done, ranks.is_main) as advance:
+            note_position(f"{num_done} of {total} parts of {directory}")
+        with progress(f"score {directory.name}", directory, total, num_done, ranks.is_main) as advance:
             if self.together is None:
                 self._run_freely(todo, advance)
             else:
                 self._run_in_step(todo, advance, self.together)
             with self.watchdog.waiting_for_others():
-                return ranks.any_rank(ranks.stop.is_set)[0]
+                stopped = ranks.any_rank(ranks.stop.is_set)[0]
+            if not stopped:
+                advance(len(todo) - self.num_done)  # by other ranks, and parts without a batch
+            return stopped
 
-    # --- shards ----------------------------------------------------------------------------------------------------
+    # --- parts -----------------------------------------------------------------------------------------------------
 
-    def _path(self, shard: ShardInfo) -> Path:
-        return self.directory / f"{shard.stem}.parquet"
+    def _path(self, part: Part) -> Path:
+        return self.directory / f"{part.name}.parquet"
 
-    def _metadata(self, shard: ShardInfo) -> dict[str, str]:
-        return self.metadata | {"shard": shard.sha256}
+    def _metadata(self, part: Part) -> dict[str, str]:
+        return self.metadata | {"shard": part.shard.sha256}
 
-    def _is_done(self, shard: ShardInfo) -> bool:
-        found, wanted = read_metadata(self._path(shard)) or {}, self._metadata(shard)
+    def _is_done(self, part: Part) -> bool:
+        found, wanted = read_metadata(self._path(part)) or {}, self._metadata(part)
         return {name: found.get(name) for name in wanted} == wanted
 
-    def _open(self, shard: ShardInfo, number: int) -> ShardWork:
-        groups = read_shard(self.dataset, shard)
-        rows = self.model.encode(rows_of(self.config.task, groups, self.dataset.languages))
-        cut = score_batches([self.model.num_tokens(row) for row in rows], self.config.score.tokens_per_batch)
-        return ShardWork(shard, number, rows, cut, [np.empty(0)] * len(rows))
+    def _without_result(self, parts: list[Part]) -> list[Part]:
+        """Those that have no result yet. Collective: each rank looks after its share."""
+        ranks = self.ranks
+        done = ranks.gather([i for i in range(ranks.rank, len(parts), ranks.world_size) if self._is_done(parts[i])])
+        found = {number for own in done for number in own}
+        return [part for number, part in enumerate(parts) if number not in found]
 
-    def _write(self, work: ShardWork) -> None:
+    def _most_batches(self, shard: ShardInfo) -> int:
+        """More batches than this a shard is not cut into, for no prompt is longer than the longest."""
+        longest = sum(shard.num_examples.values()) * self.config.task.max_tokens
+        return longest // self.config.score.tokens_per_batch + 1
+
+    def _open(self, part: Part, number: int) -> Work:
+        found = self._tokenised  # a thread makes batches ahead, and the loop may ask for a stand-in
+        if found is None or found[0] is not part.shard:
+            groups = read_shard(self.dataset, part.shard)
+            rows = self.model.encode(rows_of(self.config.task, groups, self.dataset.languages))
+            cut = score_batches([self.model.num_tokens(row) for row in rows], self.config.score.tokens_per_batch)
+            self._tokenised = found = part.shard, rows, cut
+        _, rows, cut = found
+        return Work(part, number, rows, part.of(cut))
+
+    def _write(self, work: Work) -> None:
         texts = {language: counts.model_dump() for language, counts in count(work.rows).items()}
-        metadata = self._metadata(work.shard) | {TEXTS: json.dumps(texts, ensure_ascii=False)}
-        write_scores(self._path(work.shard), work.scores(), metadata)
+        metadata = self._metadata(work.part) | {TEXTS: json.dumps(texts, ensure_ascii=False)}
+        rows = sorted(work.results) if work.part.num_parts > 1 else None
+        write_scores(self._path(work.part), work.scores(), metadata, rows)
 
     # --- batches ---------------------------------------------------------------------------------------------------
 
-    def _batches(self, todo: list[ShardInfo]) -> Iterator[Batch]:
-        """All batches of the shards that this rank draws, in order; made ahead of the model, in a thread."""
+    def _batches(self, todo: list[Part]) -> Iterator[Batch]:
+        """All batches of the parts that this rank draws, in order; made ahead of the model, in a thread."""
         for index in self._drawn(todo):
             work = self._open(todo[index], index + 1)
             if not work.cut:
@@ -239,24 +250,24 @@ class ScoringPass:
                 inputs = self.model.collate([work.rows[row] for row in rows]).pinned(self.ranks.device)
                 yield Batch(work, rows, inputs, number == 0, number == len(work.cut) - 1)
 
-    def _drawn(self, todo: list[ShardInfo]) -> Iterator[int]:
-        """The shards that this rank draws from the shared counter; of a store, each is drawn and fetched while the one
-        before is scored. Towards the end, when there may be none left for another rank, no shard is drawn ahead.
+    def _drawn(self, todo: list[Part]) -> Iterator[int]:
+        """The parts that this rank draws from the shared counter; of a store, each is drawn and fetched while the one
+        before is scored. Towards the end, when there may be none left for another rank, none is drawn ahead.
         """
         index, is_remote = self.draw(), self.dataset.reader.is_remote
         while index < len(todo):
             has_enough = index + self.ranks.world_size < len(todo)
             following = self.draw() if is_remote and has_enough else None
             if following is not None and following < len(todo):
-                self.dataset.reader.expect([todo[following]])
+                self.dataset.reader.expect([todo[following].shard])
             yield index
             index = self.draw() if following is None else following
 
     def _next(self, batches: Generator[Batch]) -> Batch | None:
-        """The next batch; None at the end, or before the next shard if a stop is asked for."""
+        """The next batch; None at the end, or before the next part if a stop is asked for."""
         batch = next(batches, None)
         if batch is not None and batch.is_first and self.ranks.stop.is_set:
-            self.draw(len(self.dataset.shards))  # exhaust the shared counter: ranks that got no signal stop as well
+            self.draw(1 << 40)  # exhaust the shared counter: ranks that got no signal stop as well
             batches.close()
             return None
         return batch
@@ -271,7 +282,7 @@ class ScoringPass:
         return Flying(batch, to_host(self.module(*batch.inputs.to(self.ranks.device))))
 
     def _keep(self, flying: Flying | None, advance: Advance) -> None:
-        """Put a batch's results in their places; with the last one the shard is written."""
+        """Put a batch's results in their places; with the last one the part is written."""
         if flying is None:
             return
         batch, work = flying.batch, flying.batch.work
@@ -280,11 +291,11 @@ class ScoringPass:
         if batch.is_last:
             self._write(work)
             self.check_lead(time.monotonic() - work.begin, "score: a shard (data.groups_per_shard)")
-            self.counts.num_rows += len(work.rows)
+            self.counts.num_rows += len(work.results)
             advance(work.number - self.num_done)  # the shared counter tells how far all ranks are
             self.num_done = work.number
 
-    def _run_freely(self, todo: list[ShardInfo], advance: Advance) -> None:
+    def _run_freely(self, todo: list[Part], advance: Advance) -> None:
         """With whole weights a forward pass concerns no other rank, so every rank works at its own pace.
 
         An error leaves the loop at once; the launcher ends the other ranks.
@@ -300,7 +311,7 @@ class ScoringPass:
                 self.watchdog.beat("the next batch")
             self._keep(flying, advance)
 
-    def _run_in_step(self, todo: list[ShardInfo], advance: Advance, together: Ranks) -> None:
+    def _run_in_step(self, todo: list[Part], advance: Advance, together: Ranks) -> None:
         """Under ZeRO-3 every forward is collective: all ranks run equally many, with stand-ins where one has no work.
 
         An exception in one rank becomes a flag that all see before the next forward, so that none waits for it.
@@ -343,36 +354,47 @@ class ScoringPass:
 
     def _stand_in(self) -> "Inputs":
         """A short batch, for a rank without work."""
-        work = next(work for shard in self.dataset.shards if (work := self._open(shard, 0)).rows)
+        work = next(work for shard in self.dataset.shards if (work := self._open(Part(shard), 0)).rows)
         return self.model.collate([work.rows[work.cut[-1][-1]]])
 
     # --- the end ---------------------------------------------------------------------------------------------------
 
     def _finish(self, seconds: float) -> None:
         """Assert that every (group, language) is there once, complete the directory, and say what was seen."""
-        gathered = self.ranks.gather(self.counts)
-        self.ranks.main_first(self._merge)
-        if self.ranks.is_main:
+        ranks = self.ranks
+        own = [Part(shard) for shard in self.dataset.shards[ranks.rank :: ranks.world_size]]
+        entries: dict[str, FileEntry] = {}
+
+        def check() -> None:
+            parts = parts_of(self.directory)
+            for part in own:
+                files = parts.get(part.shard.stem, [])
+                if files and not self._is_done(part):
+                    put_together(self._path(part), files, self._metadata(part))
+                for path in files:
+                    path.unlink()
+                check_rows(self._path(part), part.shard.num_examples)
+                entries[self._path(part).name] = manifest.file_entry(self._path(part))
+
+        ranks.each(check)
+        gathered = ranks.gather(self.counts)
+        found = ranks.to_main((entries, total(read_texts(self._path(part)) for part in own)))
+        ranks.main_first(lambda: self._complete(found or []))
+        if ranks.is_main:
             self._log(gathered, seconds)
 
-    def _merge(self) -> None:
-        for shard in self.dataset.shards:
-            path = self._path(shard)
-            scores = read_score_file(path)
-            pairs = list(zip(scores.keys, scores.languages, strict=True))
-            found = {language: scores.languages.count(language) for language in shard.num_examples}
-            if len(set(pairs)) != len(pairs) or found != shard.num_examples:
-                raise UserError(f"{path}: rows are missing or double; delete it and score again")
-        files = [self._path(shard) for shard in self.dataset.shards]
-        texts = total(read_texts(path) for path in files)
+    def _complete(self, found: list[tuple[dict[str, FileEntry], dict[str, TextCounts]]]) -> None:
+        """Write the manifest over the files that the ranks have checked, and say what was seen."""
+        texts = total(own for _, own in found)
         details = {
             "num_examples": sum(sum(shard.num_examples.values()) for shard in self.dataset.shards),
             TEXTS: {language: counts.model_dump() for language, counts in texts.items()},
         }
         for line in lines(texts):
             warn(line)
-        manifest.write_manifest(self.directory, KIND, self.fingerprint, files, details)
-        clear_progress(self.directory)  # rank 0 may have drawn its last shard long before another rank drew the last
+        entries = {name: entry for own, _ in found for name, entry in own.items()}
+        manifest.write_manifest(self.directory, KIND, self.fingerprint, [], details, entries)
+        clear_progress(self.directory)  # rank 0 may have drawn its last part long before another rank drew the last
 
     def _log(self, gathered: list[Counts], seconds: float) -> None:
         num_rows, num_tokens = sum(one.num_rows for one in gathered), sum(one.num_tokens for one in gathered)

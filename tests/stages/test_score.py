@@ -19,9 +19,11 @@ import pyarrow.parquet as pq
 import pytest
 import tiny
 
+from alsace_dist.data.dealing import deal
 from alsace_dist.errors import EXIT_STOPPED
 from alsace_dist.files import store
-from alsace_dist.files.scores import read_scores
+from alsace_dist.files.manifest import begin
+from alsace_dist.files.scores import read_metadata, read_score_file, read_scores, write_scores
 from alsace_dist.files.shards import open_dataset, read_shard, write_dataset
 from alsace_dist.files.store import Patience
 from alsace_dist.ranks.group import Ranks
@@ -113,6 +115,36 @@ def test_two_ranks_make_of_a_store_that_fails_what_they_make_of_a_disk(
         models = [tmp_path / name / "run/finetune/model/model.safetensors" for name in ("disk-model", "store-model")]
         assert models[0].read_bytes() == models[1].read_bytes()
         proxy.close()
+
+
+def test_what_a_killed_run_has_done_of_a_shard_is_kept(world: Path, tmp_path: Path, one_rank: Path) -> None:
+    """Parts of a shard that several ranks were scoring; but not those of another model, nor of another division."""
+    path = make_run(world, tmp_path / "x")
+    shutil.copytree(one_rank / "run/scores", tmp_path / "x/run/scores")
+    directory = tmp_path / "x/run/scores/unlabeled"
+    file = directory / "000001.parquet"
+    scores, metadata = read_score_file(file), read_metadata(file) or {}
+    file.unlink()
+    manifest = json.loads((directory / "manifest.json").read_text())
+    begin(directory, manifest["kind"], manifest["fingerprint"])
+    (directory / "manifest.json").unlink()
+    (shard,) = [one for one in open_dataset(world / "run/data/unlabeled").shards if one.stem == "000001"]
+    dealt = deal([shard], 2, lambda shard: 100)
+    assert len(dealt) == 8
+    every = list(range(len(scores.keys)))
+    of_another = dealt[-1]._replace(num_parts=9), [0.5, 0.25, 0.25], metadata | {"fingerprint": "of another model"}
+    done = [(part, [1 / 3] * 3, metadata) for part in dealt[:4]]  # of two batches or more some, and not the last
+    for part, probabilities, wanted in (*done, of_another):
+        rows = [np.log(probabilities).astype(np.float32)] * len(every)  # as no model says, and of all rows
+        path_of_part = directory / f"{part.name}.parquet"
+        write_scores(path_of_part, replace(scores, log_probs=rows), wanted, every)
+    tiny.do("score", path)
+    found = read_score_file(file)
+    assert (found.keys, found.languages, found.labels) == (scores.keys, scores.languages, scores.labels)
+    kept = [np.allclose(row, np.log(1 / 3)) for row in found.log_probs]
+    assert 0 < sum(kept) < len(kept)  # that part's rows; where it says more, those who have scored the others are right
+    assert all(np.array_equal(found.log_probs[row], scores.log_probs[row]) for row in every if not kept[row])
+    assert not list(directory.glob("*.part-*"))
 
 
 LAUNCHERS = {
