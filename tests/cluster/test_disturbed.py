@@ -85,15 +85,16 @@ def test_a_step_that_takes_more_memory_than_the_job_has(
     assert losses(tmp_path) == losses(undisturbed)
 
 
-def test_a_run_may_go_on_with_another_number_of_nodes(
-    slurm: LocalSlurm, world: Path, tmp_path: Path, undisturbed: Path
+@pytest.mark.parametrize("change", ["--nodes=1", "--engine.zero_stage=3"])
+def test_a_run_may_go_on_with_another_number_of_nodes_or_zero_stage(
+    slurm: LocalSlurm, world: Path, tmp_path: Path, undisturbed: Path, change: str
 ) -> None:
     config = make_run(world, tmp_path, finetune=LONG)
     (job,) = submit(config, "--stages=finetune").values()
     tiny.wait_for(lambda: any(tmp_path.glob("run/finetune/checkpoints/*/manifest.json")))
     assert f"{job}  finetune: cancelled" in tiny.alsace("cancel", "run").stdout
     slurm.wait_for_jobs(60)
-    submit(config, "--stages=finetune", "--nodes=1")
+    submit(config, "--stages=finetune", change)
     slurm.wait_for_jobs(200)
     assert [step for step, _ in losses(tmp_path)] == [step for step, _ in losses(undisturbed)]
     expected = [loss for _, loss in losses(undisturbed)]
