@@ -50,7 +50,7 @@ def run_checks(config: Config | None) -> None:
 
 def _checks(config: Config | None) -> Iterator[tuple[str, Callable[[], Iterator[Finding]]]]:
     run_dir = config.run_dir if config else "runs"
-    yield "versions", check_versions
+    yield "versions", lambda: check_versions(config)
     yield "devices", lambda: check_devices(config)
     yield "process group", check_group
     yield "run_dir", lambda: check_directory("run_dir", Path(run_dir))
@@ -73,8 +73,9 @@ def _run(name: str, check: Callable[[], Iterator[Finding]]) -> Iterator[Finding]
 # --- machine -------------------------------------------------------------------------------------------------------
 
 
-def check_versions() -> Iterator[Finding]:
-    """Python and every package that the project declares, against the declared ranges."""
+def check_versions(config: Config | None) -> Iterator[Finding]:
+    """Python and every package that the project declares, against the declared ranges; of what is optional, what the
+    config needs."""
     from packaging.requirements import Requirement
 
     version = ".".join(map(str, sys.version_info[:3]))
@@ -84,8 +85,9 @@ def check_versions() -> Iterator[Finding]:
     except importlib.metadata.PackageNotFoundError:
         yield Finding("FAILED", "alsace_dist", "not installed; run `pip install -e .` where its pyproject.toml is")
         return
+    extras = ["", *(["lora"] if config and any(one and one.lora for one in (config.finetune, config.distill)) else [])]
     for requirement in map(Requirement, lines):
-        if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+        if requirement.marker is None or any(requirement.marker.evaluate({"extra": extra}) for extra in extras):
             yield _check_package(requirement)
 
 

@@ -134,11 +134,13 @@ def test_a_package_that_is_too_old_or_missing(monkeypatch: pytest.MonkeyPatch) -
         return "1.0" if name == "rich" else real(name)
 
     monkeypatch.setattr(importlib.metadata, "version", version)
-    found = {finding.name: finding for finding in doctor.check_versions()}
+    found = {finding.name: finding for finding in doctor.check_versions(None)}
     assert found["rich"] == Finding("FAILED", "rich", "1.0 is not >=13.7; run `pip install 'rich>=13.7'`")
     assert found["tensorboard"].text == "not installed; run `pip install 'tensorboard>=2.18'`"
     assert {name for name, finding in found.items() if finding.state == "FAILED"} == {"rich", "tensorboard"}
-    assert "pytest" not in found  # what only the tests need
+    assert "pytest" not in found and "peft" not in found  # what only the tests need, or adapters
+    adapters = doctor.check_versions(make_config(distill={"lora": {}}))
+    assert "peft" in {finding.name for finding in adapters}
 
 
 def test_more_ranks_than_the_machine_has_room_for() -> None:

@@ -1,8 +1,8 @@
 """What passes and steps cost: computing, bytes between GPUs, seconds.
 
-Computing: a forward pass takes F FLOPs (``Family.forward_flops``), the backward pass twice that, and with gradient
-checkpointing the forward pass once more. Its time is that of the products and of the memory traffic beside them, or of
-starting its operations where these are too small.
+Computing: a forward pass takes F FLOPs (``Family.forward_flops``), the backward pass twice that (with adapters, LoRA,
+once), and with gradient checkpointing the forward pass once more. Its time is that of the products and of the memory
+traffic beside them, or of starting its operations where these are too small.
 
 Bytes: with P trained and P' held parameters, w bytes each (bf16: 2), and gradients that travel in float32
 (``communication_data_type`` in training/settings.py):
@@ -104,13 +104,22 @@ def forward_seconds(flops: float, activations: "Activations", is_sharded: bool, 
     return max(_kernel_seconds(flops, activations, cluster), launches)
 
 
-def pass_seconds(flops: float, activations: "Activations", engine: EngineConfig, cluster: Cluster) -> float:
-    """Time of computing a forward and a backward pass; ``flops``: of the forward pass."""
+def backward_share(section: TrainConfig) -> int:
+    """FLOPs of a backward pass as a multiple of a forward pass's: gradients of activations and of weights, and beside
+    adapters, which are small, of activations alone."""
+    return 1 if section.lora else 2
+
+
+def pass_seconds(
+    flops: float, activations: "Activations", engine: EngineConfig, cluster: Cluster, backward: int = 2
+) -> float:
+    """Time of computing a forward and a backward pass; ``flops``: of the forward pass; ``backward``: as
+    ``backward_share``."""
     is_sharded = engine.zero_stage == 3
     launches = activations.num_layers * given.BACKWARD_OPERATIONS * _launch_seconds(is_sharded)
-    backward = max(2 * _kernel_seconds(flops, activations, cluster), launches)
+    going_back = max(backward * _kernel_seconds(flops, activations, cluster), launches)
     num_forwards = 2 if engine.gradient_checkpointing else 1
-    return num_forwards * forward_seconds(flops, activations, is_sharded, cluster) + backward
+    return num_forwards * forward_seconds(flops, activations, is_sharded, cluster) + going_back
 
 
 def _launch_seconds(is_sharded: bool) -> float:

@@ -10,6 +10,7 @@ from alsace_dist.plan import assumptions as given
 from alsace_dist.plan.cluster import Cluster
 from alsace_dist.plan.cost import (
     Collective,
+    backward_share,
     forward_seconds,
     gather,
     hpz_size,
@@ -165,7 +166,8 @@ def estimate_training(about: Forecast, work: Work, section: TrainConfig, engine:
     usual = about.activations(prompts, about.average_length, engine)
     flops = about.flops(prompts)
     traffic = training_traffic(parameters, section, engine)
-    compute = num_passes * pass_seconds(flops, usual, engine, cluster)
+    backward = backward_share(section)
+    compute = num_passes * pass_seconds(flops, usual, engine, cluster, backward)
     in_passes = num_passes * _seconds(traffic.each_pass, cluster)
     in_step = _seconds(traffic.each_step, cluster)
     # ZeRO-3 gathers and reduces while it computes.
@@ -186,7 +188,7 @@ def estimate_training(about: Forecast, work: Work, section: TrainConfig, engine:
         communication_seconds=in_passes + in_step,
         step_seconds=passing + in_step + update_seconds(parameters, section, engine, cluster.num_ranks),
         num_steps=work.num_steps,
-        model_flops=3 * about.flops(num_prompts),
+        model_flops=(1 + backward) * about.flops(num_prompts),
         checkpoint=checkpoint_bytes(parameters, section),
     )
 

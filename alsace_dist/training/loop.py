@@ -105,7 +105,7 @@ def run(training: Training, ranks: Ranks) -> tuple[int, dict[str, FileEntry]]:
                 parts = next(batches)
             watchdog.beat(f"step {step + 1}")
             parts = _enough_for_all_ranks(parts, training, partial(stream.example, step, 0), ranks)
-            if section.dropout:
+            if section.dropout or (section.lora and section.lora.dropout):
                 torch.manual_seed(hash((training.seed, step, ranks.rank)))
             rate = learning_rate(section, step, num_steps)
             sums = engine.step([part.sums for part in parts], rate)

@@ -6,12 +6,19 @@ from typing import Any
 
 import pytest
 
-from alsace_dist.config import EngineConfig, TrainConfig
+from alsace_dist.config import EngineConfig, LoraConfig, TrainConfig
 from alsace_dist.config_file import load_config
 from alsace_dist.models.family import Parameters
 from alsace_dist.models.footprint import Activations
 from alsace_dist.plan.cluster import Cluster
-from alsace_dist.plan.cost import Collective, forward_seconds, pass_seconds, training_traffic, update_seconds
+from alsace_dist.plan.cost import (
+    Collective,
+    backward_share,
+    forward_seconds,
+    pass_seconds,
+    training_traffic,
+    update_seconds,
+)
 from alsace_dist.plan.estimate import (
     TOKEN_BUDGETS,
     Estimate,
@@ -93,6 +100,9 @@ def test_a_pass_by_hand() -> None:
     assert pass_seconds(65e12, about, engine(1, gradient_checkpointing=True), SMALL) == pytest.approx(4 * kernels)
     # One prompt: launching 10 layers takes longer than computing them, with ZeRO-3 twice as long.
     tiny = replace(about, layers=1)
+    adapters = SECTION.model_copy(update={"lora": LoraConfig()})
+    assert (backward_share(SECTION), backward_share(adapters)) == (2, 1)
+    assert pass_seconds(65e12, about, engine(1), SMALL, backward=1) == pytest.approx(2 * kernels)
     assert pass_seconds(1e6, tiny, engine(1), SMALL) == pytest.approx(10 * (69 + 108) * 5e-6)
     assert pass_seconds(1e6, tiny, engine(3), SMALL) == pytest.approx(2 * 10 * (69 + 108) * 5e-6)
 
