@@ -1,6 +1,6 @@
 """Speed and memory of scoring and training on one GPU, beside a bare PyTorch loop and beside what the plan predicts.
 
-    python benchmarks/gpu.py --out=gpu.json    # mT5-large, then mT5-XL: eight minutes at most
+    python benchmarks/gpu.py --out=gpu.json    # mT5-large, XL, and XXL with adapters (LoRA)
     python benchmarks/gpu.py --size=tiny       # the same in small, also without a GPU
 
 Weights and token ids are random, so nothing is downloaded; lengths are distributed as in XNLI (premise and hypothesis,
@@ -14,7 +14,8 @@ MFU is model FLOPs per second over the GPU's dense bf16 peak. Model FLOPs are tw
 (padding counts for nothing): every encoder token through the encoder's matrices and through the keys and values of the
 decoder's cross-attention, every decoder token through the decoder's other matrices, and the products of the attention
 itself. Embedding look-ups, norms and the K rows of the head are left out. Training counts three times the forward
-pass, also where gradient checkpointing makes the hardware do it a fourth time.
+pass, with adapters twice (most weights get no gradient), also where gradient checkpointing makes the hardware do it
+once more.
 
 Memory: *plan* is what alsace_dist/plan predicts of weights, gradients, optimizer and buffers; *states* is the peak of
 a step on one short example (scoring: the weights), to compare with it; *peak* has the activations as well, to compare
@@ -48,6 +49,7 @@ from alsace_dist.config import EngineConfig
 from alsace_dist.data.stream import score_batches
 from alsace_dist.errors import UserError
 from alsace_dist.files.manifest import write_json
+from alsace_dist.plan.cost import backward_share
 from alsace_dist.plan.memory import scoring_memory, training_memory
 from alsace_dist.ranks.group import STOP_SIGNALS, Ranks, finish, start
 from alsace_dist.training.engine import inference_module
@@ -88,10 +90,13 @@ def measure_training(name: str, config: EngineConfig, group: Ranks, with_engine:
     settings = f"ZeRO-{config.zero_stage}" if with_engine else "no DeepSpeed"
     settings += f", {section.global_batch_size} in micro-batches of at most {section.micro_batch_size}"
     settings += ", embedding frozen" * section.freeze_vocabulary + ", checkpointing" * config.gradient_checkpointing
-    row = work.make_row(f"train {name}", size, settings, memory.states + memory.buffers, prompts, 3)
+    settings += f", LoRA of rank {section.lora.rank}" if section.lora else ""
+    times = 1 + backward_share(section)
+    row = work.make_row(f"train {name}", size, settings, memory.states + memory.buffers, prompts, times)
     lengths = [len(prompt.input_ids) for prompt in prompts]
     kept = work.activations(size, lengths, work.cut_step(lengths, section, device))
-    row.plan_activation_bytes = max(one.most(config.gradient_checkpointing, section.freeze_vocabulary) for one in kept)
+    is_frozen = section.freeze_vocabulary or section.lora is not None
+    row.plan_activation_bytes = max(one.most(config.gradient_checkpointing, is_frozen) for one in kept)
     common = (weights, examples, config, section, group)
     contestants: dict[str, Callable[[], Runs]] = {"bare": lambda: work.bare_training(*common)}
     if with_engine:
@@ -255,8 +260,8 @@ def list_parts(
     parts: list[Part] = [("check", partial(check, group, with_engine, checks))]
     for name in sizes:
         parts += [(f"score {name}", partial(measure_scoring, name, group, deadline)), train(name, 1)]
-    if with_engine and sizes != ["tiny"]:
-        parts.append(train(sizes[0], 0))
+    if with_engine:
+        parts.append(train("tiny, adapters", 1) if sizes == ["tiny"] else train(sizes[0], 0))
     return parts
 
 
@@ -287,7 +292,7 @@ def measure(parts: list[Part], report: dict[str, Any], deadline: float, out: Pat
 def main() -> None:
     """Check, measure, print; exit code 1 if a check or a part failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=sorted(SIZES), help="without it: large, then xl")
+    parser.add_argument("--size", choices=[name for name in SIZES if name.isalpha()], help="without it: large, xl, xxl")
     parser.add_argument("--time-limit", type=float, default=340, help="seconds after which nothing new is started")
     parser.add_argument("--out", type=Path, help="JSON file for the results, written after every part")
     flags = parser.parse_args()
@@ -302,7 +307,7 @@ def main() -> None:
     problem = deepspeed_problem()
     if problem:
         report["notes"].append(f"DeepSpeed cannot be used ({problem}): only scoring and bare training are measured")
-    sizes = [flags.size] if flags.size else ["large", "xl"]
+    sizes = [flags.size] if flags.size else ["large", "xl", "xxl"]
     parts = list_parts(sizes, group, problem is None, report["checks"], deadline)
     is_good = measure(parts, report, deadline, flags.out)
     print(markdown(report))

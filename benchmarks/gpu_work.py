@@ -20,13 +20,14 @@ import torch
 from torch import Tensor, nn
 from transformers import MT5Config
 
-from alsace_dist.config import DistillConfig, EngineConfig, TrainConfig
+from alsace_dist.config import DistillConfig, EngineConfig, LoraConfig, TrainConfig
 from alsace_dist.data.rows import Candidates, EncodedRow, Example
 from alsace_dist.data.stream import micro_batches
 from alsace_dist.errors import UserError
 from alsace_dist.models.decoding import CandidateForm, Collator
-from alsace_dist.models.family import WHOLE
+from alsace_dist.models.family import WHOLE, TrainableModel
 from alsace_dist.models.footprint import Activations, PassShape
+from alsace_dist.models.lora import LoraModel
 from alsace_dist.models.mt5 import MT5, CandidateScorer, make_scorer
 from alsace_dist.ranks.group import Ranks
 from alsace_dist.training.budget import usual_rule
@@ -69,8 +70,14 @@ SIZES = {
         DistillConfig(num_steps=1, global_batch_size=12, micro_batch_size=4, learning_rate=3e-3),
         *(10, 48, 256, 0.2, 2),
     ),
+    "tiny, adapters": Size(
+        _geometry(500, 32, 8, 64, 4, 2, 1),
+        DistillConfig(num_steps=1, global_batch_size=12, micro_batch_size=4, learning_rate=3e-3, lora=LoraConfig()),
+        *(10, 48, 256, 0.2, 2),
+    ),
     "large": Size(_geometry(250112, 1024, 64, 2816, 16, 24, 24), _480(micro_batch_size=80)),
     "xl": Size(_geometry(250112, 2048, 64, 5120, 32, 24, 24), _480(micro_batch_size=32, freeze_vocabulary=True)),
+    "xxl": Size(_geometry(250112, 4096, 64, 10240, 64, 24, 24), _480(micro_batch_size=16, lora=LoraConfig())),
 }
 
 
@@ -164,13 +171,14 @@ def make_row(part: str, size: Size, settings: str, plan_bytes: int, prompts: Seq
     return Row(part, settings, len(lengths), sum(lengths) / len(lengths), flops / len(lengths), plan_bytes)
 
 
-class RandomWeights:
+class RandomWeights(TrainableModel):
     """A ``TrainableModel`` that no file holds: T5's initial values, made on ``device``, the same every time.
 
     Nothing is ``delicate``, as there is no file to compare with, and nothing is exported, so ``directory`` is nowhere.
     """
 
     directory = Path()
+    config_changes: dict[str, Any] = {}
     vocabulary = MT5.vocabulary
     delicate: tuple[str, ...] = ()
 
@@ -203,11 +211,17 @@ class RandomWeights:
         """As in ``TrainableModel``: nothing beside the parameters."""
         return iter(())
 
-    def load(self, config: EngineConfig, group: Ranks, freeze_vocabulary: bool = False) -> Any:
-        """A module with these weights in the engine's precision."""
-        module: Any = load_module(self, 0.0, config, group)
-        for name in self.vocabulary:
-            module.get_parameter(name).requires_grad_(not freeze_vocabulary)
+    def trained(self, section: TrainConfig) -> TrainableModel:
+        """What a training changes: this model, or adapters beside it."""
+        return self if section.lora is None else LoraModel(self, section.lora, 0, "distill.lora")
+
+    def load(self, config: EngineConfig, group: Ranks, section: TrainConfig | None = None) -> Any:
+        """A module with these weights in the engine's precision, for a training or for scoring."""
+        if section is None:
+            return load_module(self, 0.0, config, group)
+        module: Any = load_module(self.trained(section), 0.0, config, group)
+        for name in self.vocabulary if section.freeze_vocabulary else ():
+            module.get_parameter(name).requires_grad_(False)
         return module
 
 
@@ -248,9 +262,9 @@ def training(
 
     Yields a function that returns a step's summed loss. Into ``row`` goes the peak of a step without activations.
     """
-    trained = TrainEngine(weights.load(config, group, section.freeze_vocabulary), config, section, group)
+    trained = TrainEngine(weights.load(config, group, section), config, section, group)
     try:
-        trained.load_initial(weights)
+        trained.load_initial(weights.trained(section))
         if row and row.states_bytes is None:
             take_peak(group.device)
             shortest = min(examples, key=lambda example: len(example.row.input_ids))
@@ -273,7 +287,7 @@ def bare_training(
 ) -> Iterator[Callable[[], Tensor]]:
     """The same steps in plain PyTorch: float32 copies of the weights, float32 sums of gradients, fused AdamW."""
     config = config.model_copy(update={"zero_stage": 0})
-    module = weights.load(config, group, section.freeze_vocabulary).train()
+    module = weights.load(config, group, section).train()
     losses = split(examples, section, group.device)
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     copies = [parameter.detach().to(torch.float32, copy=True) for parameter in trained]

@@ -66,8 +66,10 @@ def test_a_tiny_run_checks_measures_prints_and_writes(tmp_path: Path) -> None:
     assert len(report["checks"]) == 16 and all(row["good"] for row in report["checks"])
     bf16 = [row["difference"] for row in report["checks"] if row["what"].startswith("bf16")]
     assert min(bf16) > 0  # it did compute in bf16
-    scoring, training = report["rows"]
+    scoring, training, adapters = report["rows"]
     assert [scoring["part"], training["part"]] == ["score tiny", "train tiny"] and "ZeRO-1" in training["settings"]
+    assert adapters["part"] == "train tiny, adapters" and adapters["settings"].endswith("LoRA of rank 16")
+    assert adapters["flops_per_sequence"] == pytest.approx(training["flops_per_sequence"] * 2 / 3)
     for row in report["rows"]:
         pairs = list(zip(row["rates"]["ours"], row["rates"]["bare"], strict=True))
         assert len(pairs) == 2
