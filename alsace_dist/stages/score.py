@@ -39,7 +39,7 @@ from alsace_dist.files.shards import Dataset, ShardInfo, open_dataset, open_spli
 from alsace_dist.monitor.health import LeadCheck
 from alsace_dist.monitor.progress import Advance, progress
 from alsace_dist.monitor.scalars import ScalarWriter
-from alsace_dist.ranks.group import Ranks
+from alsace_dist.ranks.group import Ranks, keep_memory
 from alsace_dist.ranks.job import note_position
 from alsace_dist.ranks.watchdog import Watchdog
 from alsace_dist.stages.base import (
@@ -112,6 +112,7 @@ def run(stage: Stage, ranks: Ranks | None) -> None:
     hosts = ranks.gather(os.uname().nodename)
     engine, together = scoring_layout(config.score.sharding, config.engine, model, ranks, hosts)
     module = inference_module(load_module(model, 0.0, engine, together), engine, together)
+    keep_memory(ranks)
     for dataset in opened.values():
         ranks.main_first(partial(check_texts, model.encode, dataset, dataset.languages, config))
     for output, dataset in opened.items():

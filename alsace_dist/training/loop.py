@@ -16,7 +16,7 @@ from alsace_dist.files.layout import MODEL
 from alsace_dist.files.manifest import FileEntry, remove_own
 from alsace_dist.models.family import TrainableModel
 from alsace_dist.monitor.training import TrainingMonitor
-from alsace_dist.ranks.group import Ranks
+from alsace_dist.ranks.group import Ranks, keep_memory
 from alsace_dist.ranks.watchdog import Watchdog
 from alsace_dist.training import checkpoint
 from alsace_dist.training.budget import cut_rule
@@ -87,6 +87,7 @@ def run(training: Training, ranks: Ranks) -> tuple[int, dict[str, FileEntry]]:
     examples = training.examples
     stream = TrainStream(order, examples.load, examples.build, ranks.rank, ranks.world_size, examples.expect)
     engine, first, rule = _start(training, stream, ranks)
+    keep_memory(ranks)
     if first > num_steps:
         raise UserError(
             f"{directory / CHECKPOINTS}: holds a checkpoint after step {first:,}, and the training has {num_steps:,}; "
