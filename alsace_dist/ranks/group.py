@@ -330,17 +330,20 @@ def _die_with_parent() -> None:
         (directory / f"rank{os.environ['RANK']}.pid").write_text(str(os.getpid()))
 
 
-def keep_memory(ranks: Ranks) -> None:
+def keep_memory(ranks: Ranks, weight_bytes: int) -> None:
     """From now on keep freed memory of the host for the next tensor, on ranks without a device of their own.
 
     glibc hands large blocks back to the kernel at once, so that every step pays for its memory in page faults again: a
-    quarter of the time of a step on CPUs, nano or mT5-small. Not while a model is loaded: tensors that are read and
-    freed once would stay, for mT5-XL on two ranks 3 GB each.
+    quarter of the time of a step on CPUs, nano or mT5-small. ``weight_bytes``: of the whole model; a large one's freed
+    tensors leave holes that nothing fits into (mT5-XL on two ranks: 7 GB each), and its products take far longer.
     """
-    if ranks.device.type == "cpu":
+    if ranks.device.type == "cpu" and weight_bytes <= KEPT_WEIGHT_BYTES:
         _mallopt(_M_MMAP_MAX, 0)
         _mallopt(_M_TRIM_THRESHOLD, -1)
         _mallopt(_M_TOP_PAD, 64 * 2**20)
+
+
+KEPT_WEIGHT_BYTES = 2_000_000_000  # of models whose freed memory is kept
 
 
 def _mallopt(option: int, value: int) -> None:

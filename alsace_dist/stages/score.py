@@ -102,7 +102,7 @@ def run(stage: Stage, ranks: Ranks | None) -> None:
     Raises ``UserError`` for broken inputs, ``Stopped`` if a stop was agreed (finished shards are kept).
     """
     from alsace_dist.training.engine import inference_module, load_module
-    from alsace_dist.training.layout import scoring_layout
+    from alsace_dist.training.layout import scoring_layout, weight_bytes
 
     assert ranks is not None
     config = stage.config
@@ -112,7 +112,7 @@ def run(stage: Stage, ranks: Ranks | None) -> None:
     hosts = ranks.gather(os.uname().nodename)
     engine, together = scoring_layout(config.score.sharding, config.engine, model, ranks, hosts)
     module = inference_module(load_module(model, 0.0, engine, together), engine, together)
-    keep_memory(ranks)
+    keep_memory(ranks, weight_bytes(model, engine.dtype))
     for dataset in opened.values():
         ranks.main_first(partial(check_texts, model.encode, dataset, dataset.languages, config))
     for output, dataset in opened.items():

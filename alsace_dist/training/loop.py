@@ -23,6 +23,7 @@ from alsace_dist.training.budget import cut_rule
 from alsace_dist.training.engine import TrainEngine, load_module
 from alsace_dist.training.examples import Examples
 from alsace_dist.training.export import COPIED, WEIGHTS, export
+from alsace_dist.training.layout import weight_bytes
 from alsace_dist.training.losses import MicroBatch
 from alsace_dist.training.saving import Saver
 from alsace_dist.training.settings import every_backward_is_collective
@@ -87,7 +88,7 @@ def run(training: Training, ranks: Ranks) -> tuple[int, dict[str, FileEntry]]:
     examples = training.examples
     stream = TrainStream(order, examples.load, examples.build, ranks.rank, ranks.world_size, examples.expect)
     engine, first, rule = _start(training, stream, ranks)
-    keep_memory(ranks)
+    keep_memory(ranks, weight_bytes(training.model, training.engine.dtype))
     if first > num_steps:
         raise UserError(
             f"{directory / CHECKPOINTS}: holds a checkpoint after step {first:,}, and the training has {num_steps:,}; "
