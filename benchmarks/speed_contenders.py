@@ -16,7 +16,7 @@ from alsace_dist.config import Config
 from alsace_dist.data.rows import EncodedRow, answers_of, rows_of
 from alsace_dist.data.stream import CanonicalOrder, TrainStream
 from alsace_dist.files.layout import Layout, data_url
-from alsace_dist.files.shards import open_dataset, read_shard
+from alsace_dist.files.shards import ShardInfo, open_dataset, read_shard
 from alsace_dist.ranks.group import Ranks, StopFlag
 from alsace_dist.stages import distill
 from alsace_dist.stages.base import Stage
@@ -119,6 +119,13 @@ def take_turns(ranks: Ranks, contenders: Sequence[Sequence[Contender]], num_bloc
     return blocks
 
 
+class WholeShards(ScoringPass):
+    """A pass that deals whole shards, however few there are: a turn is a shard."""
+
+    def _most_batches(self, shard: ShardInfo) -> int:
+        return 1
+
+
 def ours_scoring(
     world: World, ranks: Ranks, config: Config, outputs: Sequence[Path], pause: Callable[[], None]
 ) -> None:
@@ -133,7 +140,7 @@ def ours_scoring(
     module = inference_module(load_module(model, 0.0, config.engine, turns), config.engine, turns)
     for output in outputs:
         tensorboard = Layout(Path(config.run_dir)).tensorboard(output)
-        work = ScoringPass(config, dataset, output, {}, tensorboard)
+        work = WholeShards(config, dataset, output, {}, tensorboard)
         work.run(model, module, turns, turns if is_sharded(config.engine) else None)
 
 
