@@ -4,6 +4,7 @@ With settings.py the only module that imports DeepSpeed; state.py knows where it
 """
 
 import contextlib
+import gc
 import io
 import logging
 import os
@@ -66,6 +67,7 @@ def load_module(model: TrainableModel, dropout: float, engine: EngineConfig, ran
         settings = deepspeed_settings(engine, None, ranks)
         with deepspeed.zero.Init(data_parallel_group=ranks.data, config_dict_or_path=settings):
             module = model.build(dropout, engine.gradient_checkpointing)
+        gc.collect()  # both stacks of mT5 have made an embedding of their own, in whose place there is one now
         for name, parameter in module.named_parameters():
             private(parameter, "ds_tensor").data.zero_()  # the last part is padded
             part = shard_of(parameter, ranks.rank)
