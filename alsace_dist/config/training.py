@@ -17,7 +17,7 @@ NOT_IN_FINGERPRINT = {
 
 
 class LoraConfig(Section):
-    """Low-rank adapters (LoRA, Hu et al. 2022) beside a model's linear layers; they are merged when it is exported."""
+    """Low-rank adapters (LoRA, Hu et al. 2022) beside a model's linear layers, merged into its weights on export."""
 
     rank: Annotated[int, Field(ge=1, le=4096)] = 16
     """Rank of the adapters."""

@@ -6,6 +6,7 @@ that correspond to no other language's) and ``category`` (string). While a shard
 files of parts of it, whose metadata says which of the shard's rows they hold.
 """
 
+import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from alsace_dist.reading import check_regular
 
 KIND = "scores"
 PART = "part-"  # after a shard's name and a point: a file of a part of it
+_PART_FILE = re.compile(rf"(.+)\.{PART}\d+-of-\d+\.parquet")
 ROWS = "rows"  # in the metadata of such a file: the places of its rows among the shard's
 
 
@@ -112,10 +114,11 @@ def write_scores(path: Path, scores: Scores, metadata: dict[str, str], rows: Seq
 
 
 def parts_of(directory: Path) -> dict[str, list[Path]]:
-    """Files of parts of shards: name of the shard -> its files."""
+    """Files of parts of shards: name of the shard -> its files. What a person has named in another way is none."""
     found: dict[str, list[Path]] = {}
-    for path in sorted(directory.glob(f"*.{PART}*.parquet")):
-        found.setdefault(path.name.partition(f".{PART}")[0], []).append(path)
+    for path in sorted(directory.iterdir()):
+        if (match := _PART_FILE.fullmatch(path.name)) and path.is_file():
+            found.setdefault(match[1], []).append(path)
     return found
 
 

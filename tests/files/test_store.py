@@ -322,7 +322,7 @@ def test_a_full_disk_and_a_place_that_cannot_be_used_are_no_errors(
 
 
 def test_what_a_person_keeps_beside_the_cache_stays(tmp_path: Path) -> None:
-    """Even within its folder only what it has named itself goes."""
+    """Within the cache's folder, too, only files that the cache has named are deleted."""
     kept = cache_of(DataConfig(directory="s3://bucket/x", cache=str(tmp_path), cache_gb=1e-9))
     assert kept is not None
     folder = tmp_path / "alsace-shards"

@@ -138,13 +138,15 @@ def test_what_a_killed_run_has_done_of_a_shard_is_kept(world: Path, tmp_path: Pa
         rows = [np.log(probabilities).astype(np.float32)] * len(every)  # as no model says, and of all rows
         path_of_part = directory / f"{part.name}.parquet"
         write_scores(path_of_part, replace(scores, log_probs=rows), wanted, every)
+    persons = directory / "000001.part-of-mine.parquet"
+    persons.write_text("a copy")
     tiny.do("score", path)
     found = read_score_file(file)
     assert (found.keys, found.languages, found.labels) == (scores.keys, scores.languages, scores.labels)
     kept = [np.allclose(row, np.log(1 / 3)) for row in found.log_probs]
     assert 0 < sum(kept) < len(kept)  # that part's rows; where it says more, those who have scored the others are right
     assert all(np.array_equal(found.log_probs[row], scores.log_probs[row]) for row in every if not kept[row])
-    assert not list(directory.glob("*.part-*"))
+    assert list(directory.glob("*.part-*")) == [persons] and persons.read_text() == "a copy"
 
 
 LAUNCHERS = {
