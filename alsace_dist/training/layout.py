@@ -10,15 +10,12 @@ from alsace_dist.config import EngineConfig, Sharding
 from alsace_dist.models.family import TrainableModel
 from alsace_dist.models.weights import DTYPES
 from alsace_dist.ranks.group import Ranks
+from alsace_dist.training.settings import QUANTIZED
 
 # Of a GPU's memory, or of a machine's: the rest is for activations, and on a machine without GPUs for the files' pages.
 WEIGHTS_SHARE = 0.5
 # Raw settings of ZeRO-3 that are for training: quantised weights and gradients, and second copies within a node.
-TRAINING_ONLY = (
-    "zero_quantized_weights",
-    "zero_quantized_gradients",
-    "zero_hpz_partition_size",
-)
+TRAINING_ONLY = (*QUANTIZED, "zero_hpz_partition_size")
 
 
 def weight_bytes(model: TrainableModel, dtype: str) -> int:

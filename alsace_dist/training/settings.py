@@ -14,8 +14,7 @@ if TYPE_CHECKING:
 # weights are whole, the float32 copies and the optimizer states are divided (ZeRO-1 and 2); sharded: the weights are
 # divided, too (ZeRO-3).
 StateLayout = Literal["whole", "partitioned", "sharded"]
-
-
+# Raw settings of ZeRO++ with which weights or gradients travel packed.
 QUANTIZED = ("zero_quantized_weights", "zero_quantized_gradients")
 
 
