@@ -178,8 +178,7 @@ def _serve() -> None:
     os.dup2(2, 1)  # DeepSpeed prints while it is imported
     import datasets  # noqa: F401
     import deepspeed.ops.adam
-    import deepspeed.runtime.engine
-    import deepspeed.runtime.zero.muon.muon_optimizer
+    import deepspeed.runtime.engine  # noqa: F401
     import pyarrow.dataset
     import pyarrow.parquet  # noqa: F401
     import torch.utils.tensorboard  # noqa: F401
@@ -191,9 +190,9 @@ def _serve() -> None:
     from alsace_dist.models import mt5  # noqa: F401
     from alsace_dist.plan import overview  # noqa: F401
     from alsace_dist.reporting import report  # noqa: F401
-    from alsace_dist.training import loop  # noqa: F401
+    from alsace_dist.training import engine, loop  # noqa: F401
 
-    deepspeed.ops.__compatible_ops__  # noqa: B018 (what this machine can compile is found out at the first look)
+    engine.import_deepspeed()
     gc.collect()
     gc.freeze()  # else each child's first full collection copies a gigabyte of pages that it shares with this process
     for line in sys.stdin:

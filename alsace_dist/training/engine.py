@@ -5,6 +5,7 @@ With settings.py the only module that imports DeepSpeed; state.py knows where it
 
 import contextlib
 import gc
+import importlib
 import io
 import logging
 import os
@@ -28,7 +29,8 @@ from alsace_dist.training.state import LAYOUTS, MOMENTS, STEP, WEIGHT, Piece, pr
 Sums = dict[str, Tensor]
 
 
-def _import_deepspeed() -> Any:
+def import_deepspeed() -> Any:
+    """DeepSpeed, quiet, without what only costs time here."""
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     import deepspeed
@@ -36,9 +38,30 @@ def _import_deepspeed() -> Any:
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     if not torch.cuda.is_available():
         # DeepSpeed's shared-memory all-reduce for CPUs is compiled at first use, and spins for ever when a peer has
-        # died.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        # died. Nothing else is looked up there, and to find out what can be compiled takes half a second.
+        deepspeed.ops.__compatible_ops__ = {}
+    _import_muon()
     return deepspeed
+
+
+def _import_muon() -> None:
+    """Import the optimizer that is not offered here, and that DeepSpeed's engine imports all the same.
+
+    It is decorated with torch.compile, which loads torch's compiler: 1.5 of the 9 seconds of a core that a rank takes
+    to start. Without the compiler it is a plain function.
+    """
+    name = "TORCHDYNAMO_DISABLE"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
+    except ImportError:  # other versions of DeepSpeed have none
+        pass
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 # --- modules -------------------------------------------------------------------------------------------------------
@@ -61,7 +84,7 @@ def load_module(model: TrainableModel, dropout: float, engine: EngineConfig, ran
             for name, parameter in module.named_parameters():
                 parameter.copy_(model.initial_value(name))
     else:
-        deepspeed = _import_deepspeed()
+        deepspeed = import_deepspeed()
         deepspeed.init_distributed()
         # The dtype comes from the config: given as an argument, it is ignored on machines without fp16.
         settings = deepspeed_settings(engine, None, ranks)
@@ -107,7 +130,7 @@ def inference_module(module: nn.Module, engine: EngineConfig, ranks: Ranks) -> n
     module.eval()
     if not is_sharded(engine):
         return module
-    deepspeed = _import_deepspeed()
+    deepspeed = import_deepspeed()
     wrapped: nn.Module = _initialize(deepspeed, model=module, config=deepspeed_settings(engine, None, ranks))[0]
     wrapped.eval()
     return wrapped
@@ -135,7 +158,7 @@ class TrainEngine:
     """
 
     def __init__(self, module: nn.Module, engine: EngineConfig, train: TrainConfig, ranks: Ranks) -> None:
-        deepspeed = _import_deepspeed()
+        deepspeed = import_deepspeed()
         deepspeed.init_distributed()
         self.ranks = ranks
         self.global_batch_size = train.global_batch_size

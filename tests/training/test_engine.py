@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -237,6 +239,17 @@ def what_is_missing(group: Ranks) -> list[str]:
             layout(Wrapped(), optimizer, {}, group)
         said.append(str(caught.value))
     return said
+
+
+def test_deepspeed_is_imported_without_the_compiler_of_torch() -> None:
+    """It takes longer to load than all of DeepSpeed, and nothing here is compiled; the setting does not stay."""
+    code = "import os, sys; from alsace_dist.training.engine import import_deepspeed; import_deepspeed(); "
+    code += "import deepspeed.runtime.zero.muon.muon_optimizer; "
+    code += "print('torch._inductor.compile_fx' in sys.modules, os.environ.get('TORCHDYNAMO_DISABLE'))"
+    environment = tiny.environment()
+    environment.pop("TORCHDYNAMO_DISABLE", None)
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "False None"
 
 
 def test_a_deepspeed_without_what_is_built_on_is_named_with_its_version() -> None:
