@@ -79,6 +79,13 @@ class CanonicalOrder:
         shard = int(shards[rank])
         return Position(pass_index, shard, int(self._permutation(pass_index, shard)[place - starts[rank]]))
 
+    def slots_of(self, rank: int, world_size: int) -> list[int]:
+        """The slots of every step that a rank takes: equally many, stream by stream, for each stream is another shard
+        to read. All ranks together read a shard about ``1 + world_size / num_streams`` times."""
+        size = self.global_batch_size
+        by_stream = [slot for stream in range(self.num_streams) for slot in range(stream, size, self.num_streams)]
+        return by_stream[rank * size // world_size : (rank + 1) * size // world_size]
+
     def _make_pass(self, pass_index: int) -> tuple[np.ndarray, np.ndarray]:
         shards = np.random.default_rng([self.seed, pass_index]).permutation(np.flatnonzero(self.counts))
         return shards, np.concatenate([[0], np.cumsum(self.counts[shards])[:-1]])
@@ -122,7 +129,7 @@ class ShardCache(Generic[Row]):
 
 
 class TrainStream(Generic[Row]):
-    """This rank's share of every global batch: the slots that are ``rank`` modulo ``world_size``.
+    """This rank's share of every global batch.
 
     ``build`` makes a training example from a row and the pass it is seen in. Batches are made ahead, in one thread.
     """
@@ -140,16 +147,20 @@ class TrainStream(Generic[Row]):
         self.order = order
         self._expect = expect
         self._build = build
-        self._slots = range(rank, order.global_batch_size, world_size)
+        self._slots = order.slots_of(rank, world_size)
+        num_streams = len({slot % order.num_streams for slot in self._slots})
         # Keep the shards that a step draws from and the shards that follow them.
-        self.cache = ShardCache(load, order.counts.tolist(), capacity=2 * order.num_streams + 2)
+        self.cache = ShardCache(load, order.counts.tolist(), capacity=2 * num_streams + 2)
 
     def batch(self, step: int) -> list[Any]:
         """This rank's examples of one step; empty if there are more ranks than slots."""
-        return [self.example(step, slot) for slot in self._slots]
+        return [self._example(step, slot) for slot in self._slots]
 
-    def example(self, step: int, slot: int) -> Any:
-        """The example of one slot."""
+    def stand_in(self, step: int) -> Any:
+        """An example of a step: one of this rank's, where it has any."""
+        return self._example(step, next(iter(self._slots), 0))
+
+    def _example(self, step: int, slot: int) -> Any:
         place = self.order.locate(step, slot)
         return self._build(self.cache[place.shard][place.example], place.pass_index)
 

@@ -106,7 +106,7 @@ def run(training: Training, ranks: Ranks) -> tuple[int, dict[str, FileEntry]]:
             with monitor.waiting():
                 parts = next(batches)
             watchdog.beat(f"step {step + 1}")
-            parts = _enough_for_all_ranks(parts, training, partial(stream.example, step, 0), ranks)
+            parts = _enough_for_all_ranks(parts, training, partial(stream.stand_in, step), ranks)
             if section.dropout or (section.lora and section.lora.dropout):
                 torch.manual_seed(hash((training.seed, step, ranks.rank)))
             rate = learning_rate(section, step, num_steps)
@@ -146,7 +146,7 @@ def _start(training: Training, stream: TrainStream[Any], ranks: Ranks) -> tuple[
         module.get_parameter(name).requires_grad_(False)
     engine = TrainEngine(module, training.engine, training.section, ranks)
     found = checkpoint.newest(training.directory / CHECKPOINTS, training.fingerprint, ranks)
-    example = stream.example(found[1] if found else 0, ranks.rank % stream.order.global_batch_size)
+    example = stream.stand_in(found[1] if found else 0)
     rule = cut_rule(training.kind, training.section, training.engine, training.examples, example, engine)
     if found:
         checkpoint.load(found[0], engine, found[1])

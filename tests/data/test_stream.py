@@ -139,7 +139,7 @@ def test_no_examples_are_refused() -> None:
 
 @pytest.mark.parametrize(("counts", "size"), CASES)
 def test_the_order_does_not_depend_on_the_world_size(counts: list[int], size: int) -> None:
-    """Rank r's i-th example of a step is that of slot r + i * world size; more ranks than slots have nothing."""
+    """What the ranks have of a step, one after another, is what one rank has; more ranks than slots have nothing."""
     num_steps = 12
     alone = stream(counts, size)
     expected = [alone.batch(step) for step in range(num_steps)]
@@ -147,11 +147,24 @@ def test_the_order_does_not_depend_on_the_world_size(counts: list[int], size: in
     for world_size in (2, 3, 5, size + 1):
         ranks = [stream(counts, size, rank, world_size) for rank in range(world_size)]
         for step in range(num_steps):
-            slots: dict[int, Any] = {}
+            found: list[Any] = []
             for rank, one in enumerate(ranks):
-                slots |= {rank + index * world_size: example for index, example in enumerate(one.batch(step))}
-            assert [slots[slot] for slot in sorted(slots)] == expected[step]
-            assert sorted(slots) == list(range(size))
+                batch = one.batch(step)
+                assert len(batch) == len(one.order.slots_of(rank, world_size))
+                found += batch
+            assert found == expected[step]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 24, 56, 63, 64, 512])
+def test_ranks_take_equally_much_and_read_few_shards(world_size: int) -> None:
+    """A shard that two ranks draw from is read by both."""
+    order = CanonicalOrder([1000] * 200, 1024, 0)
+    assert order.num_streams == 64
+    own = [order.slots_of(rank, world_size) for rank in range(world_size)]
+    assert sorted(slot for slots in own for slot in slots) == list(range(1024))
+    assert {len(slots) for slots in own} <= {1024 // world_size, -(-1024 // world_size)}
+    num_reads = sum(len({slot % 64 for slot in slots}) for slots in own)
+    assert num_reads <= 64 + world_size - math.gcd(64, world_size)
 
 
 # --- resuming ------------------------------------------------------------------------------------------------------
@@ -166,7 +179,7 @@ def test_a_stream_that_starts_at_a_step_sees_what_one_that_ran_from_the_beginnin
     for step in (0, 1, 7, 20, 39):
         fresh = stream(counts, size, rank=1, world_size=2)
         assert fresh.batch(step) == batches[step]
-        needed = {fresh.order.locate(step, slot).shard for slot in range(1, size, 2)}
+        needed = {fresh.order.locate(step, slot).shard for slot in fresh.order.slots_of(1, 2)}
         assert sorted(fresh.cache.opened) == sorted(needed)  # those shards, each once, and no other
 
 
