@@ -145,20 +145,27 @@ def ours_scoring(
 
 
 def ours_training(ranks: Ranks, config: Config, begun: "list[Training]", pause: Callable[[], None]) -> None:
-    """Our distillation. Pauses before it loads the model, having left what it trains in ``begun``, and after every
-    step."""
+    """Our distillation. Pauses before it loads the model, having tokenised and left what it trains in ``begun``, and
+    after every step."""
     from alsace_dist.training import loop
 
     run = loop.run
 
-    def leave(training: loop.Training, ranks: Ranks) -> int:
+    def leave(training: loop.Training, turns: Ranks) -> int:
         loop.run = run
+        tokenise(training, training.directory / loop.TOKENS, ranks)
         begun.append(training)
         pause()
-        return run(training, ranks)
+        return run(training, turns)
 
     loop.run = leave
     Stage(distill, "distill", config, round=1).run(in_turns(ranks, pause))
+
+
+def tokenise(training: "Training", directory: Path, ranks: Ranks) -> None:
+    """Tokenise all that a training may read. Collective."""
+    shards = [shard for shard, count in enumerate(training.examples.counts) if count]
+    training.examples.make_ready(directory, training.fingerprint, shards, ranks)
 
 
 def own_stream(training: "Training", ranks: Ranks) -> TrainStream[Any]:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, overload
 
 import numpy as np
 
@@ -86,6 +86,21 @@ class CanonicalOrder:
         by_stream = [slot for stream in range(self.num_streams) for slot in range(stream, size, self.num_streams)]
         return by_stream[rank * size // world_size : (rank + 1) * size // world_size]
 
+    def shards_of(self, num_steps: int) -> list[int]:
+        """The shards that the first steps draw from, in ascending order."""
+        needed: set[int] = set()
+        for stream, (slots, length) in enumerate(zip(self._slots, self._lengths, strict=True)):
+            consumed = num_steps * slots
+            for pass_index in range(-(-consumed // length)):
+                if len(needed) == int((self.counts > 0).sum()):
+                    break
+                shards, starts = self._pass(pass_index)
+                first = self._starts[stream]
+                last = first + min(length, consumed - pass_index * length) - 1
+                begin, end = np.searchsorted(starts, [first, last], side="right")
+                needed.update(shards[begin - 1 : end].tolist())
+        return sorted(needed)
+
     def _make_pass(self, pass_index: int) -> tuple[np.ndarray, np.ndarray]:
         shards = np.random.default_rng([self.seed, pass_index]).permutation(np.flatnonzero(self.counts))
         return shards, np.concatenate([[0], np.cumsum(self.counts[shards])[:-1]])
@@ -94,18 +109,40 @@ class CanonicalOrder:
         return np.random.default_rng([self.seed, pass_index, shard]).permutation(self.counts[shard])
 
 
+class Lazily(Sequence[Row]):
+    """A sequence whose items are made when they are asked for, each time anew."""
+
+    def __init__(self, size: int, make: Callable[[int], Row]) -> None:
+        self._size, self._make = size, make
+
+    def __len__(self) -> int:
+        return self._size
+
+    @overload
+    def __getitem__(self, index: int) -> Row: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Row]: ...
+
+    def __getitem__(self, index: int | slice) -> Row | list[Row]:
+        if isinstance(index, slice):
+            return [self[place] for place in range(*index.indices(self._size))]
+        if not 0 <= index < self._size:
+            raise IndexError(index)
+        return self._make(index)
+
+
 class ShardCache(Generic[Row]):
     """Shards loaded whole, the most recently used kept. ``opened`` lists every load, for tests and logs."""
 
-    def __init__(self, load: Callable[[int], list[Row]], counts: Sequence[int], capacity: int) -> None:
+    def __init__(self, load: Callable[[int], Sequence[Row]], counts: Sequence[int], capacity: int) -> None:
         self._load = load
         self._counts = counts
         self.capacity = capacity
-        self._rows: OrderedDict[int, list[Row]] = OrderedDict()
+        self._rows: OrderedDict[int, Sequence[Row]] = OrderedDict()
         self._lock = threading.Lock()  # two threads read: one makes batches ahead, and the loop asks for stand-ins
         self.opened: list[int] = []
 
-    def __getitem__(self, shard: int) -> list[Row]:
+    def __getitem__(self, shard: int) -> Sequence[Row]:
         with self._lock:
             return self._get(shard)
 
@@ -114,7 +151,7 @@ class ShardCache(Generic[Row]):
         with self._lock:
             return OrderedDict.fromkeys(self._rows)
 
-    def _get(self, shard: int) -> list[Row]:
+    def _get(self, shard: int) -> Sequence[Row]:
         if shard not in self._rows:
             rows = self._load(shard)
             assert len(rows) == self._counts[shard], (
@@ -137,7 +174,7 @@ class TrainStream(Generic[Row]):
     def __init__(
         self,
         order: CanonicalOrder,
-        load: Callable[[int], list[Row]],
+        load: Callable[[int], Sequence[Row]],
         build: Callable[[Row, int], Any],
         rank: int,
         world_size: int,

@@ -320,6 +320,6 @@ def run_training(
         files = loop.other_files(directory, weights)
         entries = {f"{MODEL}/{name}": entry for name, entry in weights.items()}
         manifest.write_manifest(directory, kind, fingerprint, files, {"num_steps": num_steps}, entries)
-        loop.drop_checkpoints(directory)
+        loop.drop_passing(directory)
 
     ranks.main_first(complete)

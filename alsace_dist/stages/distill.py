@@ -4,7 +4,8 @@ Those of frozen teachers come from the scores before the round, joined to their 
 live teachers from the weights as they are.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,8 @@ import numpy as np
 
 from alsace_dist.config import Config, DistillConfig, EngineConfig, Split
 from alsace_dist.data.rows import EncodedRow, Example, one_hot_example
+from alsace_dist.data.stream import Lazily
+from alsace_dist.data.tokens import TokenRows
 from alsace_dist.errors import UserError
 from alsace_dist.files import scores as score_files
 from alsace_dist.files.layout import DISTILL, data_url
@@ -101,6 +104,7 @@ def _train_frozen(
 ) -> None:
     """Every row learns from the distribution that its teachers had in the scoring pass."""
     from alsace_dist.training.examples import TargetExamples
+    from alsace_dist.training.tokens import Tokens
 
     config, section, mode = stage.config, stage.config.distill, str(stage.config.distill.targets)
     scores, biases = _scores(stage).directory, selection.bias_rows()
@@ -112,20 +116,26 @@ def _train_frozen(
     mean_weight = selection.num_pairs[mode] / max(1, sum(example_counts(dataset, taught, selection.num_groups)))
     log_pool_mass = (section.pool_mass or 1.0) if section.pool == "logarithmic" else None
 
-    def give_targets(shard: int, rows: list[EncodedRow]) -> list[Example]:
+    def give_targets(shard: int, rows: TokenRows) -> Sequence[Example]:
         name = f"{dataset.shards[shard].stem}.parquet"
         groups = score_files.read_verified(scores, listed, name).groups()
-        check_scores(rows, groups, biases, scores / name)
-        weights = selection.ranked_weights
+        check_scores(rows.places(), groups, biases, scores / name)
         if mode == "labels":
-            return [one_hot_example(row, dataset.url) for row in rows]
-        found = {
-            key: targets(calibrate(group, biases), weights, mode, log_pool_mass, section.group_weight == "presence")
-            for key, group in groups.items()
-        }
-        return [example_of(row, {} if row.is_apart else found[row.key], mean_weight) for row in rows]
+            return Lazily(len(rows), lambda index: one_hot_example(rows[index], dataset.url))
 
-    examples = TargetExamples(dataset, config.task, languages, counts, give_targets, model, ranks.device)
+        @cache
+        def of_group(key: str) -> dict[str, Target]:
+            by_presence = section.group_weight == "presence"
+            return targets(calibrate(groups[key], biases), selection.ranked_weights, mode, log_pool_mass, by_presence)
+
+        def example(index: int) -> Example:
+            row = rows[index]
+            return example_of(row, {} if row.is_apart else of_group(row.key), mean_weight)
+
+        return Lazily(len(rows), example)
+
+    tokens = Tokens(dataset, config.task, languages, model)
+    examples = TargetExamples(tokens, counts, give_targets, model, ranks.device)
     train(stage, config.distill, model, examples, ranks)
 
 
@@ -133,12 +143,12 @@ def _train_live(stage: Stage, dataset: Dataset, selection: Selection, model: "Fa
     """Every row learns from what the current weights say of the same group in its teachers' languages."""
     from alsace_dist.training.examples import GroupExamples
     from alsace_dist.training.losses import Divergence
+    from alsace_dist.training.tokens import Tokens
 
     config, section, mode = stage.config, stage.config.distill, str(stage.config.distill.targets)
     counts = group_counts(dataset, selection.num_groups)
     examples = GroupExamples(
-        dataset=dataset,
-        task=config.task,
+        tokens=Tokens(dataset, config.task, dataset.languages, model),
         counts=counts,
         weights=selection.ranked_weights,
         biases=selection.bias_rows(),
@@ -204,18 +214,22 @@ def group_counts(dataset: Dataset, num_groups: int | None) -> list[int]:
 
 
 def check_scores(
-    rows: Sequence[EncodedRow], groups: dict[str, dict[str, np.ndarray]], biases: dict[str, np.ndarray], file: Path
+    places: Iterable[tuple[str, str, int]],
+    groups: dict[str, dict[str, np.ndarray]],
+    biases: dict[str, np.ndarray],
+    file: Path,
 ) -> None:
     """Hold a shard's scores (key -> language -> log-probabilities) against its rows and the biases of the selection.
 
-    Raises ``UserError`` if a row has no scores, or not as many as candidates or biases, or some that are no numbers.
+    ``places``: key, language and number of candidates of each row whose candidates correspond. Raises ``UserError`` if
+    a row has no scores, or not as many as candidates or biases, or some that are no numbers.
     """
-    for row in (row for row in rows if not row.is_apart):
-        own = groups.get(row.key, {}).get(row.language)
-        where = f"{file}: group {row.key!r}, language {row.language!r}"
+    for key, language, num_candidates in places:
+        own = groups.get(key, {}).get(language)
+        where = f"{file}: group {key!r}, language {language!r}"
         if own is None:
             raise UserError(f"{where}: has no scores; delete {file.parent} and score this dataset again")
-        for what, size in (("candidates", len(row.candidates)), ("biases", len(biases.get(row.language, own)))):
+        for what, size in (("candidates", num_candidates), ("biases", len(biases.get(language, own)))):
             if size != len(own):
                 raise UserError(f"{where}: {len(own)} scores and {size} {what}; score and select again")
     for key, group in groups.items():

@@ -1,5 +1,6 @@
 """Stage 0 of the method: the model learns the task from labels in the source language."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -48,21 +49,26 @@ def fingerprint(stage: Stage, output: Output) -> dict[str, Any]:
 def run(stage: Stage, ranks: Ranks | None) -> None:
     """Train on the labels of the source language. Raises ``UserError`` if there are too few."""
     from alsace_dist.training.examples import TargetExamples
+    from alsace_dist.training.tokens import Tokens
 
     assert ranks is not None
     config, section = stage.config, section_of(stage.config)
     dataset = open_split(config, "labeled")
     languages = [config.data.source_language]
-    chosen = ranks.from_main(_chosen(dataset, config) if ranks.is_main else None)
-    counts = [len(keys) for keys in chosen]
+    counts, chosen = example_counts(dataset, config), None
+    if section.shots is not None:
+        chosen = ranks.from_main(_shots(dataset, config, section.shots) if ranks.is_main else None)
+        counts = [len(keys) for keys in chosen]
 
-    def targets(shard: int, rows: list[EncodedRow]) -> list[Example]:
+    def targets(shard: int, rows: Sequence[EncodedRow]) -> list[Example]:
+        if chosen is None:
+            return [one_hot_example(row, dataset.url) for row in rows[: counts[shard]]]
         keys = set(chosen[shard])
         return [one_hot_example(row, dataset.url) for row in rows if row.key in keys]
 
     model = open_model(stage, START, languages, ranks)
     ranks.main_first(lambda: check_texts(model.encode, dataset, languages, config))
-    examples = TargetExamples(dataset, config.task, languages, counts, targets, model, ranks.device)
+    examples = TargetExamples(Tokens(dataset, config.task, languages, model), counts, targets, model, ranks.device)
     train(stage, section, model, examples, ranks)
 
 
@@ -95,13 +101,11 @@ def example_counts(dataset: Dataset, config: Config) -> list[int]:
     return first
 
 
-def _chosen(dataset: Dataset, config: Config) -> list[list[str]]:
-    """Ids of each shard's labeled groups that are learnt from. Raises ``UserError`` if a label has too few."""
-    language, shots = config.data.source_language, section_of(config).shots
-    counts = example_counts(dataset, config)
+def _shots(dataset: Dataset, config: Config, shots: int) -> list[list[str]]:
+    """Ids of each shard's labeled groups that are learnt from, equally many of each label. Raises ``UserError`` if a
+    label has too few."""
+    language = config.data.source_language
     groups = [[group for group in part if language in group.texts] for part in read_shards(dataset)]
-    if shots is None:
-        return [[group.key for group in part[:count]] for part, count in zip(groups, counts, strict=True)]
     by_label: dict[Label, list[str]] = {}
     for group in (group for part in groups for group in part):
         by_label.setdefault(group.label, []).append(group.key)

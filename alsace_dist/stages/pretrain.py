@@ -5,8 +5,9 @@ small model carry what it learns in one language over to others.
 """
 
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -131,6 +132,9 @@ class SpanExamples:
     def counts(self) -> Sequence[int]:
         """Rows of each shard."""
         return most_examples(self.dataset)
+
+    def make_ready(self, directory: Path, fingerprint: dict[str, Any], shards: Collection[int], ranks: Ranks) -> None:
+        """Nothing: a nano model's texts are tokenised as they come."""
 
     def expect(self, shards: Iterable[int]) -> None:
         """Those of a store are fetched ahead."""

@@ -1,18 +1,20 @@
 """The examples of finetuning and distillation: encoded rows with the targets that they learn from, or whole groups."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 
-from alsace_dist.config import TaskConfig
-from alsace_dist.data.rows import EncodedRow, Example, rows_of
-from alsace_dist.files.shards import Dataset, read_shard
+from alsace_dist.data.rows import EncodedRow, Example
+from alsace_dist.data.tokens import TokenRows
 from alsace_dist.method.targets import lessons
 from alsace_dist.models.family import Family
+from alsace_dist.ranks.group import Ranks
 from alsace_dist.training.losses import Divergence, FrozenTargetLoss, LiveTeacherLoss, MicroBatch, Pairs
+from alsace_dist.training.tokens import Tokens
 
 
 class Examples(Protocol):
@@ -22,10 +24,16 @@ class Examples(Protocol):
     def counts(self) -> Sequence[int]:
         """Number of examples of each shard."""
 
+    def make_ready(self, directory: Path, fingerprint: dict[str, Any], shards: Collection[int], ranks: Ranks) -> None:
+        """Before any of these shards is loaded: do what loading them needs once. Collective.
+
+        ``directory``: a place for it; ``fingerprint``: everything that the examples depend on.
+        """
+
     def expect(self, shards: Iterable[int]) -> None:
         """Hear which shards will be loaded from now on, in their order."""
 
-    def load(self, shard: int) -> list[Any]:
+    def load(self, shard: int) -> Sequence[Any]:
         """All examples of a shard, in a fixed order: rows that ``build`` makes the examples of."""
 
     def build(self, row: Any, pass_index: int) -> Any:
@@ -43,27 +51,27 @@ class Examples(Protocol):
 
 @dataclass(frozen=True)
 class TargetExamples:
-    """``Examples`` over the rows of some languages of a dataset.
+    """``Examples`` over encoded rows.
 
     ``counts``: examples of each shard. ``targets(shard, rows)``: the rows that count with what they learn from.
     """
 
-    dataset: Dataset
-    task: TaskConfig
-    languages: Sequence[str]
+    tokens: Tokens
     counts: Sequence[int]
-    targets: Callable[[int, list[EncodedRow]], list[Example]]
+    targets: Callable[[int, TokenRows], Sequence[Example]]
     model: Family
     device: torch.device
 
-    def expect(self, shards: Iterable[int]) -> None:
-        """Those of a store are fetched ahead."""
-        self.dataset.expect(shards)
+    def make_ready(self, directory: Path, fingerprint: dict[str, Any], shards: Collection[int], ranks: Ranks) -> None:
+        """Tokenise the shards."""
+        self.tokens.make(directory, fingerprint, shards, ranks)
 
-    def load(self, shard: int) -> list[Example]:
-        """Read, encode and give targets to a shard."""
-        groups = read_shard(self.dataset, self.dataset.shards[shard])
-        return self.targets(shard, self.model.encode(rows_of(self.task, groups, self.languages)))
+    def expect(self, shards: Iterable[int]) -> None:
+        """Their tokens are on the disk."""
+
+    def load(self, shard: int) -> Sequence[Example]:
+        """Give targets to the rows of a shard."""
+        return self.targets(shard, self.tokens.open(shard))
 
     def build(self, row: Example, pass_index: int) -> Example:
         """The same in every pass."""
@@ -92,8 +100,7 @@ class GroupExamples:
     average, by which the loss is divided, so that it is the mean over pairs whatever groups a batch holds.
     """
 
-    dataset: Dataset
-    task: TaskConfig
+    tokens: Tokens
     counts: Sequence[int]
     weights: Mapping[str, float]
     biases: Mapping[str, np.ndarray]
@@ -103,21 +110,22 @@ class GroupExamples:
     model: Family
     device: torch.device
 
+    def make_ready(self, directory: Path, fingerprint: dict[str, Any], shards: Collection[int], ranks: Ranks) -> None:
+        """Tokenise the shards."""
+        self.tokens.make(directory, fingerprint, shards, ranks)
+
     def expect(self, shards: Iterable[int]) -> None:
-        """Those of a store are fetched ahead."""
-        self.dataset.expect(shards)
+        """Their tokens are on the disk."""
 
-    def load(self, shard: int) -> list[list[EncodedRow]]:
-        """Read and encode a shard: for each group its rows, one a language."""
-        groups = read_shard(self.dataset, self.dataset.shards[shard])[: self.counts[shard]]
-        rows: dict[str, list[EncodedRow]] = {group.key: [] for group in groups}
-        for row in self.model.encode(rows_of(self.task, groups, self.dataset.languages)):
-            rows[row.key].append(row)
-        return list(rows.values())
+    def load(self, shard: int) -> list[tuple[TokenRows, slice]]:
+        """The groups of a shard: where the rows of each are, one a language."""
+        rows = self.tokens.open(shard)
+        return [(rows, group) for group in rows.groups()]
 
-    def build(self, row: list[EncodedRow], pass_index: int) -> list[EncodedRow]:
-        """The same in every pass."""
-        return row
+    def build(self, row: tuple[TokenRows, slice], pass_index: int) -> list[EncodedRow]:
+        """The rows of a group, the same in every pass."""
+        rows, group = row
+        return rows[group]
 
     def length(self, example: list[EncodedRow]) -> int:
         """Encoder tokens, padding within the group included."""
@@ -125,7 +133,7 @@ class GroupExamples:
 
     def stretched(self, example: list[EncodedRow]) -> list[EncodedRow]:
         """In every language, with prompts of ``task.max_tokens``."""
-        rows = [replace(example[0], language=language) for language in self.dataset.languages]
+        rows = [replace(example[0], language=language) for language in self.tokens.languages]
         return [self.model.stretched(row) for row in rows]
 
     def collate(self, examples: list[list[EncodedRow]]) -> MicroBatch:

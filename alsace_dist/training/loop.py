@@ -18,7 +18,7 @@ from alsace_dist.models.family import TrainableModel
 from alsace_dist.monitor.training import TrainingMonitor
 from alsace_dist.ranks.group import Ranks, keep_memory
 from alsace_dist.ranks.watchdog import Watchdog
-from alsace_dist.training import checkpoint
+from alsace_dist.training import checkpoint, tokens
 from alsace_dist.training.budget import cut_rule
 from alsace_dist.training.engine import TrainEngine, load_module
 from alsace_dist.training.examples import Examples
@@ -29,6 +29,7 @@ from alsace_dist.training.saving import Saver
 from alsace_dist.training.settings import every_backward_is_collective
 
 CHECKPOINTS = "checkpoints"
+TOKENS = "tokens"
 MAX_STEPS = 100_000_000
 
 
@@ -87,6 +88,7 @@ def run(training: Training, ranks: Ranks) -> tuple[int, dict[str, FileEntry]]:
     num_steps = num_steps_of(section, order)
     examples = training.examples
     stream = TrainStream(order, examples.load, examples.build, ranks.rank, ranks.world_size, examples.expect)
+    examples.make_ready(directory / TOKENS, training.fingerprint, order.shards_of(num_steps), ranks)
     engine, first, rule = _start(training, stream, ranks)
     keep_memory(ranks, weight_bytes(training.model, training.engine.dtype))
     if first > num_steps:
@@ -127,9 +129,10 @@ def run(training: Training, ranks: Ranks) -> tuple[int, dict[str, FileEntry]]:
     return num_steps, _export(training, engine)
 
 
-def drop_checkpoints(directory: Path) -> None:
-    """Delete the checkpoints of a training that is complete."""
+def drop_passing(directory: Path) -> None:
+    """Delete what a training that is complete has needed: its checkpoints and tokens."""
     checkpoint.drop(directory / CHECKPOINTS)
+    tokens.drop(directory / TOKENS)
 
 
 def other_files(directory: Path, weights: Collection[str]) -> list[Path]:

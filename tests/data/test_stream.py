@@ -206,6 +206,17 @@ def test_batches_made_ahead_are_the_same_in_the_same_order() -> None:
 
 
 @pytest.mark.parametrize(("counts", "size"), [*CASES, ([10] * 40, 8), ([3] * 30, 2)])
+def test_the_shards_of_the_first_steps_are_those_that_they_draw_from(counts: list[int], size: int) -> None:
+    order, drawn = CanonicalOrder(counts, size, 5), set[int]()
+    for step in range(30):
+        drawn |= {order.locate(step, slot).shard for slot in range(size)}
+        found = order.shards_of(step + 1)
+        # A stream begins and ends at one example of a shard, and within a pass its examples come one after another.
+        assert found == sorted(drawn)
+    assert order.shards_of(10**8) == [shard for shard, count in enumerate(counts) if count]
+
+
+@pytest.mark.parametrize(("counts", "size"), [*CASES, ([10] * 40, 8), ([3] * 30, 2)])
 def test_what_a_stream_says_it_will_load_is_what_it_loads(counts: list[int], size: int) -> None:
     """So what is fetched ahead is what is asked for next, also where shards leave the cache and come again."""
     heard: list[int] = []

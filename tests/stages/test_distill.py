@@ -8,19 +8,18 @@ import numpy as np
 import pytest
 import tiny
 
-from alsace_dist.data.rows import Candidates, EncodedRow
 from alsace_dist.errors import UserError
 from alsace_dist.monitor.scalars import read_scalars
 from alsace_dist.stages.distill import check_scores
 
 THREE = np.log(np.array([0.2, 0.3, 0.5]))
 TWO = np.log(np.array([0.4, 0.6]))
-ROWS = [EncodedRow("a", language, None, [1], Candidates(((1,), (2,), (3,))), 0, False) for language in ("de", "en")]
+PLACES = [("a", "de", 3), ("a", "en", 3)]
 BIASES = {"de": np.zeros(3)}
 
 
 def test_sound_scores_pass() -> None:
-    check_scores(ROWS, {"a": {"de": THREE, "en": THREE}, "b": {"fr": TWO}}, BIASES, Path("scores/0.parquet"))
+    check_scores(PLACES, {"a": {"de": THREE, "en": THREE}, "b": {"fr": TWO}}, BIASES, Path("scores/0.parquet"))
 
 
 @pytest.mark.parametrize(
@@ -39,7 +38,7 @@ def test_scores_that_do_not_fit_their_shard_are_refused(
     groups: dict[str, dict[str, np.ndarray]], biases: dict[str, np.ndarray], words: str
 ) -> None:
     with pytest.raises(UserError, match=rf"^scores/0\.parquet: group 'a'.*{words}"):
-        check_scores(ROWS, groups, biases, Path("scores/0.parquet"))
+        check_scores(PLACES, groups, biases, Path("scores/0.parquet"))
 
 
 def run_votes(world: Path, directory: Path, languages: Any) -> Path:

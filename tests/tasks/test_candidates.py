@@ -15,6 +15,7 @@ from data.preparing import make_config
 
 from alsace_dist.config_file import load_config
 from alsace_dist.data.rows import Candidates, EncodedRow, answers_of, one_hot_example, rows_of
+from alsace_dist.data.tokens import TokenRows, write_tokens
 from alsace_dist.errors import UserError
 from alsace_dist.files.evaluation import read_evaluation
 from alsace_dist.files.scores import Scores, read_score_file, read_scores, write_scores
@@ -27,6 +28,7 @@ from alsace_dist.stages.prepare import prepare
 from alsace_dist.tasks.base import candidates
 from alsace_dist.training.examples import GroupExamples
 from alsace_dist.training.losses import Divergence
+from alsace_dist.training.tokens import Tokens
 
 TASK = {
     "fields": ["premise", "question", "choice1", "choice2"],
@@ -235,12 +237,24 @@ def test_who_stands_apart_has_no_part_in_votes_and_learns_nothing(world: Path, t
         assert set(by_key[group.key]) == set(tiny.LANGUAGES) - set(group.apart)
     model = open_model(world / "model", answers_of(config.task, tiny.LANGUAGES))
     encoded = model.encode(rows)
-    check_scores(encoded, by_key, {}, tmp_path / "000000.parquet")
+    write_tokens(tmp_path / "000000.arrow", encoded, False, {})
+    stored = TokenRows(tmp_path / "000000.arrow", lambda language: Candidates(()))
+    assert list(stored) == encoded and any(row.is_apart for row in encoded)
+    check_scores(stored.places(), by_key, {}, tmp_path / "000000.parquet")
+    assert [stored[group] for group in stored.groups()] == [
+        [row for row in encoded if row.key == group.key] for group in groups
+    ]
     examples = GroupExamples(
-        dataset=found["unlabeled"], task=config.task, counts=[], weights={"en": 0.5, "ru": 0.5}, biases={},
-        mode="ensemble", mean_pairs=1.0, divergence=Divergence("forward", False, 1.0), model=model,
+        tokens=Tokens(found["unlabeled"], config.task, tiny.LANGUAGES, model),
+        counts=[],
+        weights={"en": 0.5, "ru": 0.5},
+        biases={},
+        mode="ensemble",
+        mean_pairs=1.0,
+        divergence=Divergence("forward", False, 1.0),
+        model=model,
         device=torch.device("cpu"),
-    )  # fmt: skip
+    )
     of_group: dict[str, list[EncodedRow]] = {}
     for row in encoded:
         of_group.setdefault(row.key, []).append(row)

@@ -22,6 +22,7 @@ from alsace_dist.monitor.scalars import read_scalars
 from alsace_dist.stages.distill import example_of
 from alsace_dist.training.examples import GroupExamples
 from alsace_dist.training.losses import Divergence, FrozenTargetLoss
+from alsace_dist.training.tokens import Tokens
 
 CPU = torch.device("cpu")
 LANGUAGES = ("en", "de", "sw")
@@ -67,8 +68,7 @@ def examples_of(mode: str, kind: str, through: bool, temperature: float, biases:
     divergence = Divergence(kind, through, temperature)
     fake: Any = FakeModel()
     return GroupExamples(
-        dataset,
-        None,
+        Tokens(dataset, None, LANGUAGES, fake),  # type: ignore[arg-type]
         [2],
         WEIGHTS,
         biases or {},
@@ -76,7 +76,7 @@ def examples_of(mode: str, kind: str, through: bool, temperature: float, biases:
         pairs / len(GROUPS),
         divergence,
         fake,
-        CPU,  # type: ignore[arg-type]
+        CPU,
     )
 
 

@@ -1,0 +1,124 @@
+"""The encoded rows that a training reads: made once by all ranks together, checked, and opened shard by shard."""
+
+import re
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from alsace_dist.config import TaskConfig
+from alsace_dist.data.rows import Candidates, EncodedRow, rows_of
+from alsace_dist.data.tokens import TokenRows, read_metadata, write_tokens
+from alsace_dist.errors import Stopped, UserError
+from alsace_dist.files import manifest
+from alsace_dist.files.manifest import FileEntry, Manifest
+from alsace_dist.files.shards import Dataset, read_shard
+from alsace_dist.models.family import Family
+from alsace_dist.monitor.progress import progress
+from alsace_dist.ranks.group import Ranks
+
+KIND = "tokens"
+FILES = re.compile(r".+\.arrow")
+MANY_ROWS = 50_000  # a core tokenises them in some seconds: fewer need no progress
+
+
+@dataclass
+class Tokens:
+    """The rows of some languages of a dataset, encoded for a model."""
+
+    dataset: Dataset
+    task: TaskConfig
+    languages: Sequence[str]
+    model: Family
+    _directory: Path = Path()
+    _listed: Manifest | None = None
+    _verified: set[str] = field(default_factory=set)
+
+    def make(self, directory: Path, fingerprint: dict[str, Any], shards: Collection[int], ranks: Ranks) -> None:
+        """Write the files of these shards, each rank its share, but for those that are there. Collective.
+
+        ``fingerprint``: everything that the rows depend on. Raises ``Stopped`` if a stop was agreed (finished files are
+        kept), and as ``read_shard`` and ``Family.encode``.
+        """
+        self._directory = directory
+        wanted = {"training": manifest.digest_json(fingerprint)}
+        names = {self._name(shard) for shard in shards}
+        found: list[Manifest | None] = [None]
+
+        def look() -> None:
+            found[0] = self._made(wanted, names)
+
+        ranks.main_first(look)
+        if not ranks.any_rank(found[0] is not None)[0]:
+            found[0] = self._make(wanted, sorted(shards), ranks)
+        # By message: the disk may show a file to other machines later.
+        listed = ranks.from_main(found[0].model_dump() if found[0] else None)
+        self._listed = Manifest.model_validate(listed)
+
+    def open(self, shard: int) -> TokenRows:
+        """The rows of a shard. Raises ``UserError`` if its file is not what was written."""
+        assert self._listed is not None, "made before it is opened"
+        name = self._name(shard)
+        if name not in self._verified:
+            manifest.verify_file(self._directory, self._listed, name)
+            self._verified.add(name)
+        return TokenRows(self._directory / name, self._candidates_of)
+
+    def _name(self, shard: int) -> str:
+        return f"{self.dataset.shards[shard].stem}.arrow"
+
+    def _candidates_of(self, language: str) -> Candidates:
+        return self.model.candidates(self.model.answers.fixed[language], language)
+
+    def _made(self, wanted: dict[str, str], names: set[str]) -> Manifest | None:
+        """The directory's manifest, if it is complete; what else is in its place is deleted."""
+        try:
+            found = manifest.load_manifest(self._directory, KIND)
+            if found.fingerprint == wanted and names <= found.files.keys():
+                manifest.verify_files(self._directory, found, hashes=False)
+                return found
+        except UserError:  # a file is gone, or cut off: all can be made again
+            pass
+        (self._directory / manifest.MANIFEST).unlink(missing_ok=True)
+        return None
+
+    def _make(self, wanted: dict[str, str], shards: list[int], ranks: Ranks) -> Manifest | None:
+        """Write what is missing; rank 0's manifest of it."""
+        own = shards[ranks.rank :: ranks.world_size]
+        entries: dict[str, FileEntry] = {}
+        written: list[Manifest] = []
+        counts = [self.dataset.shards[shard].num_examples for shard in own]
+        num_rows = sum(count.get(language, 0) for count in counts for language in self.languages)
+
+        def make_own() -> None:
+            self.dataset.expect(own)
+            is_shown = ranks.is_main and num_rows >= MANY_ROWS
+            with progress("tokenise", self._directory, len(own), 0, is_shown) as advance:
+                for shard in own:
+                    if ranks.stop.is_set:
+                        return
+                    path = self._directory / self._name(shard)
+                    about = wanted | {"shard": self.dataset.shards[shard].sha256}
+                    if read_metadata(path) != about:
+                        write_tokens(path, self._encoded(shard), bool(self.model.answers.fixed), about)
+                    entries[path.name] = manifest.file_entry(path)
+                    advance()
+
+        ranks.each(make_own)
+        if ranks.any_rank(ranks.stop.is_set)[0]:
+            raise Stopped(f"stopped while tokenising; {self._directory} keeps what is done")
+        found = ranks.to_main(entries)
+        together = {name: entry for part in found or [] for name, entry in part.items()}
+        ranks.main_first(
+            lambda: written.append(manifest.write_manifest(self._directory, KIND, wanted, [], {}, together))
+        )
+        return written[0] if written else None
+
+    def _encoded(self, shard: int) -> list[EncodedRow]:
+        groups = read_shard(self.dataset, self.dataset.shards[shard])
+        return self.model.encode(rows_of(self.task, groups, self.languages))
+
+
+def drop(directory: Path) -> None:
+    """Delete the tokens of a training that is complete."""
+    manifest.remove_own(directory, FILES)

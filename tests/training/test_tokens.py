@@ -1,0 +1,85 @@
+"""Tokens of a training are made once, by all ranks together, and are not trusted blindly."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+
+from alsace_dist.config import TaskConfig
+from alsace_dist.data.rows import answers_of, rows_of
+from alsace_dist.errors import Stopped, UserError
+from alsace_dist.files.shards import open_dataset, read_shard
+from alsace_dist.models.family import Options, open_model
+from alsace_dist.ranks.group import Ranks
+from alsace_dist.training.tokens import Tokens, drop
+
+LANGUAGES = ("de", "en", "ru")
+
+
+def tokens_of(world: str, scorer: str) -> Tokens:
+    sections = tiny.of_scorer(Path(world), scorer)
+    task = TaskConfig(**{"fields": ["text"], "template": "{text}", "labels": tiny.LABELS} | sections.get("task", {}))
+    options = Options(pooling=sections["model"].get("pooling"))
+    model = open_model(Path(sections["model"]["path"]), answers_of(task, LANGUAGES), options)
+    return Tokens(open_dataset(f"{world}/run/data/unlabeled"), task, LANGUAGES, model)
+
+
+def made(group: Ranks, world: str, scorer: str, out: str, fingerprint: Any = 1, stop: bool = False) -> Any:
+    """What a rank sees after the files are made: whether all rows are as encoded; when each file was written."""
+    tokens = tokens_of(world, scorer)
+    group.stop.is_set = stop and group.rank == 1
+    try:
+        tokens.make(Path(out), {"of": fingerprint}, range(len(tokens.dataset.shards)), group)
+    except Stopped as stopped:
+        return str(stopped)
+    finally:
+        group.stop.is_set = False
+    for number, shard in enumerate(tokens.dataset.shards):
+        rows = rows_of(tokens.task, read_shard(tokens.dataset, shard), LANGUAGES)
+        try:
+            assert list(tokens.open(number)) == tokens.model.encode(rows)
+        except UserError as error:
+            return str(error)
+    return {path.name: path.stat().st_mtime_ns for path in sorted(Path(out).glob("*.arrow"))}
+
+
+@pytest.mark.parametrize("scorer", ["mt5", "cloze", "new head", "t5gemma2"])
+def test_every_rank_reads_the_rows_that_all_have_written(world: Path, tmp_path: Path, scorer: str) -> None:
+    arguments = {"world": str(world), "scorer": scorer, "out": str(tmp_path / "tokens")}
+    first, other = tiny.run_ranks(made, 2, **arguments)
+    assert first == other and list(first) == ["000000.arrow", "000001.arrow", "000002.arrow"]
+    if scorer != "mt5":
+        return
+    assert tiny.run_ranks(made, 2, **arguments) == tiny.run_ranks(made, 1, **arguments) * 2 == [first, first]
+    assert all(tiny.run_ranks(made, 2, **arguments, fingerprint=2)[0][name] > first[name] for name in first)
+    drop(tmp_path / "tokens")
+    assert not (tmp_path / "tokens").exists()
+
+
+def test_what_is_damaged_is_made_again_or_named(world: Path, tmp_path: Path) -> None:
+    arguments = {"world": str(world), "scorer": "mt5", "out": str(tmp_path)}
+    (first,) = tiny.run_ranks(made, 1, **arguments)
+    (tmp_path / "000001.arrow").unlink()
+    (again,) = tiny.run_ranks(made, 1, **arguments)
+    assert [name for name in first if again[name] != first[name]] == ["000001.arrow"]
+    os.truncate(tmp_path / "000002.arrow", 100)
+    (again,) = tiny.run_ranks(made, 1, **arguments)
+    assert isinstance(again, dict) and again["000002.arrow"] != first["000002.arrow"]
+    data = bytearray((tmp_path / "000000.arrow").read_bytes())
+    data[len(data) // 2] ^= 1
+    (tmp_path / "000000.arrow").write_bytes(data)
+    (said,) = tiny.run_ranks(made, 1, **arguments)
+    assert "000000.arrow: content differs from the sha256" in said and f"delete {tmp_path}" in said
+
+
+def test_a_stop_while_tokenising_keeps_what_is_done(world: Path, tmp_path: Path) -> None:
+    """Rank 0 has shards 0 and 2; rank 1, which is asked to stop, writes nothing."""
+    arguments = {"world": str(world), "scorer": "mt5", "out": str(tmp_path)}
+    said = tiny.run_ranks(made, 2, **arguments, stop=True)
+    assert said == [f"stopped while tokenising; {tmp_path} keeps what is done"] * 2
+    kept = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("*.arrow")}
+    assert sorted(kept) == ["000000.arrow", "000002.arrow"]
+    found, _ = tiny.run_ranks(made, 2, **arguments)
+    assert len(found) == 3 and found.items() >= kept.items()
