@@ -5,6 +5,7 @@ While the stage runs, ``started.json`` holds its fingerprint, so that partial wo
 configuration.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -28,6 +29,7 @@ MANIFEST = "manifest.json"
 STARTED = "started.json"
 HANG = "hang"  # directory in which the watchdog of a stage that hangs leaves what it sees
 FORMAT_VERSION = 1
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextmanager
@@ -46,6 +48,10 @@ def atomic_path(path: Path) -> Iterator[Path]:
         temporary.chmod(0o644)  # mkstemp makes files private, but outputs are shared within a project
         temporary.replace(path)
         sync_file(path.parent)
+    except OSError as error:
+        if error.errno in _NO_ROOM and error.filename in (None, name):  # a write does not say into which file
+            raise OSError(error.errno, os.strerror(error.errno), str(path)) from None
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

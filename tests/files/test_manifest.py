@@ -3,9 +3,12 @@
 import json
 import os
 import stat
+import subprocess
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from alsace_dist import __version__
@@ -45,6 +48,23 @@ def test_a_writer_that_fails_leaves_nothing_and_keeps_the_old_file(
         temporary.write_text("half of the n", encoding="utf-8")
         raise error
     assert [(file.name, file.read_text()) for file in path.parent.iterdir()] == ([("file.txt", old)] if old else [])
+
+
+def test_a_full_disk_is_said_with_the_file_that_had_no_room(tmp_path: Path) -> None:
+    """The operating system does not say which, nor does Arrow; the temporary name would tell nobody anything."""
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", str(tmp_path)], check=True)
+    try:
+        with pytest.raises(OSError, match="No space left on device") as plain, atomic_path(tmp_path / "x") as temporary:
+            temporary.write_bytes(bytes(100_000))
+        table = pa.table({"x": [bytes(100_000)]})
+        with pytest.raises(OSError, match="No space left on device") as arrow, atomic_path(tmp_path / "y") as temporary:
+            pq.write_table(table, temporary, compression="none")
+        assert [Path(str(found.value.filename)).name for found in (plain, arrow)] == ["x", "y"]
+        assert list(tmp_path.iterdir()) == []
+        with pytest.raises(FileNotFoundError, match="nowhere"), atomic_path(tmp_path / "z"):
+            Path("nowhere").read_text()
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
 
 
 def test_the_new_file_appears_whole_and_only_at_the_end(tmp_path: Path) -> None:
