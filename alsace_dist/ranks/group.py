@@ -84,12 +84,17 @@ class Ranks:
 
     def max(self, value: float) -> float:
         """Largest value of any rank. Collective."""
+        return self.most(value)[0]
+
+    def most(self, *values: float) -> list[float]:
+        """The largest of any rank, of each of some values. Collective."""
         import torch
         import torch.distributed as dist
 
-        tensor = torch.tensor(value, dtype=torch.float64)
+        tensor = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.control)
-        return float(tensor)
+        result: list[float] = tensor.tolist()
+        return result
 
     def gather(self, value: Any) -> list[Any]:
         """A small JSON-like value of every rank, in rank order. Collective."""

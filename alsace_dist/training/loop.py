@@ -101,14 +101,19 @@ def run(training: Training, ranks: Ranks) -> tuple[int, dict[str, FileEntry]]:
     watchdog = Watchdog(ranks, directory, training.engine.hang_limit())
     kept = directory / CHECKPOINTS, engine, training.fingerprint, section.keep_checkpoints
     saver = Saver(*kept, watchdog, monitor.checkpoint)
+
+    def following(step: int) -> list[MicroBatch]:
+        watchdog.beat(f"the data of step {step + 1}")
+        with monitor.waiting():
+            return next(batches, [])  # nothing after the last step
+
     with monitor, watchdog:
         batches = stream.batches(first, num_steps, lambda step, batch: _micro_batches(training, batch, rule))
+        parts = following(first)
+        (most,) = ranks.most(len(parts))
         for step in steps:
-            watchdog.beat(f"the data of step {step + 1}")
-            with monitor.waiting():
-                parts = next(batches)
             watchdog.beat(f"step {step + 1}")
-            parts = _enough_for_all_ranks(parts, training, partial(stream.stand_in, step), ranks)
+            parts = _enough_for_all_ranks(parts, most, training, partial(stream.stand_in, step))
             if section.dropout or (section.lora and section.lora.dropout):
                 torch.manual_seed(hash((training.seed, step, ranks.rank)))
             rate = learning_rate(section, step, num_steps)
@@ -116,8 +121,9 @@ def run(training: Training, ranks: Ranks) -> tuple[int, dict[str, FileEntry]]:
             done = step + 1
             num_tokens = sum(part.num_tokens for part in parts), sum(part.num_padded_tokens for part in parts)
             monitor.step(done, sums, num_tokens, rate, engine.gradient_norm)
+            parts = following(done)
             watchdog.beat(f"the checkpoint after step {done}")
-            stop, is_writing = ranks.any_rank(ranks.stop.is_set, saver.is_writing)
+            stop, is_writing, most = ranks.most(ranks.stop.is_set, saver.is_writing, len(parts))
             if not is_writing:
                 saver.finish()
             if done < num_steps and (stop or done % section.checkpoint_every_steps == 0):
@@ -165,17 +171,17 @@ def _micro_batches(training: Training, batch: list[Any], rule: CutRule) -> list[
 
 
 def _enough_for_all_ranks(
-    parts: list[MicroBatch], training: Training, stand_in: Callable[[], Any], ranks: Ranks
+    parts: list[MicroBatch], most: float, training: Training, stand_in: Callable[[], Any]
 ) -> list[MicroBatch]:
-    """Pad this rank's micro-batches with zero-loss copies. Collective.
+    """Pad this rank's micro-batches with zero-loss copies. ``most``: micro-batches of the rank that has most of them.
 
     From ZeRO-2 on every backward pass is a collective, so all ranks need equally many; below ZeRO-2 only the last pass
     of a step is, so one is enough.
     """
-    most = round(ranks.max(len(parts))) if every_backward_is_collective(training.engine) else 1
-    if len(parts) < most:
+    wanted = round(most) if every_backward_is_collective(training.engine) else 1
+    if len(parts) < wanted:
         extra = parts[-1] if parts else training.examples.collate([stand_in()])
-        parts = parts + [extra.without_effect()] * (most - len(parts))
+        parts = parts + [extra.without_effect()] * (wanted - len(parts))
     return parts
 
 

@@ -93,7 +93,8 @@ class Tokens:
         def make_own() -> None:
             self.dataset.expect(own)
             is_shown = ranks.is_main and num_rows >= MANY_ROWS
-            with progress("tokenise", self._directory, len(own), 0, is_shown) as advance:
+            # In the stage's own directory, where people look how far it is.
+            with progress("tokenise", self._directory.parent, len(own), 0, is_shown) as advance:
                 for shard in own:
                     if ranks.stop.is_set:
                         return

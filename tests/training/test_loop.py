@@ -15,9 +15,11 @@ from typing import Any
 import pytest
 import tiny
 import torch
+import torch.distributed as dist
 
 from alsace_dist.errors import EXIT_STOPPED
 from alsace_dist.monitor.scalars import read_scalars
+from alsace_dist.ranks.group import Ranks
 
 
 def make_run(world: Path, directory: Path, **sections: Any) -> Path:
@@ -113,6 +115,32 @@ def test_ranks_with_unequal_numbers_of_micro_batches_train_the_same(
     got, wanted = losses(tmp_path / "x"), losses(undisturbed)
     tolerance = 2e-4 if dtype == "fp32" else 0.02
     assert [loss for _, loss in got] == pytest.approx([loss for _, loss in wanted], rel=tolerance)
+
+
+def count_exchanges(group: Ranks, paths: list[str]) -> list[int]:
+    """How often the ranks exchange numbers beside those of DeepSpeed in the finetuning of each config."""
+    found, all_reduce = [], dist.all_reduce
+
+    def counting(tensor: torch.Tensor, op: Any = dist.ReduceOp.SUM, group: Any = None, **more: Any) -> Any:
+        found[-1] += group is control
+        return all_reduce(tensor, op, group=group, **more)
+
+    control, dist.all_reduce = group.control, counting
+    try:
+        for path in paths:
+            found.append(0)
+            tiny.stage_on_rank(group, path, "finetune", 0, "")
+    finally:
+        dist.all_reduce = all_reduce
+    return found
+
+
+def test_a_step_takes_one_exchange(world: Path, tmp_path: Path) -> None:
+    """Of whether to stop, whether a checkpoint is written, and who has most micro-batches: each costs a round trip."""
+    rare = {"log_every_steps": 1000, "checkpoint_every_steps": 1000}
+    paths = [str(make_run(world, tmp_path / str(steps), finetune={"num_steps": steps} | rare)) for steps in (3, 10)]
+    few, many = tiny.run_ranks(count_exchanges, 2, paths=paths)[0]
+    assert many - few == 7
 
 
 def test_a_frozen_vocabulary_is_exported_as_it_was(world: Path, tmp_path: Path) -> None:
