@@ -1,6 +1,6 @@
 """Stage 0 of the method: the model learns the task from labels in the source language."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -57,14 +57,12 @@ def run(stage: Stage, ranks: Ranks | None) -> None:
     languages = [config.data.source_language]
     counts, chosen = example_counts(dataset, config), None
     if section.shots is not None:
-        chosen = ranks.from_main(_shots(dataset, config, section.shots) if ranks.is_main else None)
+        chosen = ranks.from_main(shots_of(dataset, config, section.shots) if ranks.is_main else None)
         counts = [len(keys) for keys in chosen]
 
     def targets(shard: int, rows: Sequence[EncodedRow]) -> list[Example]:
-        if chosen is None:
-            return [one_hot_example(row, dataset.url) for row in rows[: counts[shard]]]
-        keys = set(chosen[shard])
-        return [one_hot_example(row, dataset.url) for row in rows if row.key in keys]
+        kept = learnt(rows, counts[shard], chosen and set(chosen[shard]))
+        return [one_hot_example(row, dataset.url) for row in kept]
 
     model = open_model(stage, START, languages, ranks)
     ranks.main_first(lambda: check_texts(model.encode, dataset, languages, config))
@@ -101,7 +99,12 @@ def example_counts(dataset: Dataset, config: Config) -> list[int]:
     return first
 
 
-def _shots(dataset: Dataset, config: Config, shots: int) -> list[list[str]]:
+def learnt(rows: Sequence[EncodedRow], count: int, keys: Collection[str] | None) -> Sequence[EncodedRow]:
+    """The rows of a shard that are learnt from: the first so many, or those of these groups."""
+    return rows[:count] if keys is None else [row for row in rows if row.key in keys]
+
+
+def shots_of(dataset: Dataset, config: Config, shots: int) -> list[list[str]]:
     """Ids of each shard's labeled groups that are learnt from, equally many of each label. Raises ``UserError`` if a
     label has too few."""
     language = config.data.source_language

@@ -9,10 +9,11 @@ import tiny
 
 from alsace_dist.config import Config
 from alsace_dist.config_file import load_config
+from alsace_dist.data.rows import Candidates, EncodedRow
 from alsace_dist.errors import UserError
-from alsace_dist.files.shards import Dataset, ParallelGroup, write_dataset
+from alsace_dist.files.shards import Dataset, ParallelGroup, read_shards, write_dataset
 from alsace_dist.monitor.scalars import read_scalars
-from alsace_dist.stages.finetune import _chosen, example_counts
+from alsace_dist.stages.finetune import example_counts, learnt, shots_of
 
 
 def labels(directory: Path) -> Dataset:
@@ -31,24 +32,26 @@ def config_of(directory: Path, **finetune: Any) -> Config:
 
 def test_shots_are_balanced_seeded_and_of_the_source_language(tmp_path: Path) -> None:
     dataset = labels(tmp_path)
-    chosen = _chosen(dataset, config_of(tmp_path, shots=4))
+    chosen = shots_of(dataset, config_of(tmp_path), 4)
     keys = [key for part in chosen for key in part]
     assert len(set(keys)) == 12
     assert Counter([0, 0, 0, 1, 1, 2][int(key[1:]) % 6] for key in keys) == {0: 4, 1: 4, 2: 4}
     assert not [key for key in keys if int(key[1:]) % 12 == 5]
-    assert chosen == _chosen(dataset, config_of(tmp_path, shots=4))
-    other = load_config(tmp_path / "c.yaml", {"finetune.shots": 4, "seed": 1})
-    assert chosen != _chosen(dataset, other)
-    more = {key for part in _chosen(dataset, config_of(tmp_path, shots=5)) for key in part}
+    assert chosen == shots_of(dataset, config_of(tmp_path), 4)
+    assert chosen != shots_of(dataset, load_config(tmp_path / "c.yaml", {"seed": 1}), 4)
+    more = {key for part in shots_of(dataset, config_of(tmp_path), 5) for key in part}
     assert set(keys) < more  # so that runs with more labels keep those of runs with fewer
     assert sum(example_counts(dataset, config_of(tmp_path, shots=4))) == 12  # what the plan counts on
 
 
 def test_a_number_of_examples_takes_the_first(tmp_path: Path) -> None:
-    dataset = labels(tmp_path)
-    chosen = _chosen(dataset, config_of(tmp_path, num_examples=20))
-    assert [len(part) for part in chosen] == example_counts(dataset, config_of(tmp_path, num_examples=20))
-    assert chosen[0][:5] == ["g0", "g1", "g2", "g3", "g4"] and sum(map(len, chosen)) == 20
+    dataset, config = labels(tmp_path), config_of(tmp_path, num_examples=20)
+    counts = example_counts(dataset, config)
+    assert sum(counts) == 20 and counts[-1] == 0
+    groups = [group for part in read_shards(dataset) for group in part if "en" in group.texts]
+    rows = [EncodedRow(group.key, "en", group.label, [1], Candidates(()), 0, False) for group in groups]
+    assert [row.key for row in learnt(rows, 5, None)] == ["g0", "g1", "g2", "g3", "g4"]
+    assert [row.key for row in learnt(rows, 5, {"g8", "g1"})] == ["g1", "g8"]
 
 
 @pytest.mark.parametrize(
@@ -62,7 +65,9 @@ def test_a_number_of_examples_takes_the_first(tmp_path: Path) -> None:
 )
 def test_more_labels_than_there_are_is_an_error(tmp_path: Path, finetune: dict[str, int], said: str) -> None:
     with pytest.raises(UserError, match=said):
-        _chosen(labels(tmp_path), config_of(tmp_path, **finetune))
+        config = config_of(tmp_path, **finetune)
+        example_counts(labels(tmp_path), config)
+        shots_of(labels(tmp_path), config, finetune["shots"])
 
 
 def test_shots_train_on_two_ranks(world: Path, tmp_path: Path) -> None:
