@@ -1,6 +1,7 @@
 """Tokens of a training are made once, by all ranks together, and are not trusted blindly."""
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,12 @@ from alsace_dist.training.tokens import Tokens, drop
 LANGUAGES = ("de", "en", "ru")
 
 
-def tokens_of(world: str, scorer: str) -> Tokens:
+def tokens_of(world: str, scorer: str, data: str = "") -> Tokens:
     sections = tiny.of_scorer(Path(world), scorer)
     task = TaskConfig(**{"fields": ["text"], "template": "{text}", "labels": tiny.LABELS} | sections.get("task", {}))
     options = Options(pooling=sections["model"].get("pooling"))
     model = open_model(Path(sections["model"]["path"]), answers_of(task, LANGUAGES), options)
-    return Tokens(open_dataset(f"{world}/run/data/unlabeled"), task, LANGUAGES, model)
+    return Tokens(open_dataset(data or f"{world}/run/data/unlabeled"), task, LANGUAGES, model)
 
 
 def made(group: Ranks, world: str, scorer: str, out: str, fingerprint: Any = 1, stop: bool = False) -> Any:
@@ -43,6 +44,22 @@ def made(group: Ranks, world: str, scorer: str, out: str, fingerprint: Any = 1, 
         except UserError as error:
             return str(error)
     return {path.name: path.stat().st_mtime_ns for path in sorted(Path(out).glob("*.arrow"))}
+
+
+def num_rows(group: Ranks, world: str, data: str, out: str) -> list[int]:
+    tokens = tokens_of(world, "mt5", data)
+    tokens.make(Path(out), {}, [0, 2], group)
+    return [len(tokens.open(shard)) for shard in (0, 2)]
+
+
+def test_a_start_that_goes_on_reads_no_shard(world: Path, tmp_path: Path) -> None:
+    shutil.copytree(world / "run/data/unlabeled", tmp_path / "data")
+    arguments = {"world": str(world), "data": str(tmp_path / "data"), "out": str(tmp_path / "tokens")}
+    (tmp_path / "data/000001.tar").unlink()  # nobody asks for it
+    first = tiny.run_ranks(num_rows, 2, **arguments)
+    for path in (tmp_path / "data").glob("*.tar"):
+        path.unlink()
+    assert tiny.run_ranks(num_rows, 2, **arguments) == first and first[0][0] > 30
 
 
 @pytest.mark.parametrize("scorer", ["mt5", "cloze", "new head", "t5gemma2"])
