@@ -67,7 +67,9 @@ class MarginalCalibration:
         aims, has_aim = self._aims(block, probabilities)
         for number, language in enumerate(block.languages):
             rows = np.flatnonzero(block.language == number)
-            kept = self._kept.setdefault(language, _Kept())
+            if language not in self._kept:
+                self._kept[language] = _Kept()
+            kept = self._kept[language]
             if language != self._reference:
                 rows = rows[has_aim[block.group[rows]]]
                 kept.add(block.log_probs[rows], aims[block.group[rows]])

@@ -1,5 +1,6 @@
 """A selection made a shard at a time equals, to the last digit, the one made by the definitions, group by group."""
 
+import tracemalloc
 from collections.abc import Callable, Iterator
 from itertools import product
 from pathlib import Path
@@ -183,6 +184,21 @@ def test_of_the_first_groups_whole_shards_are_taken(tmp_path: Path, shards: Path
 def test_groups_with_candidates_of_their_own(tmp_path: Path, way: dict[str, Any]) -> None:
     directory = write_shards(tmp_path / "scores", (20, 25), lambda number: 2 + number % 4, seed=1)
     compare(make_config(tmp_path, **OWN, select=way | {"rule": "all"}), directory)
+
+
+def test_memory_is_that_of_one_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Six times as many shards take but the hashes of their keys more, and their combinations of languages."""
+    monkeypatch.setattr(calibration, "BYTES_IN_MEMORY", 100)
+    config = make_config(tmp_path, task=TASK)
+    peaks = []
+    for number in (4, 24):
+        directory = write_shards(tmp_path / f"of-{number}", (150,) * number, lambda number: 3)
+        make_selection(config, directory)  # what is loaded for the first time stays
+        tracemalloc.start()
+        make_selection(config, directory)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 1.25 * peaks[0]
 
 
 # --- groups that files share ---------------------------------------------------------------------------------------
