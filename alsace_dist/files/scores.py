@@ -6,7 +6,9 @@ that correspond to no other language's) and ``category`` (string). While a shard
 files of parts of it, whose metadata says which of the shard's rows they hold.
 """
 
+import json
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +26,7 @@ KIND = "scores"
 PART = "part-"  # after a shard's name and a point: a file of a part of it
 _PART_FILE = re.compile(rf"(.+)\.{PART}\d+-of-\d+\.parquet")
 ROWS = "rows"  # in the metadata of such a file: the places of its rows among the shard's
+COUNTS = "counts"  # in the metadata of every file: its groups, and by language the groups that have it
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,7 @@ class Scores:
 
 def write_scores(path: Path, scores: Scores, metadata: dict[str, str], rows: Sequence[int] | None = None) -> None:
     """Write one shard's scores atomically; equal rows and metadata give equal bytes. ``rows``: of a part of a shard,
-    the places of its rows."""
+    the places of its rows. How many groups there are, and how many have each language, is added to the metadata."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -80,7 +83,11 @@ def write_scores(path: Path, scores: Scores, metadata: dict[str, str], rows: Seq
         columns["labels"] = [list(label) if isinstance(label, tuple) else None for label in scores.labels]
     columns |= {"apart": scores.apart} if any(scores.apart) else {}
     columns |= {"category": scores.categories} if any(scores.categories) else {}
-    metadata = metadata if rows is None else metadata | {ROWS: " ".join(map(str, rows))}
+    places = set(zip(scores.keys, scores.languages, strict=True))
+    languages = dict(sorted(Counter(language for _, language in places).items()))
+    counts = {"groups": len(set(scores.keys)), "languages": languages}
+    metadata = metadata | {COUNTS: json.dumps(counts, ensure_ascii=False)}
+    metadata |= {} if rows is None else {ROWS: " ".join(map(str, rows))}
     table = pa.table(columns, schema=schema(columns)).replace_schema_metadata(metadata)
     with atomic_path(path) as temporary:
         pq.write_table(table, temporary, compression="zstd")
@@ -113,17 +120,23 @@ def put_together(path: Path, parts: Sequence[Path], metadata: dict[str, str]) ->
 
 
 def read_metadata(path: Path) -> dict[str, str] | None:
-    """What ``write_scores`` was told about a file, or None if there is no readable file."""
+    """What ``write_scores`` was told about a file, and its counts, or None if there is no readable file."""
+    return _read_footer(path)[0]
+
+
+def _read_footer(path: Path) -> tuple[dict[str, str] | None, int]:
+    """The metadata of a file, and its number of rows, without reading these; None if there is no readable file."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     if not path.is_file():  # nor a pipe, which would never end
-        return None
+        return None, 0
     try:
-        metadata = pq.read_schema(path).metadata or {}
-    except (OSError, pa.ArrowException):
-        return None
-    return {key.decode(): value.decode() for key, value in metadata.items()}
+        footer = pq.read_metadata(path)
+        metadata = footer.schema.to_arrow_schema().metadata or {}
+        return {key.decode(): value.decode() for key, value in metadata.items()}, int(footer.num_rows)
+    except (OSError, UnicodeDecodeError, pa.ArrowException):
+        return None, 0
 
 
 def read_verified(directory: Path, manifest: Manifest, name: str) -> Scores:
@@ -146,11 +159,30 @@ def _as_scores(rows: ScoreColumns) -> Scores:
 
 
 def check_rows(path: Path, num_examples: Mapping[str, int]) -> None:
-    """Raises ``UserError`` if a shard's file has not every row once. ``num_examples``: of the shard, by language."""
-    rows = read_columns(path)
-    counts = np.bincount(rows.language, minlength=len(rows.languages)).tolist()
-    if dict(zip(rows.languages, counts, strict=True)) != {name: count for name, count in num_examples.items() if count}:
+    """Raises ``UserError`` if a shard's file has not every row once. ``num_examples``: of the shard, by language.
+
+    A file is there whole or not at all, so what was counted when it was written is what it holds, and only its footer
+    is read. Whoever reads the rows checks each of them. A file without counts, of version 0.1.0, is read whole.
+    """
+    metadata, num_rows = _read_footer(path)
+    counts = _languages_in(metadata or {})
+    if counts is None:
+        rows = read_columns(path)
+        of_rows = np.bincount(rows.language, minlength=len(rows.languages)).tolist()
+        counts, num_rows = dict(zip(rows.languages, of_rows, strict=True)), len(rows.sizes)
+    wanted = {language: count for language, count in num_examples.items() if count}
+    if counts != wanted or num_rows != sum(wanted.values()):
         raise UserError(f"{path}: rows are missing or too many; delete it and score again")
+
+
+def _languages_in(metadata: Mapping[str, str]) -> dict[str, int] | None:
+    """Language -> groups that have it, by the counts in a file's metadata; None if there are none that can be read."""
+    try:
+        counts = json.loads(metadata.get(COUNTS, ""))
+    except ValueError:
+        return None
+    found = counts.get("languages") if isinstance(counts, dict) else None
+    return found if isinstance(found, dict) else None
 
 
 def read_batches(
