@@ -6,9 +6,11 @@ label. This is the project's addition to the paper; docs/method.md tells what it
 
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 
 import numpy as np
 
+from alsace_dist.errors import UserError
 from alsace_dist.method import GroupScores
 from alsace_dist.method.block import Block, block_of
 
@@ -122,7 +124,16 @@ class _Kept:
         self.num_rows += len(rows)
         self.aims = _sum_of_rows(aims, self.aims)
         self._kind = rows.dtype
-        self._file.write(rows.tobytes())
+        try:
+            self._file.write(rows.tobytes())
+            self._file.flush()
+        except OSError as error:  # names no file, for this one has no name
+            with suppress(OSError):
+                self.close()
+            raise UserError(
+                f"{tempfile.gettempdir()}: {error.strerror}; the calibration keeps its scores there, 4 bytes for each "
+                "row and candidate: name a directory with more room in $TMPDIR"
+            ) from None
 
     def close(self) -> None:
         self._file.close()

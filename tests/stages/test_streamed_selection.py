@@ -1,5 +1,6 @@
 """A selection made a shard at a time equals, to the last digit, the one made by the definitions, group by group."""
 
+import resource
 import tracemalloc
 from collections.abc import Callable, Iterator
 from itertools import product
@@ -199,6 +200,20 @@ def test_memory_is_that_of_one_shard(tmp_path: Path, monkeypatch: pytest.MonkeyP
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[1] < 1.25 * peaks[0]
+
+
+def test_a_disk_without_room_for_the_calibration_is_said(
+    tmp_path: Path, shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(calibration, "BYTES_IN_MEMORY", 100)
+    config = make_config(tmp_path, task=TASK)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300, hard))  # no file may be larger, as on a disk that is full
+    try:
+        with pytest.raises(UserError, match=r"large; the calibration keeps its scores there, 4 bytes .* in \$TMPDIR"):
+            make_selection(config, shards)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 # --- groups that files share ---------------------------------------------------------------------------------------
