@@ -84,11 +84,12 @@ def stability(
     section, source = config.select, config.data.source_language
     column = {name: number for number, name in enumerate(names)}
     block = block_of(groups)
-    values = np.full((len(groups), len(names)), np.nan)
-    columns = np.array([column[name] for name in block.languages])[block.language]
     by_labels = section.score == "accuracy"
-    found = right_values(block, gold_rows(labels)) if by_labels else score_values(block, _yardstick(config))
-    values[block.group, columns] = found
+    found = np.full((len(groups), len(block.languages)), np.nan)
+    found[block.group, block.language] = (
+        right_values(block, gold_rows(labels)) if by_labels else score_values(block, _yardstick(config))
+    )
+    values = found[:, [block.languages.index(name) for name in names]]
     rng = np.random.default_rng(config.seed)
     drawn = rng.multinomial(len(groups), np.full(len(groups), 1 / len(groups)), size=NUM_RESAMPLES).astype(np.float64)
     counts = drawn @ ~np.isnan(values)
