@@ -15,7 +15,7 @@ from alsace_dist.method import GroupScores
 from alsace_dist.method.block import Block, block_of
 
 ROWS_AT_ONCE = 1 << 14
-BYTES_IN_MEMORY = 1 << 22  # of a language's rows, before they go to a file
+BYTES_IN_MEMORY = 1 << 20  # of a language's rows, before they go to a file
 
 
 def calibrate(group: GroupScores, biases: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
