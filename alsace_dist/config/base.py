@@ -69,10 +69,11 @@ class Section(BaseModel):
     @classmethod
     def _no_truth_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
         """pydantic would take ``true`` for 1, also within a mapping."""
-        kinds = list(_types_in(cls.model_fields[str(info.field_name)].annotation))
         truths = [one for one in (value.values() if isinstance(value, Mapping) else [value]) if isinstance(one, bool)]
-        if truths and Any not in kinds and bool not in kinds and (int in kinds or float in kinds):
-            raise ValueError(f"must be a number, not {str(truths[0]).lower()}")
+        if truths:
+            kinds = list(_types_in(cls.model_fields[str(info.field_name)].annotation))
+            if Any not in kinds and bool not in kinds and (int in kinds or float in kinds):
+                raise ValueError(f"must be a number, not {str(truths[0]).lower()}")
         return value
 
 

@@ -8,6 +8,7 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 
+from alsace_dist.config import Config
 from alsace_dist.data.rows import EncodedRow
 from alsace_dist.files.scores import PART, Scores
 from alsace_dist.files.shards import ShardInfo
@@ -55,6 +56,12 @@ class Work:
         keys, languages, labels = ([getattr(row, name) for row in rows] for name in ("key", "language", "label"))
         apart, categories = [row.is_apart for row in rows], [row.category for row in rows]
         return Scores(keys, languages, values, labels, apart, categories)
+
+
+def most_batches(config: Config, shard: ShardInfo) -> int:
+    """More batches than this a shard is not cut into, for no prompt is longer than the longest."""
+    longest = sum(shard.num_examples.values()) * config.task.max_tokens
+    return longest // config.score.tokens_per_batch + 1
 
 
 def deal(shards: Sequence[ShardInfo], num_ranks: int, most_parts: Callable[[ShardInfo], int]) -> list[Part]:

@@ -6,9 +6,10 @@ that correspond to no other language's) and ``category`` (string). While a shard
 files of parts of it, whose metadata says which of the shard's rows they hold.
 """
 
+import json
 import re
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,14 +17,16 @@ from typing import Any
 import numpy as np
 
 from alsace_dist.errors import UserError
-from alsace_dist.files.manifest import MANIFEST, Manifest, atomic_path, load_manifest, verify_file
+from alsace_dist.files import score_columns
+from alsace_dist.files.manifest import Manifest, atomic_path, load_manifest, verify_file
+from alsace_dist.files.score_columns import ScoreColumns, read_columns, schema
 from alsace_dist.files.shards import Label, golds
-from alsace_dist.reading import check_regular
 
 KIND = "scores"
 PART = "part-"  # after a shard's name and a point: a file of a part of it
 _PART_FILE = re.compile(rf"(.+)\.{PART}\d+-of-\d+\.parquet")
 ROWS = "rows"  # in the metadata of such a file: the places of its rows among the shard's
+COUNTS = "counts"  # in the metadata of every file: its groups, and by language the groups that have it
 
 
 @dataclass(frozen=True)
@@ -64,36 +67,9 @@ class Scores:
         return {key: golds(label) for key, label, is_apart in rows if not is_apart}
 
 
-NEEDED = ("key", "language", "log_probs", "label")
-
-
-def _schema(names: Collection[str] = NEEDED) -> Any:
-    import pyarrow as pa
-
-    kinds = {"key": pa.string(), "language": pa.string(), "log_probs": pa.list_(pa.float32()), "label": pa.int32()}
-    kinds |= {"labels": pa.list_(pa.int32()), "apart": pa.bool_(), "category": pa.string()}
-    return pa.schema([(name, kind) for name, kind in kinds.items() if name in names])
-
-
-def _is_of_kind(column: Any) -> bool:
-    """Whether a column has the kind of values that it should, in whatever width: a cast would take numbers for text."""
-    import pyarrow.types as kinds
-
-    kind = column.type
-    if kinds.is_null(kind):  # no value at all
-        return True
-    if column.name == "log_probs":
-        return bool(kinds.is_list(kind) and kinds.is_floating(kind.value_type))
-    if column.name == "labels":
-        return bool(kinds.is_list(kind) and kinds.is_integer(kind.value_type))
-    if column.name == "apart":
-        return bool(kinds.is_boolean(kind))
-    return bool(kinds.is_integer(kind) if column.name == "label" else kinds.is_string(kind))
-
-
 def write_scores(path: Path, scores: Scores, metadata: dict[str, str], rows: Sequence[int] | None = None) -> None:
     """Write one shard's scores atomically; equal rows and metadata give equal bytes. ``rows``: of a part of a shard,
-    the places of its rows."""
+    the places of its rows. How many groups there are, and how many have each language, is added to the metadata."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -107,8 +83,12 @@ def write_scores(path: Path, scores: Scores, metadata: dict[str, str], rows: Seq
         columns["labels"] = [list(label) if isinstance(label, tuple) else None for label in scores.labels]
     columns |= {"apart": scores.apart} if any(scores.apart) else {}
     columns |= {"category": scores.categories} if any(scores.categories) else {}
-    metadata = metadata if rows is None else metadata | {ROWS: " ".join(map(str, rows))}
-    table = pa.table(columns, schema=_schema(columns)).replace_schema_metadata(metadata)
+    places = set(zip(scores.keys, scores.languages, strict=True))
+    languages = dict(sorted(Counter(language for _, language in places).items()))
+    counts = {"groups": len(set(scores.keys)), "languages": languages}
+    metadata = metadata | {COUNTS: json.dumps(counts, ensure_ascii=False)}
+    metadata |= {} if rows is None else {ROWS: " ".join(map(str, rows))}
+    table = pa.table(columns, schema=schema(columns)).replace_schema_metadata(metadata)
     with atomic_path(path) as temporary:
         pq.write_table(table, temporary, compression="zstd")
 
@@ -140,17 +120,23 @@ def put_together(path: Path, parts: Sequence[Path], metadata: dict[str, str]) ->
 
 
 def read_metadata(path: Path) -> dict[str, str] | None:
-    """What ``write_scores`` was told about a file, or None if there is no readable file."""
+    """What ``write_scores`` was told about a file, and its counts, or None if there is no readable file."""
+    return _read_footer(path)[0]
+
+
+def _read_footer(path: Path) -> tuple[dict[str, str] | None, int]:
+    """The metadata of a file, and its number of rows, without reading these; None if there is no readable file."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     if not path.is_file():  # nor a pipe, which would never end
-        return None
+        return None, 0
     try:
-        metadata = pq.read_schema(path).metadata or {}
-    except (OSError, pa.ArrowException):
-        return None
-    return {key.decode(): value.decode() for key, value in metadata.items()}
+        footer = pq.read_metadata(path)
+        metadata = footer.schema.to_arrow_schema().metadata or {}
+        return {key.decode(): value.decode() for key, value in metadata.items()}, int(footer.num_rows)
+    except (OSError, UnicodeDecodeError, pa.ArrowException):
+        return None, 0
 
 
 def read_verified(directory: Path, manifest: Manifest, name: str) -> Scores:
@@ -161,134 +147,67 @@ def read_verified(directory: Path, manifest: Manifest, name: str) -> Scores:
 
 def read_score_file(path: Path) -> Scores:
     """Read one file. Raises ``UserError`` if it is missing, broken or lacks a column."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+    return _as_scores(read_columns(path))
 
-    remedy = "delete its directory and run `alsace score` again"
-    try:
-        check_regular(path, remedy)
-    except FileNotFoundError:
-        raise UserError(f"{path}: not a score file (no such file); {remedy}") from None
-    try:
-        names = {*NEEDED, *pq.read_schema(path).names}
-        table = pq.read_table(path, columns=_schema(names).names)
-        if wrong := next((column for column in table.schema if not _is_of_kind(column)), None):
-            raise ValueError(f"column {wrong.name} holds {wrong.type}")
-        table = table.cast(_schema(names))
-    except PermissionError:
-        raise  # the file is not broken, and the operating system's message names path and reason
-    except (OSError, pa.ArrowException, ValueError) as error:
-        raise UserError(f"{path}: not a score file ({' '.join(str(error).split())}); {remedy}") from None
-    if bad := next((name for name in ("key", "language", "log_probs") if table.column(name).null_count), None):
-        raise UserError(f"{path}: column {bad} has holes; {remedy}")
-    column = table.column("log_probs").combine_chunks()
-    values = column.flatten().to_numpy(zero_copy_only=False)
-    lengths = column.value_lengths().to_numpy(zero_copy_only=False)
-    _check_values(path, values, lengths, remedy)
-    rows = np.split(values, np.cumsum(lengths)[:-1]) if len(lengths) else []
+
+def _as_scores(rows: ScoreColumns) -> Scores:
+    table, num_rows = rows.table, len(rows.sizes)
     keys, languages = table.column("key").to_pylist(), table.column("language").to_pylist()
-    _check_names(path, keys, languages, remedy)
-    found = {name: table.column(name).to_pylist() for name in table.column_names if name not in NEEDED}
-    labels = table.column("label").to_pylist()
-    if "labels" in found:
-        labels = [tuple(many) if many else one for one, many in zip(labels, found["labels"], strict=True)]
-    return Scores(keys, languages, rows, labels, found.get("apart", []), found.get("category", []))
+    log_probs = np.split(rows.values, np.cumsum(rows.sizes)[:-1]) if num_rows else []
+    found = {name: table.column(name).to_pylist() for name in ("apart", "category") if name in table.column_names}
+    return Scores(keys, languages, log_probs, rows.labels(), found.get("apart", []), found.get("category", []))
 
 
 def check_rows(path: Path, num_examples: Mapping[str, int]) -> None:
-    """Raises ``UserError`` if a shard's file has not every row once. ``num_examples``: of the shard, by language."""
-    scores = read_score_file(path)
-    if dict(Counter(scores.languages)) != {language: count for language, count in num_examples.items() if count}:
+    """Raises ``UserError`` if a shard's file has not every row once. ``num_examples``: of the shard, by language.
+
+    A file is there whole or not at all, so what was counted when it was written is what it holds, and only its footer
+    is read. Whoever reads the rows checks each of them. A file without counts, of version 0.1.0, is read whole.
+    """
+    metadata, num_rows = _read_footer(path)
+    counts = _languages_in(metadata or {})
+    if counts is None:
+        rows = read_columns(path)
+        of_rows = np.bincount(rows.language, minlength=len(rows.languages)).tolist()
+        counts, num_rows = dict(zip(rows.languages, of_rows, strict=True)), len(rows.sizes)
+    wanted = {language: count for language, count in num_examples.items() if count}
+    if counts != wanted or num_rows != sum(wanted.values()):
         raise UserError(f"{path}: rows are missing or too many; delete it and score again")
 
 
-def _check_names(path: Path, keys: list[str], languages: list[str], remedy: str) -> None:
-    """Raises ``UserError`` if a row has an empty name or is there twice."""
-    seen = set()
-    for place in zip(keys, languages, strict=True):
-        problem = "is there twice" if place in seen else "a name is empty" if not all(place) else ""
-        if problem:
-            raise UserError(f"{path}: group {place[0]!r}, language {place[1]!r}: {problem}; {remedy}")
-        seen.add(place)
+def _languages_in(metadata: Mapping[str, str]) -> dict[str, int] | None:
+    """Language -> groups that have it, by the counts in a file's metadata; None if there are none that can be read."""
+    try:
+        counts = json.loads(metadata.get(COUNTS, ""))
+    except ValueError:
+        return None
+    found = counts.get("languages") if isinstance(counts, dict) else None
+    return found if isinstance(found, dict) else None
 
 
-def _check_values(path: Path, values: np.ndarray, lengths: np.ndarray, remedy: str) -> None:
-    """Raises ``UserError`` if rows are no log-probabilities over two candidates or more.
+def read_batches(
+    directory: Path, num_groups: int | None = None, num_candidates: int | None = None
+) -> Iterator[ScoreColumns]:
+    """Rows of a complete score directory, a shard at a time, in the memory of one shard and 8 bytes for each group.
 
-    Numbers that are not finite pass: they are a model's, not a file's fault, and the stages say so.
+    Parameters and errors as of ``read_scores``; what concerns the shards together is raised behind the last of them.
     """
-    if len(lengths) == 0:
-        return
-    if lengths.min() < 2:
-        raise UserError(f"{path}: row {int(lengths.argmin())} has fewer than two candidates; {remedy}")
-    starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
-    with np.errstate(over="ignore", invalid="ignore"):
-        sums = np.add.reduceat(np.exp(values.astype(np.float64)), starts)
-    wrong = np.isfinite(sums) & (np.abs(sums - 1) > 1e-3)
-    if wrong.any():
-        row = int(wrong.argmax())
-        raise UserError(f"{path}: row {row}: its probabilities add up to {sums[row]:.3g}, not to 1; {remedy}")
-
-
-def _check_counts(directory: Path, manifest: Manifest, whole: Scores) -> None:
-    """Hold all rows of a directory against what its manifest says of them. Raises ``UserError``."""
-    remedy = "delete the directory and run `alsace score` again"
-    num_rows, languages = manifest.details.get("num_examples"), manifest.details.get("texts")
-    if num_rows not in (None, len(whole.keys)):
-        raise UserError(f"{directory}: has {len(whole.keys)} rows, and {MANIFEST} says {num_rows}; {remedy}")
-    if isinstance(languages, dict) and (unknown := sorted(set(whole.languages) ^ languages.keys())):
-        raise UserError(f"{directory}: its rows and {MANIFEST} differ in the language {unknown[0]!r}; {remedy}")
-
-
-def _check_groups(directory: Path, whole: Scores, num_candidates: int | None) -> None:
-    """Raises ``UserError`` if rows have another number of candidates than the task, or a group two labels."""
-    label_of: dict[str, Label] = {}
-    apart = whole.apart or [False] * len(whole.keys)
-    rows = zip(whole.keys, whole.languages, whole.log_probs, whole.labels, apart, strict=True)
-    for key, language, log_probs, label, is_apart in rows:
-        where = f"{directory}: group {key!r}, language {language!r}"
-        if num_candidates is not None and len(log_probs) != num_candidates:
-            raise UserError(
-                f"{where}: has scores of {len(log_probs)} candidates, and the task has {num_candidates}; delete the "
-                "directory and run `alsace score` again"
-            )
-        if label is not None and not is_apart and label_of.setdefault(key, label) != label:
-            raise UserError(
-                f"{where}: has the label {label}, where another language has {label_of[key]}; delete the directory and "
-                "run `alsace score` again"
-            )
+    return score_columns.read_batches(directory, load_manifest(directory, KIND), num_groups, num_candidates)
 
 
 def read_scores(directory: Path, num_groups: int | None = None, num_candidates: int | None = None) -> Scores:
-    """Rows of a complete score directory, in the order of its shards.
+    """Rows of a complete score directory, in the order of its shards: some hundred bytes of memory for each of them.
 
     ``num_groups``: read whole shards until there are this many groups; None: all. ``num_candidates``: of the task; None
     if groups bring their own. Raises ``UserError`` if there are fewer groups, or the rows are not those of such a task.
     """
-    manifest: Manifest = load_manifest(directory, KIND)
-    apart: list[bool] = []
-    categories: list[str] = []
-    whole = Scores([], [], [], [], apart, categories)
-    keys: set[str] = set()
-    for name in sorted(manifest.files):
-        if num_groups is not None and len(keys) >= num_groups:
-            break
-        part = read_verified(directory, manifest, name)
-        keys.update(part.keys)
+    whole = Scores([], [], [], [], [], [])
+    for rows in read_batches(directory, num_groups, num_candidates):
+        part = _as_scores(rows)
         whole.keys.extend(part.keys)
         whole.languages.extend(part.languages)
         whole.log_probs.extend(part.log_probs)
         whole.labels.extend(part.labels)
-        apart.extend(part.apart or [False] * len(part.keys))
-        categories.extend(part.categories or [""] * len(part.keys))
-    pairs = list(zip(whole.keys, whole.languages, strict=True))
-    if len(set(pairs)) != len(pairs):
-        key, language = Counter(pairs).most_common(1)[0][0]
-        place = f"{directory}: group {key!r}, language {language!r}"
-        raise UserError(f"{place}: is there twice; delete the directory and run `alsace score` again")
-    _check_groups(directory, whole, num_candidates)
-    if num_groups is None:
-        _check_counts(directory, manifest, whole)
-    if num_groups is not None and len(keys) < num_groups:
-        raise UserError(f"select.num_groups: {num_groups} asked for, {directory} has {len(keys)}; lower it")
+        whole.apart.extend(part.apart or [False] * len(part.keys))
+        whole.categories.extend(part.categories or [""] * len(part.keys))
     return whole

@@ -30,6 +30,7 @@ from alsace_dist.files.manifest import (
     MANIFEST,
     Manifest,
     atomic_path,
+    digest_bytes,
     parse_manifest,
     write_manifest,
 )
@@ -214,7 +215,8 @@ def open_split(config: Config, split: str) -> Dataset:
 
 
 def open_dataset(url: str | Path, cache: Cache | None = None, patience: store.Patience | None = None) -> Dataset:
-    """Open a dataset by directory or fsspec URL.
+    """Open a dataset by directory or fsspec URL. Its manifest is read each time, and a process that has read the same
+    bytes before does not parse them again: those of 10^5 shards take seconds.
 
     ``cache``: where shards of a store are kept on this node; ``patience``: how long to wait for the manifest.
 
@@ -227,22 +229,40 @@ def open_dataset(url: str | Path, cache: Cache | None = None, patience: store.Pa
         data = store.read(path, reading.MAX_TEXT_BYTES, patience=patience)
     except FileNotFoundError:
         raise NotReady(f"{path}: no such file; run `alsace prepare`, or name a prepared dataset") from None
-    remedy = f"delete {location} and run `alsace prepare` again"
-    value = reading.parse_json(data, f"{path}: ", remedy)
-    if not isinstance(value, dict) or value.get("kind") != KIND or value.get("format_version") != FORMAT_VERSION:
-        raise UserError(f"{path}: not the manifest of a dataset; name a directory that `alsace prepare` wrote")
-    return _dataset(location, parse_manifest(value, KIND, path, remedy), cache)
+    known = location, digest_bytes(data)
+    opened = _OPENED.get(known)
+    if opened is None:
+        remedy = f"delete {location} and run `alsace prepare` again"
+        value = reading.parse_json(data, f"{path}: ", remedy)
+        if not isinstance(value, dict) or value.get("kind") != KIND or value.get("format_version") != FORMAT_VERSION:
+            raise UserError(f"{path}: not the manifest of a dataset; name a directory that `alsace prepare` wrote")
+        opened = _dataset(location, parse_manifest(value, KIND, path, remedy))
+        if len(_OPENED) == MAX_OPENED:
+            _OPENED.clear()
+        _OPENED[known] = opened
+    return replace(opened, reader=ShardReader(location, cache))
 
 
-def _dataset(url: str, manifest: Manifest, cache: Cache | None = None) -> Dataset:
+MAX_OPENED = 8  # a run has four splits
+_OPENED: dict[tuple[str, str], Dataset] = {}  # by URL and by the sha256 of the manifest
+
+
+def _dataset(url: str, manifest: Manifest) -> Dataset:
     details = read_details(manifest, url)
+    alike: dict[tuple[tuple[str, int], ...], dict[str, int]] = {}  # most shards have the same counts: one object
     shards = tuple(
-        ShardInfo(row.name, entry["sha256"], entry["bytes"], row.num_groups, row.num_examples)
+        ShardInfo(
+            row.name,
+            entry["sha256"],
+            entry["bytes"],
+            row.num_groups,
+            alike.setdefault(tuple(row.num_examples.items()), row.num_examples),
+        )
         for row in details.shards
         for entry in [manifest.files[row.name]]
     )
-    languages = sorted({language for shard in shards for language in shard.num_examples})
-    return Dataset(url, shards, tuple(languages), tuple(details.labels), manifest.digest, ShardReader(url, cache))
+    languages = sorted({language for counts in alike.values() for language in counts})
+    return Dataset(url, shards, tuple(languages), tuple(details.labels), manifest.digest, ShardReader(url))
 
 
 def read_details(manifest: Manifest, url: str | Path) -> "DatasetDetails":

@@ -4,7 +4,6 @@ The paper's loss (section 3, Cross-lingual Self-Distillation) is the mean over p
 of KL(P(x_a) || P(x_b)); with frozen teachers one target per language does the work of all its pairs.
 """
 
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, get_args
@@ -124,12 +123,11 @@ def entropies(probabilities: np.ndarray) -> np.ndarray:
     return found
 
 
-def num_pairs(groups: Iterable[Iterable[str]], weights: Mapping[str, float], mode: str) -> float:
-    """Sum of the weights of all lessons of these groups: the number of pairs that the mean loss is taken over.
+def num_pairs(counts: Mapping[tuple[str, ...], int], weights: Mapping[str, float], mode: str) -> float:
+    """Sum of the weights of all lessons of groups: the number of pairs that the mean loss is taken over.
 
-    ``groups``: the languages of each group.
+    ``counts``: the languages of groups -> how many groups have these.
     """
-    counts = Counter(tuple(group) for group in groups)
     return sum(
         number * sum(lesson.weight for lesson in lessons(languages, weights, mode).values())
         for languages, number in counts.items()

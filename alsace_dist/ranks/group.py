@@ -20,6 +20,7 @@ from alsace_dist.ranks.failures import error_directory, is_secondary
 from alsace_dist.reading import shorten
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP)
@@ -81,6 +82,16 @@ class Ranks:
         dist.all_reduce(tensor, group=self.control)
         result: list[float] = tensor.tolist()
         return result
+
+    def union(self, flags: "np.ndarray") -> "np.ndarray":
+        """bool [n]: of these flags, those that any rank has set. Collective."""
+        import torch
+        import torch.distributed as dist
+
+        tensor = torch.from_numpy(flags.astype("uint8"))
+        dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.control)
+        found: np.ndarray = tensor.numpy().astype("bool")
+        return found
 
     def max(self, value: float) -> float:
         """Largest value of any rank. Collective."""

@@ -3,7 +3,7 @@
 Labels are looked at here and nowhere in the method.
 """
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,8 +12,17 @@ from alsace_dist.config import Config, DistillConfig
 from alsace_dist.files.scores import Scores
 from alsace_dist.files.selection import Selection
 from alsace_dist.method import GroupScores
+from alsace_dist.method.block import block_of
 from alsace_dist.method.calibration import calibrate
-from alsace_dist.method.selection import accuracies, choose_teachers, language_scores, score_values
+from alsace_dist.method.selection import (
+    Yardstick,
+    accuracies,
+    choose_teachers,
+    gold_rows,
+    language_scores,
+    right_values,
+    score_values,
+)
 from alsace_dist.method.targets import targets
 from alsace_dist.reporting.tables import Row, Table
 from alsace_dist.reporting.verdict import UNDEFINED, percent, printable
@@ -43,7 +52,7 @@ def explanation(config: Config, selection: Selection, scores: Scores) -> list[tu
     rates = accuracies(calibrated, labels) if labels else {}
     stable = stability(config, calibrated, names, known)
     agreement = agreements(calibrated, names)
-    as_vote = _agreement_with_vote(config, calibrated)
+    as_vote = language_scores(calibrated, _yardstick(config, agreement=True))
     rows = []
     for name in names:
         is_teacher = name in selection.weights
@@ -74,9 +83,13 @@ def stability(
     """
     section, source = config.select, config.data.source_language
     column = {name: number for number, name in enumerate(names)}
-    values = np.full((len(groups), len(names)), np.nan)
-    for index, name, value in _values(config, groups, labels):
-        values[index, column[name]] = value
+    block = block_of(groups)
+    by_labels = section.score == "accuracy"
+    found = np.full((len(groups), len(block.languages)), np.nan)
+    found[block.group, block.language] = (
+        right_values(block, gold_rows(labels)) if by_labels else score_values(block, _yardstick(config))
+    )
+    values = found[:, [block.languages.index(name) for name in names]]
     rng = np.random.default_rng(config.seed)
     drawn = rng.multinomial(len(groups), np.full(len(groups), 1 / len(groups)), size=NUM_RESAMPLES).astype(np.float64)
     counts = drawn @ ~np.isnan(values)
@@ -103,30 +116,14 @@ def agreements(groups: Sequence[GroupScores], names: Sequence[str]) -> np.ndarra
     return np.stack(rows)
 
 
-def _values(
-    config: Config, groups: Sequence[GroupScores], labels: Sequence[Collection[int]]
-) -> Iterator[tuple[int, str, float]]:
-    """What the selection's scores are the means of: index of a group, language, value."""
+def _yardstick(config: Config, agreement: bool = False) -> Yardstick:
+    """What the selection's scores are the means of; ``agreement``: whatever ``select.score`` says."""
     section, source = config.select, config.data.source_language
-    if section.score == "accuracy":
-        for index, (group, right) in enumerate(zip(groups, labels, strict=True)):
-            for language, row in group.items():
-                yield index, language, float(int(np.argmax(row)) in right)
-        return
-    yield from score_values(
-        groups,
-        section.score == "agreement",
+    return Yardstick(
+        agreement or section.score == "agreement",
         section.vote == "soft",
         section.leave_one_out,
         source if section.vote == "source" else None,
-    )
-
-
-def _agreement_with_vote(config: Config, groups: Sequence[GroupScores]) -> dict[str, float]:
-    """Language -> share of groups in which its best answer is the vote that languages are scored against."""
-    section, source = config.select, config.data.source_language
-    return language_scores(
-        groups, True, section.vote == "soft", section.leave_one_out, source if section.vote == "source" else None
     )
 
 

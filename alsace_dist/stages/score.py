@@ -18,23 +18,17 @@ import numpy as np
 
 from alsace_dist import __version__
 from alsace_dist.config import Config
-from alsace_dist.data.dealing import Part, Work, deal
+from alsace_dist.data.dealing import Part, Work, deal, most_batches
+from alsace_dist.data.results import Results
 from alsace_dist.data.rows import EncodedRow, rows_of
 from alsace_dist.data.stream import ahead, score_batches
-from alsace_dist.data.texts import TEXTS, TextCounts, check_texts, count, lines, read_texts, total
+from alsace_dist.data.texts import TEXTS, TextCounts, check_texts, count, lines, total
 from alsace_dist.errors import PeerFailed, Stopped, warn
 from alsace_dist.files import manifest
 from alsace_dist.files.layout import data_url
 from alsace_dist.files.manifest import FileEntry
 from alsace_dist.files.progress import clear_progress
-from alsace_dist.files.scores import (
-    KIND,
-    check_rows,
-    parts_of,
-    put_together,
-    read_metadata,
-    write_scores,
-)
+from alsace_dist.files.scores import KIND, write_scores
 from alsace_dist.files.shards import Dataset, ShardInfo, open_dataset, open_split, read_shard
 from alsace_dist.monitor.health import LeadCheck
 from alsace_dist.monitor.progress import Advance, progress
@@ -156,7 +150,7 @@ class ScoringPass:
     ) -> None:
         self.config, self.dataset, self.directory = config, dataset, directory
         self.fingerprint, self.tensorboard = fingerprint, tensorboard
-        self.metadata = {"fingerprint": manifest.digest_json(fingerprint)}
+        self.results = Results(directory, {"fingerprint": manifest.digest_json(fingerprint)})
         self.counts = Counts()
         self.num_done = 0
         self._tokenised: tuple[ShardInfo, list[EncodedRow], list[list[int]]] | None = None
@@ -182,7 +176,7 @@ class ScoringPass:
         ranks, directory = self.ranks, self.directory
         ranks.main_first(lambda: manifest.begin(directory, KIND, self.fingerprint))
         shards = self._without_result([Part(shard) for shard in self.dataset.shards])
-        parts = deal([part.shard for part in shards], ranks.world_size, self._most_batches)
+        parts = deal([part.shard for part in shards], ranks.world_size, partial(most_batches, self.config))
         todo = self._without_result(parts)
         num_whole = len(self.dataset.shards) - len(shards)
         total, num_done = num_whole + len(parts), num_whole + len(parts) - len(todo)
@@ -201,27 +195,13 @@ class ScoringPass:
 
     # --- parts -----------------------------------------------------------------------------------------------------
 
-    def _path(self, part: Part) -> Path:
-        return self.directory / f"{part.name}.parquet"
-
-    def _metadata(self, part: Part) -> dict[str, str]:
-        return self.metadata | {"shard": part.shard.sha256}
-
-    def _is_done(self, part: Part) -> bool:
-        found, wanted = read_metadata(self._path(part)) or {}, self._metadata(part)
-        return {name: found.get(name) for name in wanted} == wanted
-
     def _without_result(self, parts: list[Part]) -> list[Part]:
         """Those that have no result yet. Collective: each rank looks after its share."""
         ranks = self.ranks
-        done = ranks.gather([i for i in range(ranks.rank, len(parts), ranks.world_size) if self._is_done(parts[i])])
-        found = {number for own in done for number in own}
-        return [part for number, part in enumerate(parts) if number not in found]
-
-    def _most_batches(self, shard: ShardInfo) -> int:
-        """More batches than this a shard is not cut into, for no prompt is longer than the longest."""
-        longest = sum(shard.num_examples.values()) * self.config.task.max_tokens
-        return longest // self.config.score.tokens_per_batch + 1
+        own = np.zeros(len(parts), bool)
+        for number in range(ranks.rank, len(parts), ranks.world_size):
+            own[number] = self.results.is_done(parts[number])
+        return [part for part, is_done in zip(parts, ranks.union(own), strict=True) if not is_done]
 
     def _open(self, part: Part, number: int) -> Work:
         found = self._tokenised  # a thread makes batches ahead, and the loop may ask for a stand-in
@@ -235,9 +215,9 @@ class ScoringPass:
 
     def _write(self, work: Work) -> None:
         texts = {language: counts.model_dump() for language, counts in count(work.rows).items()}
-        metadata = self._metadata(work.part) | {TEXTS: json.dumps(texts, ensure_ascii=False)}
+        metadata = self.results.metadata_of(work.part) | {TEXTS: json.dumps(texts, ensure_ascii=False)}
         rows = sorted(work.results) if work.part.num_parts > 1 else None
-        write_scores(self._path(work.part), work.scores(), metadata, rows)
+        write_scores(self.results.path(work.part), work.scores(), metadata, rows)
 
     # --- batches ---------------------------------------------------------------------------------------------------
 
@@ -363,23 +343,10 @@ class ScoringPass:
     def _finish(self, seconds: float) -> None:
         """Assert that every (group, language) is there once, complete the directory, and say what was seen."""
         ranks = self.ranks
-        own = [Part(shard) for shard in self.dataset.shards[ranks.rank :: ranks.world_size]]
-        entries: dict[str, FileEntry] = {}
-
-        def check() -> None:
-            parts = parts_of(self.directory)
-            for part in own:
-                files = parts.get(part.shard.stem, [])
-                if files and not self._is_done(part):
-                    put_together(self._path(part), files, self._metadata(part))
-                for path in files:
-                    path.unlink()
-                check_rows(self._path(part), part.shard.num_examples)
-                entries[self._path(part).name] = manifest.file_entry(self._path(part))
-
-        ranks.each(check)
+        own: list[tuple[dict[str, FileEntry], dict[str, TextCounts]]] = []
+        ranks.each(lambda: own.append(self.results.finish(self.dataset.shards[ranks.rank :: ranks.world_size])))
         gathered = ranks.gather(self.counts)
-        found = ranks.to_main((entries, total(read_texts(self._path(part)) for part in own)))
+        found = ranks.to_main(own[0])
         ranks.main_first(lambda: self._complete(found or []))
         if ranks.is_main:
             self._log(gathered, seconds)

@@ -3,6 +3,7 @@
 The command *calibrate* is the same on the final model's own scores, for the biases that are added at inference.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from alsace_dist.files import scores as score_files
 from alsace_dist.files.manifest import begin
 from alsace_dist.files.selection import KIND, Selection, write_selection
 from alsace_dist.method import selection as method
-from alsace_dist.method.calibration import calibrate, marginal_biases
+from alsace_dist.method.block import Block, Presence
+from alsace_dist.method.calibration import MarginalCalibration, calibrated
 from alsace_dist.method.targets import MODES, num_pairs
 from alsace_dist.ranks.group import Ranks
 from alsace_dist.stages.base import Output, Stage, only
@@ -65,49 +67,57 @@ def run(stage: Stage, ranks: Ranks | None) -> None:
 def make_selection(config: Config, scores: Path) -> Selection:
     """Teachers, students, scores, weights (summing to 1) and calibration biases from a directory of scores.
 
-    Labels are not read, even where the score files have some, but for ``score: accuracy``.
+    The files are read one after another, twice where they are calibrated: in memory are one of them, 8 bytes for each
+    group, and sums. Labels are not read, even where the score files have some, but for ``score: accuracy``.
     Raises ``UserError`` if the rule names languages that the scores do not have, or labels are wanted and missing.
     """
     section, source_language = config.select, config.data.source_language
-    rows = score_files.read_scores(scores, section.num_groups, config.task.num_candidates)
-    groups = list(rows.groups().values())
-    if not groups:
+    biases = _biases(config, scores) if section.calibration == "marginal" else {}
+    presence, means = Presence(), method.Means()
+    yardstick = method.Yardstick(
+        agreement=section.score == "agreement",
+        soft=section.vote == "soft",
+        leave_one_out=section.leave_one_out,
+        source_language=source_language if section.vote == "source" else None,
+    )
+    num_unlabeled = 0
+    for plain, golds in _blocks(config, scores):
+        block = calibrated(plain, biases)
+        presence.add(block)
+        num_unlabeled += int((golds < 0).all(axis=1).sum())
+        by_labels = section.score == "accuracy"
+        means.add(block, method.right_values(block, golds) if by_labels else method.score_values(block, yardstick))
+    if presence.num_groups == 0:
         raise UserError(f"{scores}: holds no scores; unlabeled groups are needed to select teachers")
-    if not all(np.isfinite(row).all() for group in groups for row in group.values()):
-        raise UserError(f"{scores}: holds scores that are no numbers; the model has diverged: lower its learning rate")
-    biases: dict[str, np.ndarray] = {}
-    if section.calibration == "marginal":
-        try:
-            biases = marginal_biases(groups, source_language if section.reference == "source" else None)
-        except ValueError as error:
-            raise UserError(f"select.calibration: {error}; set it to none") from None
-        groups = [calibrate(group, biases) for group in groups]
-    if section.score == "accuracy":
-        found = method.accuracies(groups, _labels(rows, scores))
-    else:
-        found = method.language_scores(
-            groups,
-            agreement=section.score == "agreement",
-            soft=section.vote == "soft",
-            leave_one_out=section.leave_one_out,
-            source_language=source_language if section.vote == "source" else None,
+    if section.score == "accuracy" and num_unlabeled:
+        raise UserError(
+            f"select.score: accuracy looks at labels, and {num_unlabeled} of {presence.num_groups} groups in "
+            f"{scores} have none; take unlabeled out of data.withhold_labels, or choose another score"
         )
+    found = means.means()
     if source_language not in found:
         raise UserError(
             f"{scores}: has no scores in the source language {source_language!r}; check data.source_language"
         )
+    return _selection(config, found, presence, biases)
+
+
+def _selection(config: Config, found: dict[str, float], presence: Presence, biases: dict[str, np.ndarray]) -> Selection:
+    """What the rule makes of the languages' scores."""
+    section = config.select
     assert section.rule is not None, "the config fills it in from the method"
-    teachers = method.choose_teachers(section, found, source_language, config.seed)
+    teachers = method.choose_teachers(section, found, config.data.source_language, config.seed)
     if section.weighting == "score":
         assert section.beta is not None
         weights = method.score_weights(found, teachers, section.beta)
     else:
         weights = dict.fromkeys(teachers, 1 / len(teachers))
     normalised = method.softmax_scores(found)
-    unscored = sorted({language for group in groups for language in group} - found.keys())
+    unscored = sorted(set(presence.languages) - found.keys())
+    kinds = presence.kinds(teachers)
     return Selection(
         rule=section.rule,
-        num_groups=len(groups),
+        num_groups=presence.num_groups,
         teachers=teachers,
         # Last the languages without a score: no group has them beside the source language, whose answers are the vote.
         students=[language for language in (*method.best_first(found), *unscored) if language not in teachers],
@@ -116,16 +126,38 @@ def make_selection(config: Config, scores: Path) -> Selection:
         normalised_scores=normalised,
         weights=weights,
         biases={language: bias.tolist() for language, bias in biases.items()},
-        num_pairs={mode: num_pairs(groups, weights, mode) for mode in MODES},
+        num_pairs={mode: num_pairs(kinds, weights, mode) for mode in MODES},
     )
 
 
-def _labels(rows: score_files.Scores, directory: Path) -> list[tuple[int, ...]]:
-    """The right candidates of each group, where candidates correspond. Raises ``UserError`` if one has no label."""
-    labels = list(rows.golds().values())
-    if lacking := labels.count(()):
-        raise UserError(
-            f"select.score: accuracy looks at labels, and {lacking} of {len(labels)} groups in "
-            f"{directory} have none; take unlabeled out of data.withhold_labels, or choose another score"
-        )
-    return labels
+def _biases(config: Config, scores: Path) -> dict[str, np.ndarray]:
+    source_language = config.data.source_language
+    calibration = MarginalCalibration(source_language if config.select.reference == "source" else None)
+    for block, _ in _blocks(config, scores):
+        calibration.add(block)
+    try:
+        return calibration.biases()
+    except ValueError as error:
+        raise UserError(f"select.calibration: {error}; set it to none") from None
+
+
+def _blocks(config: Config, scores: Path) -> Iterator[tuple[Block, np.ndarray]]:
+    """A shard at a time, the rows whose candidates correspond, and the right candidates of their groups, int [G, M]
+    with -1 where a group has fewer.
+
+    Raises ``UserError`` if the files or the numbers in them are no scores.
+    """
+    for rows in score_files.read_batches(scores, config.select.num_groups, config.task.num_candidates):
+        if not np.isfinite(rows.values[np.repeat(~rows.apart, rows.sizes)]).all():
+            raise UserError(
+                f"{scores}: holds scores that are no numbers; the model has diverged: lower its learning rate"
+            )
+        together = np.flatnonzero(~rows.apart)
+        together = together[np.lexsort((rows.language[together], rows.group[together]))]
+        numbers, group = np.unique(rows.group[together], return_inverse=True)
+        golds = np.full((len(numbers), rows.golds.shape[1]), -1, np.int64)
+        golds[group] = rows.golds[together]  # the same of all rows of a group
+        present, language = np.unique(rows.language[together], return_inverse=True)
+        languages = tuple(rows.languages[number] for number in present)
+        log_probs, sizes = rows.padded()[together], rows.sizes[together]
+        yield Block(languages, len(numbers), group, language, log_probs, sizes), golds

@@ -10,7 +10,16 @@ import pytest
 
 from alsace_dist.errors import UserError
 from alsace_dist.files.manifest import write_manifest
-from alsace_dist.files.scores import KIND, Scores, read_metadata, read_score_file, read_scores, write_scores
+from alsace_dist.files.scores import (
+    COUNTS,
+    KIND,
+    Scores,
+    check_rows,
+    read_metadata,
+    read_score_file,
+    read_scores,
+    write_scores,
+)
 
 
 def log_probs(*probabilities: float) -> np.ndarray:
@@ -21,6 +30,9 @@ ROWS = [log_probs(0.6, 0.4), log_probs(0.1, 0.9), log_probs(0.2, 0.3, 0.5)]
 SCORES = Scores(["a", "a", "b"], ["en", "de", "en"], ROWS, [None, None, 2])
 
 
+COUNTED = '{"groups": 2, "languages": {"de": 1, "en": 2}}'
+
+
 def test_what_is_written_comes_back(tmp_path: Path) -> None:
     metadata = {"fingerprint": "x", "shard": "y"}
     write_scores(tmp_path / "s.parquet", SCORES, metadata)
@@ -28,7 +40,31 @@ def test_what_is_written_comes_back(tmp_path: Path) -> None:
     assert (found.keys, found.languages, found.labels) == (SCORES.keys, SCORES.languages, SCORES.labels)
     for row, expected in zip(found.log_probs, SCORES.log_probs, strict=True):
         assert row.dtype == np.float32 and row.tolist() == expected.tolist()
-    assert read_metadata(tmp_path / "s.parquet") == metadata
+    assert read_metadata(tmp_path / "s.parquet") == metadata | {COUNTS: COUNTED}
+
+
+@pytest.mark.parametrize("are_counted", [True, False])
+def test_a_file_has_every_row_of_its_shard_once(tmp_path: Path, are_counted: bool) -> None:
+    """By the counts that it carries, or, as version 0.1.0 wrote files, without any."""
+    path = tmp_path / "s.parquet"
+
+    def write(scores: Scores) -> None:
+        write_scores(path, scores, {})
+        if not are_counted:
+            pq.write_table(pq.read_table(path).replace_schema_metadata({}), path)
+
+    write(SCORES)
+    check_rows(path, {"de": 1, "en": 2, "sw": 0})
+    for wrong in ({"de": 1, "en": 3}, {"de": 1}, {"de": 1, "en": 1, "fr": 1}, {"de": 2, "en": 1}, {}):
+        with pytest.raises(UserError, match=r"s\.parquet: rows are missing or too many; delete it and score again"):
+            check_rows(path, wrong)
+    write(Scores(["a"] * 3, ["en", "en", "de"], [ROWS[0]] * 3, [None] * 3))
+    for counts in ({"de": 1, "en": 2}, {"de": 1, "en": 1}):
+        with pytest.raises(UserError, match="rows are missing or too many" if are_counted else "is there twice"):
+            check_rows(path, counts)
+    path.unlink()
+    with pytest.raises(UserError, match="no such file"):
+        check_rows(path, {"de": 1, "en": 2})
 
 
 def test_no_rows_come_back_as_no_rows(tmp_path: Path) -> None:

@@ -61,6 +61,27 @@ def read_first(directory: Path) -> list[ParallelGroup]:
     return read_shard(dataset, dataset.shards[0])
 
 
+# --- a manifest that was read before -------------------------------------------------------------------------------
+
+
+def test_a_manifest_that_has_changed_is_not_taken_for_the_one_that_was_read_before(directory: Path) -> None:
+    first, path = open_dataset(directory), directory / MANIFEST
+    whole = path.read_bytes()
+    assert open_dataset(directory) == first
+    assert open_dataset(directory).reader is not first.reader
+    path.write_bytes(whole.replace(b'"good"', b'"fine"'))
+    changed = open_dataset(directory)
+    assert changed.labels == ("fine", "bad") and changed.digest != first.digest
+    path.write_bytes(whole[:-20])
+    with pytest.raises(UserError, match="not readable as JSON"):
+        open_dataset(directory)
+    path.write_bytes(whole)
+    assert open_dataset(directory) == first
+    path.unlink()
+    with pytest.raises(NotReady):
+        open_dataset(directory)
+
+
 # --- what is whole -------------------------------------------------------------------------------------------------
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from alsace_dist.method.selection import (
+    Yardstick,
     best_first,
     language_scores,
     score_weights,
@@ -46,11 +47,10 @@ def test_a_full_tie_goes_to_the_first_candidate() -> None:
 
 
 def test_a_language_left_out_has_no_say() -> None:
-    rows = group(a=[0.9, 0.1], b=[0.8, 0.2], c=[0.1, 0.9])
+    rows = group(a=[0.9, 0.1], b=[0.8, 0.2], c=[0.15, 0.85])
     assert vote(rows) == 0
-    assert vote(rows, leave_out="a") == 1  # b against c: 0.9 against 1.1
-    assert vote(rows, leave_out="c") == 0
-    assert vote(rows, leave_out="zz") == 0
+    # Without a, b against c: 0.95 against 1.05; without b, a against c: 1.05 against 0.95; without c, a and b.
+    assert language_scores([rows], Yardstick(leave_one_out=True)) == pytest.approx({"a": 0.1, "b": 0.8, "c": 0.15})
 
 
 # --- scores --------------------------------------------------------------------------------------------------------
@@ -70,25 +70,25 @@ def test_scores_are_mean_probabilities_of_the_vote_over_the_groups_that_have_the
 
 
 def test_agreement_is_the_share_of_groups_whose_best_answer_is_the_vote() -> None:
-    assert language_scores(SCORED, agreement=True) == pytest.approx({"a": 2 / 3, "b": 1.0, "c": 1 / 2})
+    assert language_scores(SCORED, Yardstick(agreement=True)) == pytest.approx({"a": 2 / 3, "b": 1.0, "c": 1 / 2})
 
 
 def test_leave_one_out_scores_against_the_others_and_skips_lone_languages() -> None:
     # Votes of the others. Group 1: a sees b, c: tie, sums 0.9, 1.1 -> 1; b sees a, c: 1.2, 0.8 -> 0; c sees 0.
     # Group 2: a sees 0, b sees 1. Group 3: b sees 1, c sees 1. Group 4 has no others.
-    assert language_scores(SCORED, leave_one_out=True) == pytest.approx(
+    assert language_scores(SCORED, Yardstick(leave_one_out=True)) == pytest.approx(
         {"a": (0.1 + 0.2) / 2, "b": (0.6 + 0.1 + 0.6) / 3, "c": (0.3 + 0.8) / 2}
     )
-    assert language_scores(SCORED, agreement=True, leave_one_out=True) == pytest.approx(
+    assert language_scores(SCORED, Yardstick(agreement=True, leave_one_out=True)) == pytest.approx(
         {"a": 0.0, "b": 2 / 3, "c": 1 / 2}
     )
-    assert language_scores(SCORED[3:], leave_one_out=True) == {}
+    assert language_scores(SCORED[3:], Yardstick(leave_one_out=True)) == {}
 
 
 def test_scores_against_soft_votes() -> None:
     rows = [group(a=[0.51, 0.49], b=[0.51, 0.49], c=[0.01, 0.99])]
     assert language_scores(rows) == pytest.approx({"a": 0.51, "b": 0.51, "c": 0.01})
-    assert language_scores(rows, soft=True) == pytest.approx({"a": 0.49, "b": 0.49, "c": 0.99})
+    assert language_scores(rows, Yardstick(soft=True)) == pytest.approx({"a": 0.49, "b": 0.49, "c": 0.99})
 
 
 def test_the_number_of_candidates_may_differ_from_group_to_group() -> None:
@@ -101,7 +101,7 @@ def test_scored_against_the_source_noise_of_the_others_does_not_matter() -> None
     wrong, right = np.log(np.array([0.1, 0.9])), np.log(np.array([0.8, 0.2]))
     groups = [{"en": right, "de": wrong, "fr": wrong, "ru": wrong}, {"de": wrong, "fr": wrong}]
     assert language_scores(groups)["de"] == pytest.approx(0.9)
-    against_source = language_scores(groups, source_language="en")
+    against_source = language_scores(groups, Yardstick(source_language="en"))
     assert against_source == pytest.approx({"de": 0.1, "en": 0.8, "fr": 0.1, "ru": 0.1})
 
 

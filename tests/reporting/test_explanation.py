@@ -27,8 +27,8 @@ def config_of(**sections: Any) -> Config:
     return Config.model_validate(value | {"method": "paper"} | sections)
 
 
-def scores_of(directory: Path, with_labels: bool) -> Scores:
-    rows = [(key, name, value, label) for key, (group, label) in GROUPS.items() for name, value in group.items()]
+def scores_of(directory: Path, with_labels: bool, groups: dict[str, tuple[dict[str, float], int]] = GROUPS) -> Scores:
+    rows = [(key, name, value, label) for key, (group, label) in groups.items() for name, value in group.items()]
     scores = Scores(
         [row[0] for row in rows],
         [row[1] for row in rows],
@@ -65,6 +65,19 @@ def test_a_selection_language_by_language(tmp_path: Path, with_labels: bool) -> 
         assert [row.cells[0] for row in worth.rows][-1] == "en alone"
         loss = -np.log([0.9, 0.8, 0.9, 0.9]).mean()
         assert worth.rows[-1].cells[1:] == ["100.0", f"{loss:.3f}"]
+
+
+def test_a_language_that_is_never_beside_the_source_language_has_no_line(tmp_path: Path) -> None:
+    """Scored against the source language's answers it has no score; it learns all the same."""
+    config = config_of(select={"vote": "source"})
+    selections, tables = [], []
+    for name, more in ("without", {}), ("with", {"g4": ({"aa": 0.9, "de": 0.2}, 0), "g5": ({"zz": 0.3}, 0)}):
+        scores = scores_of(tmp_path / name, False, GROUPS | more)
+        selections.append(make_selection(config, tmp_path / name))
+        (_, languages), *_ = explanation(config, selections[-1], scores)
+        tables.append([row.cells[:3] for row in languages.rows])
+    assert tables[0] == tables[1] and [row[0] for row in tables[0]] == ["en", "de", "sw"]
+    assert selections[1].students == ["sw", "aa", "zz"] and selections[1].scores == selections[0].scores
 
 
 def test_an_oracle_is_as_sure_as_its_accuracies(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from alsace_dist.files.manifest import load_manifest, verify_files, write_manife
 from alsace_dist.files.scores import Scores, write_scores
 from alsace_dist.files.selection import KIND, TEACHERS, read_selection
 from alsace_dist.method.calibration import calibrate, marginal_biases
-from alsace_dist.method.selection import choose_teachers, language_scores
+from alsace_dist.method.selection import Yardstick, choose_teachers, language_scores
 from alsace_dist.method.targets import targets
 from alsace_dist.stages import select
 from alsace_dist.stages.base import Output, Stage
@@ -223,10 +223,10 @@ def test_parts_of_the_section_reach_the_arithmetic(tmp_path: Path) -> None:
     calibrated = [calibrate(group, marginal_biases(rows, "en")) for group in rows]
     pooled = [calibrate(group, marginal_biases(rows, None)) for group in rows]
     for section, expected in (
-        ({"vote": "soft"}, language_scores(calibrated, soft=True)),
-        ({"vote": "source"}, language_scores(calibrated, source_language="en")),
-        ({"score": "agreement"}, language_scores(calibrated, agreement=True)),
-        ({"leave_one_out": True}, language_scores(calibrated, leave_one_out=True)),
+        ({"vote": "soft"}, language_scores(calibrated, Yardstick(soft=True))),
+        ({"vote": "source"}, language_scores(calibrated, Yardstick(source_language="en"))),
+        ({"score": "agreement"}, language_scores(calibrated, Yardstick(agreement=True))),
+        ({"leave_one_out": True}, language_scores(calibrated, Yardstick(leave_one_out=True))),
         ({"reference": "pooled"}, language_scores(pooled)),
         ({"calibration": "none"}, language_scores(rows)),
     ):

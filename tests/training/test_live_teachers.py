@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,7 @@ def rows_of(group: list[tuple[str, str]]) -> list[EncodedRow]:
 
 
 def examples_of(mode: str, kind: str, through: bool, temperature: float, biases: Any = None) -> GroupExamples:
-    pairs = num_pairs([[name for _, name in group] for group in GROUPS], WEIGHTS, mode)
+    pairs = num_pairs(Counter(tuple(name for _, name in group) for group in GROUPS), WEIGHTS, mode)
     dataset = Dataset("nowhere", (), LANGUAGES, ("a", "b", "c"), "", ShardReader("nowhere"))
     divergence = Divergence(kind, through, temperature)
     fake: Any = FakeModel()
@@ -153,7 +154,7 @@ def test_before_the_first_step_live_teachers_pull_as_frozen_ones_do(mode: str) -
             scores["de"] = shifted - np.log(np.exp(shifted).sum())
         found[group[0][0]] = targets(scores, WEIGHTS, mode)
     rows = [row for group in GROUPS for row in rows_of(group)]
-    weight = num_pairs([[name for _, name in group] for group in GROUPS], WEIGHTS, mode) / len(rows)
+    weight = num_pairs(Counter(tuple(name for _, name in group) for group in GROUPS), WEIGHTS, mode) / len(rows)
     frozen = [example_of(row, found[row.key], weight) for row in rows]
     fake: Any = FakeModel()
     (FrozenTargetLoss(fake.collate(rows), frozen, CPU)(module)["loss"] / len(rows)).backward()

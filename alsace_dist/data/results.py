@@ -1,0 +1,53 @@
+"""The files of a scoring pass: which parts of a dataset have scores already, and, in the end, whether all are whole."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from alsace_dist.data.dealing import Part
+from alsace_dist.data.texts import TextCounts, read_texts, total
+from alsace_dist.files import manifest
+from alsace_dist.files.manifest import FileEntry
+from alsace_dist.files.scores import check_rows, parts_of, put_together, read_metadata
+from alsace_dist.files.shards import ShardInfo
+
+
+@dataclass(frozen=True)
+class Results:
+    """Score files in a directory. ``metadata``: what all of them say; each says beside that of which shard it is."""
+
+    directory: Path
+    metadata: dict[str, str]
+
+    def path(self, part: Part) -> Path:
+        """The file of a part."""
+        return self.directory / f"{part.name}.parquet"
+
+    def metadata_of(self, part: Part) -> dict[str, str]:
+        """What the file of a part says."""
+        return self.metadata | {"shard": part.shard.sha256}
+
+    def is_done(self, part: Part) -> bool:
+        """Whether a part has scores of this model and these data."""
+        found, wanted = read_metadata(self.path(part)) or {}, self.metadata_of(part)
+        return {name: found.get(name) for name in wanted} == wanted
+
+    def finish(self, shards: Sequence[ShardInfo]) -> tuple[dict[str, FileEntry], dict[str, TextCounts]]:
+        """Make whole files of files of parts, and check that every (group, language) of these shards is there once.
+
+        Returns the files as a manifest lists them, and what the tokenizer has made of their texts. Raises ``UserError``
+        if a file is broken or lacks rows.
+        """
+        parts = parts_of(self.directory)
+        entries: dict[str, FileEntry] = {}
+        texts: dict[str, TextCounts] = {}
+        for whole in map(Part, shards):
+            path, files = self.path(whole), parts.get(whole.shard.stem, [])
+            if files and not self.is_done(whole):
+                put_together(path, files, self.metadata_of(whole))
+            for file in files:
+                file.unlink()
+            check_rows(path, whole.shard.num_examples)
+            entries[path.name] = manifest.file_entry(path)
+            texts = total([texts, read_texts(path)])
+        return entries, texts
