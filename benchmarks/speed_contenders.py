@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from speed_world import LEARNING_RATE, World
+from typing_extensions import override
 
 from alsace_dist.config import Config
+from alsace_dist.data.dealing import Part
 from alsace_dist.data.rows import EncodedRow, answers_of, rows_of
 from alsace_dist.data.stream import CanonicalOrder, TrainStream
 from alsace_dist.files.layout import Layout, data_url
@@ -122,8 +124,9 @@ def take_turns(ranks: Ranks, contenders: Sequence[Sequence[Contender]], num_bloc
 class WholeShards(ScoringPass):
     """A pass that deals whole shards, however few there are: a turn is a shard."""
 
-    def _most_batches(self, shard: ShardInfo) -> int:
-        return 1
+    @override
+    def _deal(self, shards: list[ShardInfo]) -> list[Part]:
+        return [Part(shard) for shard in shards]
 
 
 def ours_scoring(

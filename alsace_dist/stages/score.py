@@ -176,7 +176,7 @@ class ScoringPass:
         ranks, directory = self.ranks, self.directory
         ranks.main_first(lambda: manifest.begin(directory, KIND, self.fingerprint))
         shards = self._without_result([Part(shard) for shard in self.dataset.shards])
-        parts = deal([part.shard for part in shards], ranks.world_size, partial(most_batches, self.config))
+        parts = self._deal([part.shard for part in shards])
         todo = self._without_result(parts)
         num_whole = len(self.dataset.shards) - len(shards)
         total, num_done = num_whole + len(parts), num_whole + len(parts) - len(todo)
@@ -194,6 +194,10 @@ class ScoringPass:
             return stopped
 
     # --- parts -----------------------------------------------------------------------------------------------------
+
+    def _deal(self, shards: list[ShardInfo]) -> list[Part]:
+        """What the ranks draw, in order."""
+        return deal(shards, self.ranks.world_size, partial(most_batches, self.config))
 
     def _without_result(self, parts: list[Part]) -> list[Part]:
         """Those that have no result yet. Collective: each rank looks after its share."""
