@@ -152,7 +152,7 @@ def stop(step: Step, world: Path, forked: Forked) -> None:
     lock = world / RUN / ".locks" / ("finetune" if step.output == "finetune" else "distill-round-1")
 
     def ask() -> None:
-        while not (output / "started.json").exists():
+        while not (output / "tokens/manifest.json").exists():  # what comes now is training
             time.sleep(0.001)
         os.kill(int(lock.read_text().split()[1]), signal.SIGTERM)
 

@@ -16,6 +16,7 @@ from alsace_dist.files.shards import Dataset, read_shard
 from alsace_dist.models.family import Family
 from alsace_dist.monitor.progress import progress
 from alsace_dist.ranks.group import Ranks
+from alsace_dist.ranks.job import note_position
 
 KIND = "tokens"
 FILES = re.compile(r".+\.arrow")
@@ -106,7 +107,10 @@ class Tokens:
                     advance()
 
         ranks.each(make_own)
-        if ranks.any_rank(ranks.stop.is_set)[0]:
+        num_stopped, num_done = ranks.sum(ranks.stop.is_set, len(entries))
+        if num_stopped:
+            if ranks.is_main:
+                note_position(f"{num_done:.0f} shards tokenised")
             raise Stopped(f"stopped while tokenising; {self._directory} keeps what is done")
         found = ranks.to_main(entries)
         together = {name: entry for part in found or [] for name, entry in part.items()}
