@@ -32,23 +32,28 @@ def check_bf16() -> None:
 
 
 def bf16_slowdown() -> float:
-    """Seconds of a matrix product in bf16 on this CPU over those in float32, the best of five each.
+    """CPU time of a matrix product in bf16 on this CPU over that in float32, the best of some of each, in turns.
 
     Measured (in milliseconds) and not read off the CPU's name: without AVX-512 or its like torch falls back on loops
-    that take 50 times as long.
+    that take 50 times as long. CPU time of one thread, for other work on the machine may hold up either, and several
+    threads spin while they wait for each other.
     """
     import torch
 
-    def best(dtype: torch.dtype) -> float:
+    def one(dtype: torch.dtype) -> float:
         a, b = torch.ones(128, 256, dtype=dtype), torch.ones(256, 256, dtype=dtype)
-        seconds = []
-        for _ in range(5):
-            start = time.perf_counter()
-            a @ b
-            seconds.append(time.perf_counter() - start)
-        return min(seconds)
+        start = time.process_time()
+        a @ b
+        return time.process_time() - start
 
-    return best(torch.bfloat16) / best(torch.float32)
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        rounds = [(one(torch.bfloat16), *(one(torch.float32) for _ in range(5))) for _ in range(5)]
+    finally:
+        torch.set_num_threads(num_threads)
+    slow, *fast = map(min, zip(*rounds, strict=True))
+    return slow / max(min(fast), 1e-9)
 
 
 def check_loss(loss: float, step: int, kind: str, directory: object) -> None:
