@@ -259,7 +259,10 @@ def test_an_evaluation_waits_for_all_that_it_reads(tmp_path: Path, before: Path,
 def test_rows_are_joined_by_key_whatever_their_order_and_shards(tmp_path: Path, before: Path, after: Path) -> None:
     shuffled = list(LAST)
     np.random.default_rng(0).shuffle(shuffled)  # type: ignore[arg-type]
-    other = score_dir(tmp_path / "shuffled", shuffled[:9], shuffled[9:])
+    keys = sorted({row[0] for row in LAST}, reverse=True)[:3]
+    first = [row for row in shuffled if row[0] in keys]
+    other = score_dir(tmp_path / "shuffled", first, [row for row in shuffled if row[0] not in keys])
+    assert len(first) > 3 and shuffled != LAST
     config = make_config(tmp_path)
     assert metrics_of(config, before, other) == metrics_of(config, before, after)
 
