@@ -10,11 +10,12 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 
 from alsace_dist.data.rows import Candidates, EncodedRow
+from alsace_dist.data.stream import Lazily
 from alsace_dist.errors import UserError
 from alsace_dist.files.manifest import atomic_path
 from alsace_dist.files.shards import Label
@@ -66,7 +67,7 @@ def read_metadata(path: Path) -> dict[str, str]:
     return {key.decode(): value.decode() for key, value in metadata.items()}
 
 
-class TokenRows(Sequence[EncodedRow]):
+class TokenRows(Lazily[EncodedRow]):
     """The rows of a file of ``write_tokens``, each made when it is asked for."""
 
     def __init__(self, path: Path, candidates_of: Callable[[str], Candidates]) -> None:
@@ -94,17 +95,9 @@ class TokenRows(Sequence[EncodedRow]):
         self._labels, self._candidates = columns["labels"], columns["candidates"]
         self._input_ids, self._context_free_ids = _Lists(columns["input_ids"]), _Lists(columns["context_free_ids"])
 
-    def __len__(self) -> int:
-        return len(self.keys)
+        super().__init__(len(self.keys), self._row)
 
-    @overload
-    def __getitem__(self, index: int) -> EncodedRow: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[EncodedRow]: ...
-
-    def __getitem__(self, index: int | slice) -> EncodedRow | list[EncodedRow]:
-        if isinstance(index, slice):
-            return [self[place] for place in range(*index.indices(len(self)))]
+    def _row(self, index: int) -> EncodedRow:
         own = self._candidates[index].as_py()
         language = self.languages[index]
         return EncodedRow(
