@@ -94,7 +94,6 @@ class TokenRows(Lazily[EncodedRow]):
         self._is_cut, self._num_unknown = columns["is_cut"], columns["num_unknown"]
         self._labels, self._candidates = columns["labels"], columns["candidates"]
         self._input_ids, self._context_free_ids = _Lists(columns["input_ids"]), _Lists(columns["context_free_ids"])
-
         super().__init__(len(self.keys), self._row)
 
     def _row(self, index: int) -> EncodedRow:
