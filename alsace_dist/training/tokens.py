@@ -1,6 +1,5 @@
 """The encoded rows that a training reads: made once by all ranks together, checked, and opened shard by shard."""
 
-import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +18,6 @@ from alsace_dist.ranks.group import Ranks
 from alsace_dist.ranks.job import note_position
 
 KIND = "tokens"
-FILES = re.compile(r".+\.arrow")
 MANY_ROWS = 50_000  # a core tokenises them in some seconds: fewer need no progress
 
 
@@ -72,7 +70,8 @@ class Tokens:
         return self.model.candidates(self.model.answers.fixed[language], language)
 
     def _made(self, wanted: dict[str, str], names: set[str]) -> Manifest | None:
-        """The directory's manifest, if it is complete; what else is in its place is deleted."""
+        """The directory's manifest, if it is complete; else it is begun. Raises ``UserError`` as ``manifest.claim``."""
+        manifest.claim(self._directory)
         try:
             found = manifest.load_manifest(self._directory, KIND)
             if found.fingerprint == wanted and names <= found.files.keys():
@@ -80,6 +79,7 @@ class Tokens:
                 return found
         except UserError:  # a file is gone, or cut off: all can be made again
             pass
+        manifest.begin(self._directory, KIND, wanted)
         (self._directory / manifest.MANIFEST).unlink(missing_ok=True)
         return None
 
@@ -125,5 +125,13 @@ class Tokens:
 
 
 def drop(directory: Path) -> None:
-    """Delete the tokens of a training that is complete."""
-    manifest.remove_own(directory, FILES)
+    """Delete the tokens of a training that is complete: the files that their manifest lists, and no others."""
+    if directory.is_symlink():
+        return
+    try:
+        listed = manifest.load_manifest(directory, KIND)
+    except UserError:  # somebody has changed what is there: it stays
+        return
+    for name in listed.files:
+        (directory / name).unlink(missing_ok=True)
+    manifest.remove_own(directory)

@@ -91,6 +91,22 @@ def test_what_is_damaged_is_made_again_or_named(world: Path, tmp_path: Path) -> 
     assert "000000.arrow: content differs from the sha256" in said and f"delete {tmp_path}" in said
 
 
+def test_what_a_person_keeps_there_is_not_touched(world: Path, tmp_path: Path) -> None:
+    """Beside our files it stays; where no file of ours has been, nothing is written."""
+    arguments = {"world": str(world), "scorer": "mt5", "out": str(tmp_path / "ours")}
+    tiny.run_ranks(made, 1, **arguments)
+    (tmp_path / "ours/mine.arrow").write_text("mine")
+    drop(tmp_path / "ours")
+    assert [path.name for path in (tmp_path / "ours").iterdir()] == ["mine.arrow"]
+    for name in ("manifest.json", "000000.arrow"):
+        theirs = tmp_path / name / "x"
+        theirs.mkdir(parents=True)
+        (theirs / name).write_text('{"mine": 1}')
+        with pytest.raises(AssertionError, match="lies where a stage writes"):
+            tiny.run_ranks(made, 1, **arguments | {"out": str(theirs)})
+        assert [(path.name, path.read_text()) for path in theirs.iterdir()] == [(name, '{"mine": 1}')]
+
+
 def test_a_stop_while_tokenising_keeps_what_is_done(world: Path, tmp_path: Path) -> None:
     """Rank 0 has shards 0 and 2; rank 1, which is asked to stop, writes nothing."""
     arguments = {"world": str(world), "scorer": "mt5", "out": str(tmp_path)}
