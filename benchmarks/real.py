@@ -79,11 +79,13 @@ def config_of(sets: Path, task: str, seed: int, variants: dict[str, Any], model:
 
 
 def run(sets: Path, task: str, seed: int, variants: dict[str, Any]) -> None:
-    """A seed with some variants; reports are collected. Exits with a run's own code if it fails or stops."""
+    """A seed with some variants; each report is collected as soon as there is one, for a seed takes an hour and more.
+    Exits with a run's own code if it fails or stops."""
     shared, own = divided(variants)
-    value = config_of(sets, task, seed, shared, encoder())
     into = RESULTS / f"real-{task}-{seed}.json"
-    collect(done(value), into)
+    for count in range(len(shared) + 1):
+        value = config_of(sets, task, seed, dict(list(shared.items())[:count]), encoder())
+        collect(done(value), into)
     for name, sections in own.items():
         collect_variant(name, done(with_sections(value, name, sections)), into)
 

@@ -187,6 +187,7 @@ def _enough_for_all_ranks(
 
 def _export(training: Training, engine: TrainEngine) -> dict[str, FileEntry]:
     model = training.directory / MODEL
+    engine.layout.drop_moments()  # the memory is needed: whole tensors come to the ranks that write them
     # A start that was killed while exporting may have left parts.
     engine.ranks.main_first(lambda: remove_own(model, WEIGHTS))
     return export(model, engine, training.model, training.export_type)

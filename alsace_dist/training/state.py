@@ -91,6 +91,10 @@ class State(ABC):
     def held(self, name: str) -> dict[str, list[Piece]]:
         """All numbers of a parameter that this rank holds: its own, and copies of others', such as those in bf16."""
 
+    def drop_moments(self) -> None:
+        """Free the optimizer's moments; from then on there are weights alone, and no step can be taken."""
+        self.optimizer.state.clear()
+
     def release(self) -> None:  # noqa: B027 (most layouts have nothing to forget)
         """Forget what was made of weights that are about to be replaced."""
 
@@ -200,7 +204,7 @@ class PartitionedState(State):
             return {}
         offset = private(fragment, "lp_fragment_address").start
         moments = private(fragment, "optim_fragment")
-        tensors = {WEIGHT: private(fragment, "hp_fragment")} | {key: moments[key] for key in MOMENTS}
+        tensors = {WEIGHT: private(fragment, "hp_fragment")} | {key: moments[key] for key in MOMENTS if key in moments}
         return {key: Piece(offset, value.data) for key, value in tensors.items()}
 
     def held(self, name: str) -> dict[str, list[Piece]]:
@@ -208,6 +212,12 @@ class PartitionedState(State):
         pieces = {key: [own[key]] if own else [] for key in (WEIGHT, *MOMENTS)}
         pieces[WEIGHT].append(Piece(0, self.parameters[name].data.view(-1)))
         return pieces
+
+    def drop_moments(self) -> None:
+        super().drop_moments()
+        for parameter in self.parameters.values():
+            if (fragment := private(parameter, "_hp_mapping")) is not None:
+                private(fragment, "optim_fragment").clear()
 
 
 class ShardedState(State):
@@ -228,7 +238,8 @@ class ShardedState(State):
             return {}
         group, start, _ = self.positions[self.id_of(parameter)]
         flat = self.flats[group]
-        tensors = {WEIGHT: flat.data} | {key: self.optimizer.state[flat][key] for key in MOMENTS}
+        moments = self.optimizer.state.get(flat, {})
+        tensors = {WEIGHT: flat.data} | {key: moments[key] for key in MOMENTS if key in moments}
         return {key: Piece(offset, value[start : start + low.numel()]) for key, value in tensors.items()}
 
     def held(self, name: str) -> dict[str, list[Piece]]:
