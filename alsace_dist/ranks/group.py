@@ -28,7 +28,7 @@ MAX_PORT = 65_535
 NOTICE_SECONDS = 10.0
 JOIN_SECONDS = 300.0  # time for all ranks to load the program and to meet, from a slow shared disk
 _PR_SET_PDEATHSIG = 1
-_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -4, -8  # malloc.h
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -3, -4, -8  # malloc.h
 
 
 class StopFlag:
@@ -250,6 +250,9 @@ def start(engine: EngineConfig) -> Ranks:
     else:
         device = torch.device("cpu")
         _mallopt(_M_ARENA_MAX, 1)  # per-thread arenas would ignore what keep_memory asks for
+        # By itself glibc takes ever larger blocks, as gathered weights are, out of the one heap, in whose holes
+        # gigabytes are lost (mT5-XL with adapters on two ranks: 11 GB each, and 8 so).
+        _mallopt(_M_MMAP_THRESHOLD, 1 << 20)
     timeout = timedelta(seconds=engine.timeout_seconds)
     store = _meet(stop, min(JOIN_SECONDS, engine.timeout_seconds))
     store.set_timeout(timeout)
