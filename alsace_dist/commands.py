@@ -166,6 +166,39 @@ def distill(config: str, *, round: int = 1, variant: str = "", debug: bool = Fal
     _single("distill", config, overrides, debug, round, variant)
 
 
+def replay(
+    run: str, *, step: int = 0, stage: str = "distill", round: int = 1, variant: str = "", debug: bool = False
+) -> None:
+    """Look at the examples of a step of a training that has stopped: their losses, and their part in its gradient.
+
+    Args:
+        run: the run's directory.
+        step: which step, from 1.
+        stage: finetune or distill.
+        round: of distill.
+        variant: of which variant of the config.
+        debug: show tracebacks.
+    """
+    from dataclasses import replace
+
+    from alsace_dist import pipeline, runner
+    from alsace_dist.ranks import failures
+
+    if stage not in ("finetune", "distill"):
+        raise UserError(f"--stage={stage}: replay is for finetune and distill")
+    if step < 1:
+        raise UserError(f"--step={step}: which step? They count from 1, and an error or a warning names one")
+    place = (stage, variant, round if stage == "distill" else 0)
+    found = [one for one in pipeline.stages(_of_run(run)) if (one.command, one.variant, one.round) == place]
+    if not found:
+        raise UserError(f"{run}: has no such stage; `alsace run {run}/config.yaml --dry-run` lists them")
+    wanted = replace(found[0], replay=step)
+    if failures.in_group():
+        runner.run_as_rank(wanted)
+    else:
+        runner.replay(wanted, debug)
+
+
 def evaluate(config: str, *, variant: str = "", debug: bool = False, **overrides: Any) -> None:
     """Compare the test scores before and after: accuracy per language, average, gap, significance.
 
@@ -502,6 +535,7 @@ COMMANDS: dict[str, Command] = {
         Command("score", score, "alsace score CONFIG.yaml --round=0"),
         Command("select", select, "alsace select CONFIG.yaml --round=1 --explain"),
         Command("distill", distill, "alsace distill CONFIG.yaml --round=1 --variant=paper"),
+        Command("replay", replay, "alsace replay runs/xnli --step=1200"),
         Command("calibrate", calibrate, "alsace calibrate CONFIG.yaml"),
         Command("evaluate", evaluate, "alsace evaluate CONFIG.yaml"),
         Command("report", report, "alsace report runs/demo"),

@@ -1,6 +1,8 @@
 """How a command ends early, and with which exit code; and what people are warned of."""
 
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 EXIT_USER_ERROR = 2
 EXIT_STOPPED = 75  # EX_TEMPFAIL: stopped on request after a checkpoint; the same command goes on from there
@@ -30,3 +32,18 @@ class PeerFailed(Exception):
 def warn(text: str) -> None:
     """Tell people of something that is not an error; the text names the remedy where there is one."""
     print(f"warning: {text}", file=sys.stderr)
+    for listener in list(_listeners):
+        listener(text)
+
+
+_listeners: list[Callable[[str], None]] = []
+
+
+@contextmanager
+def heard_by(listener: Callable[[str], None]) -> Iterator[None]:
+    """Within it, every warning of this process goes to ``listener``, too, which must not raise."""
+    _listeners.append(listener)
+    try:
+        yield
+    finally:
+        _listeners.remove(listener)

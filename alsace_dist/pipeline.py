@@ -13,8 +13,9 @@ from alsace_dist.config_file import config_text, load_config, read_yaml, variant
 from alsace_dist.data.config_check import check_prepared
 from alsace_dist.data.inputs import check_inputs
 from alsace_dist.errors import UserError
-from alsace_dist.files.layout import Layout
+from alsace_dist.files.layout import TENSORBOARD, Layout
 from alsace_dist.files.manifest import OtherSettings, write_text
+from alsace_dist.monitor.overview import write_overview
 from alsace_dist.stages import distill, evaluate, finetune, prepare, pretrain, score, select
 from alsace_dist.stages.base import Stage, StageModule
 
@@ -117,6 +118,7 @@ def write_config(config: Config, yaml_path: Path, found: list[Stage]) -> None:
         for stage in found:
             _refuse_other_settings(stage)
     write_text(layout.config, text)
+    write_overview(layout.run / TENSORBOARD, text)
 
 
 def claim_run(layout: Layout) -> None:

@@ -9,7 +9,8 @@ import stat
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TextIO
 
@@ -18,7 +19,7 @@ from alsace_dist.config import Config
 from alsace_dist.config_file import validate
 from alsace_dist.config_file import variant as variant_of
 from alsace_dist.data import audit, texts
-from alsace_dist.errors import NotReady, RankFailed, UserError
+from alsace_dist.errors import NotReady, RankFailed, UserError, heard_by
 from alsace_dist.files.evaluation import KIND as EVALUATION
 from alsace_dist.files.evaluation import Evaluation, read_evaluation
 from alsace_dist.files.layout import DATA, MODEL, SEEDS_NUMBERS, SEEDS_TABLE, Layout
@@ -27,6 +28,7 @@ from alsace_dist.files.scores import KIND as SCORES
 from alsace_dist.files.scores import read_scores
 from alsace_dist.files.selection import read_selection
 from alsace_dist.files.shards import DataDetails
+from alsace_dist.files.warnings import add_warning
 from alsace_dist.ranks import group, job, launcher
 from alsace_dist.ranks.group import Ranks
 from alsace_dist.stages.base import Output, Stage, model_after
@@ -52,7 +54,21 @@ def run_stage(stage: Stage, debug: bool = False) -> None:
     print(stage.name, file=sys.stderr)
     with alone(stage.lock, stage.name):
         if not stage.is_complete():  # whoever held the lock may have finished the stage
-            stage.run(None)
+            with _warnings_kept(stage):
+                stage.run(None)
+
+
+def replay(stage: Stage, debug: bool = False) -> None:
+    """Look at a step of a training once more, on this machine's ranks.
+
+    Raises ``UserError`` for a training that was not begun, or is complete, so that its checkpoints are gone.
+    """
+    if not stage.is_begun():
+        raise UserError(f"{stage.name}: has not begun in {stage.config.run_dir}")
+    if stage.is_complete():
+        raise UserError(f"{stage.name}: is complete, and its checkpoints are gone; replay is for one that has stopped")
+    arguments = ["replay", stage.config.run_dir, f"--stage={stage.command}", *stage.flags, f"--step={stage.replay}"]
+    launcher.launch(arguments, launcher.num_local_processes(stage.config.engine), debug)
 
 
 def run_as_rank(stage: Stage) -> None:
@@ -78,7 +94,14 @@ def run_on_ranks(stage: Stage, ranks: Ranks) -> None:
         ranks.main_first(look)
         (is_complete,) = ranks.any_rank(any(found))
         if not is_complete:
+            if ranks.is_main:
+                stack.enter_context(_warnings_kept(stage))
             stage.run(ranks)
+
+
+def _warnings_kept(stage: Stage) -> AbstractContextManager[None]:
+    """Within it, what people are warned of is kept in the run."""
+    return heard_by(partial(add_warning, stage.layout.run, stage.name))
 
 
 def report(config: Config) -> None:

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 import tiny
 
-from alsace_dist.monitor.scalars import METRICS, read_scalars
+from alsace_dist.monitor.sinks import METRICS, read_scalars
 
 MAX_HANG_SECONDS = 60
 

@@ -74,7 +74,7 @@ from alsace_dist.files.scores import read_score_file
 from alsace_dist.files.selection import read_selection
 from alsace_dist.files.shards import open_dataset
 from alsace_dist.method.targets import targets
-from alsace_dist.monitor.scalars import METRICS, read_scalars
+from alsace_dist.monitor.sinks import METRICS, read_scalars
 from alsace_dist.ranks.group import Ranks, finish, start
 from alsace_dist.stages import select
 from alsace_dist.stages.base import Stage

@@ -12,6 +12,7 @@ NOT_IN_FINGERPRINT = {
     "micro_batch_size",
     "checkpoint_every_steps",
     "keep_checkpoints",
+    "on_nonfinite",
     "log_every_steps",
 }
 
@@ -67,6 +68,9 @@ class TrainConfig(Section):
     lora: LoraConfig | None = None
     """Train low-rank adapters instead of the weights, `{}` for those of rank 16: optimizer states of XXL fall from 150
     GB to 1. They want a learning rate about ten times as high. Needs peft: `pip install 'alsace_dist[lora]'`."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """What to do if a step's gradient is not finite. Either way it changes nothing. stop: the state before it is kept,
+    and `alsace replay` shows its examples; skip: it is counted, and training goes on, until ten in a row are so."""
     checkpoint_every_steps: Count = 500
     """Steps between checkpoints."""
     keep_checkpoints: Count = 1

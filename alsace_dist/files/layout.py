@@ -6,6 +6,7 @@ from pathlib import Path
 from alsace_dist.config import Config
 
 CONFIG_FILE = "config.yaml"
+TENSORBOARD = "tensorboard"  # below a run: a log for each directory of a stage, and one of the run's own
 MODEL = "model"  # below the directory of a stage that trains one
 # Kinds of the manifests of stages whose outputs have no format of their own: prepared splits, and trained models.
 DATA, PRETRAIN, FINETUNE, DISTILL = "data", "pretrain", "finetune", "distill"
@@ -33,7 +34,7 @@ class Layout:
     @property
     def files(self) -> list[Path]:
         """What is written into the run's directory itself, beside the resolved config."""
-        return [self.run / name for name in ("bad-records.txt", *REPORT_FILES)]
+        return [self.run / name for name in ("bad-records.txt", "warnings.jsonl", *REPORT_FILES)]
 
     @property
     def locks(self) -> Path:
@@ -89,4 +90,4 @@ class Layout:
 
     def tensorboard(self, directory: Path) -> Path:
         """TensorBoard log of what is written into a stage's directory."""
-        return self.run / "tensorboard" / directory.relative_to(self.run)
+        return self.run / TENSORBOARD / directory.relative_to(self.run)

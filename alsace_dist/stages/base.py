@@ -24,6 +24,7 @@ from alsace_dist.ranks.group import Ranks
 if TYPE_CHECKING:
     from alsace_dist.models.family import Family, TrainableModel
     from alsace_dist.training.examples import Examples
+    from alsace_dist.training.loop import Training
 
 
 class Output(NamedTuple):
@@ -78,13 +79,15 @@ class TrainingStageModule(StageModule, Protocol):
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage of a run. ``config``: with the settings of its variant; ``round``: 0 before any distillation."""
+    """One stage of a run. ``config``: with the settings of its variant; ``round``: 0 before any distillation;
+    ``replay``: a step of a training that is to be looked at once more (from 1), instead of training."""
 
     module: StageModule
     command: str
     config: Config
     variant: str = ""
     round: int = 0
+    replay: int | None = None
 
     @cached_property
     def layout(self) -> Layout:
@@ -280,7 +283,8 @@ def train(stage: Stage, section: TrainConfig, model: "TrainableModel", examples:
     """Run the training loop of a stage and complete its output."""
     output = only(stage.outputs)
     fingerprint = stage.fingerprint(output)
-    ranks.main_first(lambda: manifest.begin(output.directory, output.kind, fingerprint))
+    if stage.replay is None:
+        ranks.main_first(lambda: manifest.begin(output.directory, output.kind, fingerprint))
     config = stage.config
     run_training(stage, section, config.engine, fingerprint, model, examples, ranks, config.export.dtype)
 
@@ -314,6 +318,9 @@ def run_training(
         examples=examples,
         export_type=export_type,
     )
+    if stage.replay is not None:
+        _print_replay(training, stage.replay, ranks)
+        return
     num_steps, weights = loop.run(training, ranks)
 
     def complete() -> None:
@@ -323,3 +330,28 @@ def run_training(
         loop.drop_passing(directory)
 
     ranks.main_first(complete)
+
+
+def _print_replay(training: "Training", step: int, ranks: Ranks) -> None:
+    """Show the examples of a step. Raises ``UserError`` if the training has no such step."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from alsace_dist.training.loop import num_steps_of
+    from alsace_dist.training.replay import replay
+
+    if step > (num_steps := num_steps_of(training.section, training.order)):
+        raise UserError(f"--step={step:,}: {training.kind} has {num_steps:,} steps; they count from 1")
+    position, found = replay(training, step, ranks)
+    if not ranks.is_main:
+        return
+    begin = f"after step {position:,}" if position else "at the start"
+    table = Table(title=f"Examples of step {step:,}, with the weights {begin}", box=None, title_justify="left")
+    table.add_column("group and language")
+    for name in ("tokens", "loss", "gradient norm"):
+        table.add_column(name, justify="right")
+    for one in found:
+        cells = (one.where, f"{one.num_tokens:,}", f"{one.loss:.4g}", f"{one.gradient_norm:.4g}")
+        table.add_row(*map(Text, cells))
+    Console(width=120).print(table)

@@ -24,6 +24,7 @@ from alsace_dist.stages.base import Output, Stage, data_inputs, only, run_traini
 if TYPE_CHECKING:
     import torch
 
+    from alsace_dist.data.rows import EncodedRow
     from alsace_dist.models.nano import NanoModel
     from alsace_dist.training.losses import MicroBatch
 
@@ -129,6 +130,11 @@ class SpanExamples:
     device: "torch.device"
 
     @property
+    def observer(self) -> None:
+        """Nothing is asked that could be answered right."""
+        return
+
+    @property
     def counts(self) -> Sequence[int]:
         """Rows of each shard."""
         return most_examples(self.dataset)
@@ -150,6 +156,10 @@ class SpanExamples:
         end = self.model.tokenizer.eos_token_id
         return corrupt(_choose_text(row, self.section, rng), self.section, self.model.sentinels, end, rng)
 
+    def rows(self, example: SpanExample) -> "Sequence[EncodedRow]":
+        """None: spans of a text are no row of a task."""
+        return []
+
     def length(self, example: SpanExample) -> int:
         """Encoder tokens."""
         return len(example.input_ids)
@@ -164,7 +174,12 @@ class SpanExamples:
         from alsace_dist.training.losses import MicroBatch
 
         batch = self.model.collate(examples)
-        return MicroBatch(lambda module: {"loss": module(*batch.to(self.device)).sum()}, *batch.num_tokens)
+        count = len(examples)
+        return MicroBatch(lambda module: {"loss": module(*batch.to(self.device)).sum()}, *batch.num_tokens, count)
+
+    def flops(self, num_rows: int, num_tokens: int) -> float:
+        """Not counted: a nano model is for seeing how it works."""
+        return 0.0
 
 
 def most_examples(dataset: Dataset, config: Config | None = None) -> list[int]:

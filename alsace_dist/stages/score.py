@@ -7,8 +7,9 @@ who computes it. Ranks draw from a shared counter; what a killed run has finishe
 import json
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Generator, Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,9 +31,10 @@ from alsace_dist.files.manifest import FileEntry
 from alsace_dist.files.progress import clear_progress
 from alsace_dist.files.scores import KIND, write_scores
 from alsace_dist.files.shards import Dataset, ShardInfo, open_dataset, open_split, read_shard
+from alsace_dist.method.block import block_of
 from alsace_dist.monitor.health import LeadCheck
 from alsace_dist.monitor.progress import Advance, progress
-from alsace_dist.monitor.scalars import ScalarWriter
+from alsace_dist.monitor.scoring import ScoringMonitor
 from alsace_dist.ranks.group import Ranks, keep_memory
 from alsace_dist.ranks.job import note_position
 from alsace_dist.ranks.watchdog import Watchdog
@@ -133,15 +135,6 @@ class Flying(NamedTuple):
     log_probs: Callable[[], np.ndarray]
 
 
-@dataclass
-class Counts:
-    """What this rank has scored since it started: rows, and encoder tokens without and with padding."""
-
-    num_rows: int = 0
-    num_tokens: int = 0
-    num_padded: int = 0
-
-
 class ScoringPass:
     """One dataset's scoring pass on this rank."""
 
@@ -151,7 +144,6 @@ class ScoringPass:
         self.config, self.dataset, self.directory = config, dataset, directory
         self.fingerprint, self.tensorboard = fingerprint, tensorboard
         self.results = Results(directory, {"fingerprint": manifest.digest_json(fingerprint)})
-        self.counts = Counts()
         self.num_done = 0
         self._tokenised: tuple[ShardInfo, list[EncodedRow], list[list[int]]] | None = None
         self.check_lead = LeadCheck()
@@ -164,15 +156,15 @@ class ScoringPass:
         self.model, self.module, self.ranks, self.together = model, module, ranks, together
         self.draw = ranks.shared_counter(f"score/{self.directory}")
         self.watchdog = Watchdog(ranks, self.directory, self.config.engine.hang_limit())
-        begin = time.monotonic()
-        with self.watchdog:
-            stopped = self._run()
-        if stopped:
-            raise Stopped(f"score: stopped; {self.directory} keeps what is done")
-        self._finish(time.monotonic() - begin)
+        with ExitStack() as stack:
+            with self.watchdog:
+                stopped = self._run(stack)
+            if stopped:
+                raise Stopped(f"score: stopped; {self.directory} keeps what is done")
+            self._finish()
 
-    def _run(self) -> bool:
-        """Score what has no result yet; whether a stop was asked for."""
+    def _run(self, stack: ExitStack) -> bool:
+        """Score what has no result yet; whether a stop was asked for. ``stack``: closes the monitor."""
         ranks, directory = self.ranks, self.directory
         ranks.main_first(lambda: manifest.begin(directory, KIND, self.fingerprint))
         shards = self._without_result([Part(shard) for shard in self.dataset.shards])
@@ -180,6 +172,9 @@ class ScoringPass:
         todo = self._without_result(parts)
         num_whole = len(self.dataset.shards) - len(shards)
         total, num_done = num_whole + len(parts), num_whole + len(parts) - len(todo)
+        self.monitor = ScoringMonitor(directory, self.tensorboard, ranks, num_done, total)
+        stack.callback(self.monitor.close)
+        self.counts = self.monitor.counts
         if ranks.is_main:
             note_position(f"{num_done} of {total} parts of {directory}")
         with progress(f"score {directory.name}", directory, total, num_done, ranks.is_main) as advance:
@@ -222,6 +217,19 @@ class ScoringPass:
         metadata = self.results.metadata_of(work.part) | {TEXTS: json.dumps(texts, ensure_ascii=False)}
         rows = sorted(work.results) if work.part.num_parts > 1 else None
         write_scores(self.results.path(work.part), work.scores(), metadata, rows)
+
+    def _see(self, work: Work) -> None:
+        """Count what a part's rows answer, but for those whose candidates are no other language's."""
+        groups: dict[str, dict[str, np.ndarray]] = {}
+        for index, log_probs in work.results.items():
+            row = work.rows[index]
+            if not row.is_apart:
+                groups.setdefault(row.key, {})[row.language] = log_probs
+        groups = {key: group for key, group in groups.items() if len({len(one) for one in group.values()}) == 1}
+        num_rows = Counter(row.key for row in work.rows if not row.is_apart)
+        is_whole = [len(group) == num_rows[key] for key, group in groups.items()]  # others are in several parts
+        self.counts.see(block_of(groups.values()), np.array(is_whole, bool))
+        self.monitor.part(work.number)
 
     # --- batches ---------------------------------------------------------------------------------------------------
 
@@ -277,6 +285,7 @@ class ScoringPass:
             self._write(work)
             self.check_lead(time.monotonic() - work.begin, "score: a shard (data.groups_per_shard)")
             self.counts.num_rows += len(work.results)
+            self._see(work)
             advance(work.number - self.num_done)  # the shared counter tells how far all ranks are
             self.num_done = work.number
 
@@ -344,7 +353,7 @@ class ScoringPass:
 
     # --- the end ---------------------------------------------------------------------------------------------------
 
-    def _finish(self, seconds: float) -> None:
+    def _finish(self) -> None:
         """Assert that every (group, language) is there once, complete the directory, and say what was seen."""
         ranks = self.ranks
         own: list[tuple[dict[str, FileEntry], dict[str, TextCounts]]] = []
@@ -352,8 +361,7 @@ class ScoringPass:
         gathered = ranks.gather(self.counts)
         found = ranks.to_main(own[0])
         ranks.main_first(lambda: self._complete(found or []))
-        if ranks.is_main:
-            self._log(gathered, seconds)
+        self.monitor.finish(gathered)
 
     def _complete(self, found: list[tuple[dict[str, FileEntry], dict[str, TextCounts]]]) -> None:
         """Write the manifest over the files that the ranks have checked, and say what was seen."""
@@ -367,13 +375,3 @@ class ScoringPass:
         entries = {name: entry for own, _ in found for name, entry in own.items()}
         manifest.write_manifest(self.directory, KIND, self.fingerprint, [], details, entries)
         clear_progress(self.directory)  # rank 0 may have drawn its last part long before another rank drew the last
-
-    def _log(self, gathered: list[Counts], seconds: float) -> None:
-        num_rows, num_tokens = sum(one.num_rows for one in gathered), sum(one.num_tokens for one in gathered)
-        if num_rows == 0:  # this start had nothing to score
-            return
-        writer = ScalarWriter(self.directory, self.tensorboard, 0, is_main=True)
-        padding_share = 1 - num_tokens / max(1, sum(one.num_padded for one in gathered))
-        rates = {"sequences_per_second": num_rows / seconds, "tokens_per_second": num_tokens / seconds}
-        writer.write(len(self.dataset.shards), rates | {"padding_share": padding_share})
-        writer.close()

@@ -109,6 +109,15 @@ def step_of(path: Path, manifest: Manifest) -> int:
     return step
 
 
+def num_skipped_of(path: Path, step: int) -> int:
+    """How many of the steps before a checkpoint have changed nothing. Raises ``UserError`` if it tells no such
+    number."""
+    found = load_manifest(path, KIND).details.get("skipped", 0)
+    if type(found) is not int or not 0 <= found <= step:
+        raise UserError(f"{path}: {MANIFEST} says {shorten(repr(found))} steps were skipped; {START_OVER}")
+    return found
+
+
 def load(path: Path, engine: TrainEngine, step: int) -> None:
     """Set an engine to a checkpoint that ``newest`` found, whatever wrote it. Collective.
 
@@ -116,7 +125,7 @@ def load(path: Path, engine: TrainEngine, step: int) -> None:
     no training has left.
     """
     engine.ranks.each(lambda: _load(path, engine))
-    engine.set_num_steps(step)
+    engine.set_num_steps(step, num_skipped_of(path, step))
 
 
 def _load(path: Path, engine: TrainEngine) -> None:

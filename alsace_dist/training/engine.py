@@ -22,6 +22,7 @@ from alsace_dist.errors import UserError
 from alsace_dist.models.family import TrainableModel
 from alsace_dist.models.weights import DTYPES
 from alsace_dist.monitor.health import check_bf16
+from alsace_dist.monitor.stopwatch import Stopwatch
 from alsace_dist.ranks.group import Ranks
 from alsace_dist.training.settings import deepspeed_settings, is_sharded, state_layout, with_buckets
 from alsace_dist.training.state import LAYOUTS, MOMENTS, STEP, WEIGHT, Piece, private, shape_of, shard_of, step_value
@@ -171,6 +172,10 @@ class TrainEngine:
             name: parameter for name, parameter in self.engine.module.named_parameters() if parameter.requires_grad
         }
         self.layout = LAYOUTS[state_layout(engine)](self.engine.optimizer, self.optimizer, self.parameters, ranks)
+        if self.engine.optimizer is self.optimizer:  # all other layouts of DeepSpeed do that themselves
+            self.optimizer.register_step_pre_hook(_skip_unless_finite)
+        self.stopwatch = Stopwatch(ranks.device)
+        self.num_skipped = 0
 
     def step(self, losses: Sequence[Callable[[nn.Module], Sums]], learning_rate: float) -> Sums:
         """One optimizer step: forward, backward and update.
@@ -178,7 +183,8 @@ class TrainEngine:
         Each element of ``losses`` computes, with the module, float32 sums over the examples of one micro-batch by the
         name of their scalar; "loss" is what is minimised. Every rank gives one at least, from ZeRO-2 on equally many.
         The gradient is that of the loss summed over all ranks and micro-batches, divided by the global batch size.
-        Returns this rank's sums over its micro-batches (detached).
+        Returns this rank's sums over its micro-batches (detached). A step whose gradient is not finite changes nothing:
+        see ``is_applied``.
         """
         for group in self.engine.optimizer.param_groups:
             group["lr"] = learning_rate
@@ -187,17 +193,28 @@ class TrainEngine:
         scale = self.ranks.world_size / self.global_batch_size
         for index, sums_of in enumerate(losses):
             self.engine.set_gradient_accumulation_boundary(index == len(losses) - 1)
-            sums = sums_of(self.engine)
-            self.engine.backward(sums["loss"] * scale)
+            with self.stopwatch.phase("forward"):
+                sums = sums_of(self.engine)
+            with self.stopwatch.phase("backward"):
+                self.engine.backward(sums["loss"] * scale)
             for name, value in sums.items():
                 totals[name] = totals[name] + value.detach() if name in totals else value.detach()
-        self.engine.step()
+        with self.stopwatch.phase("optimizer"):
+            self.engine.step()
+        self.num_skipped += not self.is_applied
         return totals
 
-    def gradient_norm(self) -> float:
-        """Global norm of the last step's gradient before clipping; NaN where DeepSpeed reports none."""
+    @property
+    def is_applied(self) -> bool:
+        """Whether the last step changed the weights; if not, its gradient was not finite. The same on all ranks."""
+        return bool(self.engine.was_step_applied())
+
+    @property
+    def gradient_norm(self) -> "float | Tensor":
+        """Global norm of the last step's gradient before clipping, for which nobody has waited yet; NaN where DeepSpeed
+        reports none."""
         norm = self.engine.get_global_grad_norm()
-        return float(norm) if norm is not None else float("nan")
+        return float("nan") if norm is None else norm
 
     def state(self, name: str, keys: Collection[str] | None = None) -> dict[str, Tensor]:
         """Whole float32 weight and moments of one parameter (or those of ``keys``), on the CPU. Collective.
@@ -222,6 +239,8 @@ class TrainEngine:
 
     def forget_steps(self) -> None:
         """Set the optimizer's state to that before the first step; the weights stay as they are."""
+        self.stopwatch.read()
+        self.num_skipped = 0
         if self.moments is None:
             self.optimizer.state.clear()  # Adafactor makes its state in the first step
             return
@@ -230,10 +249,24 @@ class TrainEngine:
                 state[moment].zero_()
         self.set_num_steps(0)
 
-    def set_num_steps(self, num_steps: int) -> None:
-        """Tell the optimizer how many steps it has taken (for Adam's bias correction)."""
+    def set_num_steps(self, num_steps: int, num_skipped: int = 0) -> None:
+        """Tell the optimizer how many steps have been taken (for Adam's bias correction), and how many of them have
+        changed nothing."""
+        self.num_skipped = num_skipped
+        num_steps -= num_skipped
         for key, state in self.optimizer.state.items():
             state[STEP] = step_value(self.optimizer, num_steps, key)
+
+
+def _skip_unless_finite(optimizer: Any, *_: Any) -> None:
+    """Leave the optimizer without gradients, so that it does nothing, if some are not finite; DeepSpeed's engine looks
+    at ``overflow`` afterwards. Gradients are those of all ranks already."""
+    trained = [one for group in optimizer.param_groups for one in group["params"] if one.grad is not None]
+    norm = torch.nn.utils.get_total_norm([one.grad for one in trained])
+    optimizer.overflow = not bool(torch.isfinite(norm))
+    if optimizer.overflow:
+        for one in trained:
+            one.grad = None
 
 
 def _make_optimizer(

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,7 +14,8 @@ from alsace_dist.data.tokens import TokenRows
 from alsace_dist.method.targets import lessons
 from alsace_dist.models.family import Family
 from alsace_dist.ranks.group import Ranks
-from alsace_dist.training.losses import Divergence, FrozenTargetLoss, LiveTeacherLoss, MicroBatch, Pairs
+from alsace_dist.training.losses import Divergence, FrozenTargetLoss, LiveTeacherLoss, MicroBatch, Pairs, Watched
+from alsace_dist.training.observer import Observer
 from alsace_dist.training.tokens import Tokens
 
 
@@ -23,6 +25,10 @@ class Examples(Protocol):
     @property
     def counts(self) -> Sequence[int]:
         """Number of examples of each shard."""
+
+    @property
+    def observer(self) -> Observer | None:
+        """What observes how near the model is to its targets; None: there are no answers to look at."""
 
     def make_ready(self, directory: Path, fingerprint: dict[str, Any], shards: Collection[int], ranks: Ranks) -> None:
         """Before any of these shards is loaded: do what loading them needs once. Collective.
@@ -39,6 +45,9 @@ class Examples(Protocol):
     def build(self, row: Any, pass_index: int) -> Any:
         """The example that a row is in one pass over the data: a function of the two."""
 
+    def rows(self, example: Any) -> Sequence[EncodedRow]:
+        """The rows that an example is made of."""
+
     def length(self, example: Any) -> int:
         """Encoder tokens of an example."""
 
@@ -47,6 +56,17 @@ class Examples(Protocol):
 
     def collate(self, examples: list[Any]) -> MicroBatch:
         """A micro-batch."""
+
+    def flops(self, num_rows: int, num_tokens: int) -> float:
+        """Of a forward pass over rows of so many encoder tokens in all; 0 where nobody knows them."""
+
+
+ANSWER_TOKENS = 2  # positions at which a decoder answers, for counting FLOPs: few beside those of a prompt
+
+
+def forward_flops(model: Family, num_rows: int, num_tokens: int) -> float:
+    """Of a forward pass over so many rows, as if all were equally long."""
+    return num_rows * model.forward_flops(model.config, [round(num_tokens / num_rows)], ANSWER_TOKENS)
 
 
 @dataclass(frozen=True)
@@ -61,6 +81,11 @@ class TargetExamples:
     targets: Callable[[int, TokenRows], Sequence[Example]]
     model: Family
     device: torch.device
+
+    @cached_property
+    def observer(self) -> Observer:
+        """By the languages of the rows."""
+        return Observer(sorted(self.tokens.languages), self.model.answers.num_candidates)
 
     def make_ready(self, directory: Path, fingerprint: dict[str, Any], shards: Collection[int], ranks: Ranks) -> None:
         """Tokenise the shards."""
@@ -77,6 +102,10 @@ class TargetExamples:
         """The same in every pass."""
         return row
 
+    def rows(self, example: Example) -> Sequence[EncodedRow]:
+        """Its own."""
+        return [example.row]
+
     def length(self, example: Example) -> int:
         """Encoder tokens."""
         return self.model.num_tokens(example.row)
@@ -88,7 +117,12 @@ class TargetExamples:
     def collate(self, examples: list[Example]) -> MicroBatch:
         """A micro-batch with its loss."""
         inputs = self.model.collate([example.row for example in examples]).pinned(self.device)
-        return MicroBatch(FrozenTargetLoss(inputs, examples, self.device), *inputs.num_tokens)
+        loss = FrozenTargetLoss(inputs, examples, self.device, self.observer)
+        return MicroBatch(loss, *inputs.num_tokens, len(examples))
+
+    def flops(self, num_rows: int, num_tokens: int) -> float:
+        """As the family counts them."""
+        return forward_flops(self.model, num_rows, num_tokens)
 
 
 @dataclass(frozen=True)
@@ -110,6 +144,11 @@ class GroupExamples:
     model: Family
     device: torch.device
 
+    @cached_property
+    def observer(self) -> Observer:
+        """By the languages of the rows."""
+        return Observer(sorted(self.tokens.languages), self.model.answers.num_candidates)
+
     def make_ready(self, directory: Path, fingerprint: dict[str, Any], shards: Collection[int], ranks: Ranks) -> None:
         """Tokenise the shards."""
         self.tokens.make(directory, fingerprint, shards, ranks)
@@ -126,6 +165,10 @@ class GroupExamples:
         """The rows of a group, the same in every pass."""
         rows, group = row
         return rows[group]
+
+    def rows(self, example: list[EncodedRow]) -> Sequence[EncodedRow]:
+        """One a language."""
+        return example
 
     def length(self, example: list[EncodedRow]) -> int:
         """Encoder tokens, padding within the group included."""
@@ -144,8 +187,23 @@ class GroupExamples:
         for index, row in enumerate(rows):
             if row.language in self.biases:
                 biases[index] = self.biases[row.language]
-        loss = LiveTeacherLoss(inputs, self._pairs(examples), torch.from_numpy(biases), self.divergence, self.device)
-        return MicroBatch(loss, *inputs.num_tokens)
+        pairs, watched = self._pairs(examples), self._watched(examples)
+        loss = LiveTeacherLoss(inputs, pairs, torch.from_numpy(biases), self.divergence, self.device, watched)
+        return MicroBatch(loss, *inputs.num_tokens, len(rows))
+
+    def flops(self, num_rows: int, num_tokens: int) -> float:
+        """As the family counts them."""
+        return forward_flops(self.model, num_rows, num_tokens)
+
+    def _watched(self, examples: list[list[EncodedRow]]) -> Watched:
+        rows = [row for group in examples for row in group]
+        return Watched(
+            self.observer,
+            self.observer.places(row.language for row in rows),
+            torch.repeat_interleave(torch.arange(len(examples)), torch.tensor([len(group) for group in examples])),
+            len(examples),
+            torch.tensor([0.0 if row.is_apart else 1.0 for row in rows]),
+        )
 
     def _pairs(self, examples: list[list[EncodedRow]]) -> Pairs:
         found: list[tuple[int, int, float]] = []

@@ -1,9 +1,9 @@
 """The one training loop: batch, step, log, save. What is trained, and on what, is a ``Training``."""
 
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from alsace_dist.config import EngineConfig, ExportType, TrainConfig
 from alsace_dist.data.stream import CanonicalOrder, CutRule, TrainStream, micro_batches
 from alsace_dist.errors import Stopped, UserError
 from alsace_dist.files.layout import MODEL
-from alsace_dist.files.manifest import FileEntry, remove_own
+from alsace_dist.files.manifest import FileEntry, remove_own, write_json
 from alsace_dist.models.family import TrainableModel
 from alsace_dist.monitor.training import TrainingMonitor
 from alsace_dist.ranks.group import Ranks, keep_memory
@@ -30,6 +30,7 @@ from alsace_dist.training.settings import every_backward_is_collective
 
 CHECKPOINTS = "checkpoints"
 TOKENS = "tokens"
+NOT_FINITE = "not-finite.json"
 MAX_STEPS = 100_000_000
 
 
@@ -47,6 +48,16 @@ class Training:
     model: TrainableModel
     examples: Examples
     export_type: ExportType = "float32"
+
+    @cached_property
+    def order(self) -> CanonicalOrder:
+        """Which examples each step has."""
+        return CanonicalOrder(self.examples.counts, self.section.global_batch_size, self.seed)
+
+    def stream(self, rank: int, world_size: int) -> TrainStream[Any]:
+        """A rank's share of the steps."""
+        examples = self.examples
+        return TrainStream(self.order, examples.load, examples.build, rank, world_size, examples.expect)
 
 
 def learning_rate(section: TrainConfig, step: int, num_steps: int) -> float:
@@ -83,11 +94,9 @@ def run(training: Training, ranks: Ranks) -> tuple[int, dict[str, FileEntry]]:
 
     Goes on from the newest checkpoint that verifies. Raises ``Stopped`` after a checkpoint if a rank was asked to stop.
     """
-    section, directory = training.section, training.directory
-    order = CanonicalOrder(training.examples.counts, section.global_batch_size, training.seed)
+    section, directory, examples, order = training.section, training.directory, training.examples, training.order
     num_steps = num_steps_of(section, order)
-    examples = training.examples
-    stream = TrainStream(order, examples.load, examples.build, ranks.rank, ranks.world_size, examples.expect)
+    stream = training.stream(ranks.rank, ranks.world_size)
     examples.make_ready(directory / TOKENS, training.fingerprint, order.shards_of(num_steps), ranks)
     engine, first, rule = _start(training, stream, ranks)
     keep_memory(ranks, weight_bytes(training.model, training.engine.dtype))
@@ -97,7 +106,10 @@ def run(training: Training, ranks: Ranks) -> tuple[int, dict[str, FileEntry]]:
             "it is not of this training: delete it"
         )
     steps = range(first, num_steps)
-    monitor = TrainingMonitor(training.kind, directory, training.tensorboard, section, steps, ranks)
+    languages = examples.observer.languages if examples.observer else ()
+    monitor = TrainingMonitor(
+        training.kind, directory, training.tensorboard, section, steps, ranks, engine, tuple(languages)
+    )
     watchdog = Watchdog(ranks, directory, training.engine.hang_limit())
     kept = directory / CHECKPOINTS, engine, training.fingerprint, section.keep_checkpoints
     saver = Saver(*kept, watchdog, monitor.checkpoint)
@@ -119,8 +131,10 @@ def run(training: Training, ranks: Ranks) -> tuple[int, dict[str, FileEntry]]:
             rate = learning_rate(section, step, num_steps)
             sums = engine.step([part.sums for part in parts], rate)
             done = step + 1
+            if not engine.is_applied:
+                _not_finite(training, done, first, saver, monitor)
             num_tokens = sum(part.num_tokens for part in parts), sum(part.num_padded_tokens for part in parts)
-            monitor.step(done, sums, num_tokens, rate, engine.gradient_norm)
+            monitor.step(done, sums, num_tokens, rate, _flops(training, parts))
             parts = following(done)
             watchdog.beat(f"the checkpoint after step {done}")
             stop, is_writing, most = ranks.most(ranks.stop.is_set, saver.is_writing, len(parts))
@@ -133,6 +147,43 @@ def run(training: Training, ranks: Ranks) -> tuple[int, dict[str, FileEntry]]:
                 raise Stopped(f"{training.kind}: stopped after step {done} of {num_steps}; a checkpoint is written")
         saver.finish()
     return num_steps, _export(training, engine)
+
+
+def _not_finite(training: Training, step: int, first: int, saver: Saver, monitor: TrainingMonitor) -> None:
+    """A step's gradient was not finite, so that it changed nothing: count it, or end with the state before it kept.
+
+    ``first``: the step that this start began with. Collective. Raises ``UserError`` if it is not to be skipped, or if
+    steps are skipped again and again.
+    """
+    is_lasting = monitor.skipped(step)
+    if training.section.on_nonfinite == "skip" and not is_lasting:
+        return
+    if step - 1 > first:  # of the first there is a checkpoint, or nothing is done yet
+        saver.begin(step - 1)
+    saver.finish()
+    saver.engine.ranks.main_first(lambda: write_keys(training, step))
+    what = "gradients are no finite numbers, step after step" if is_lasting else "the gradient is no finite number"
+    remedy = f"lower {training.kind}.learning_rate"
+    if training.section.on_nonfinite == "stop":
+        remedy += f", or set {training.kind}.on_nonfinite: skip"
+    raise UserError(
+        f"{training.kind}: {what}, at step {step}; the state before it is kept, and {training.directory / NOT_FINITE} "
+        f"lists the examples, which `alsace replay RUN --stage={training.kind} --step={step}` looks at; {remedy}"
+    )
+
+
+def write_keys(training: Training, step: int) -> None:
+    """List the examples of a step (from 1), for whoever wants to look at them."""
+    batch = training.stream(0, 1).batch(step - 1)
+    rows = [[row.key, row.language] for example in batch for row in training.examples.rows(example)]
+    write_json(training.directory / NOT_FINITE, {"step": step, "examples": rows})
+
+
+def _flops(training: Training, parts: Sequence[MicroBatch]) -> float:
+    """Model FLOPs of this rank's passes of a step; 0 where nobody knows them."""
+    num_rows, num_tokens = sum(part.num_rows for part in parts), sum(part.num_tokens for part in parts)
+    forward = training.examples.flops(num_rows, num_tokens) if num_rows else 0.0
+    return forward * (2 if training.section.lora else 3)  # the backward pass is twice the forward; of adapters once
 
 
 def drop_passing(directory: Path) -> None:
@@ -150,18 +201,29 @@ def other_files(directory: Path, weights: Collection[str]) -> list[Path]:
 def _start(training: Training, stream: TrainStream[Any], ranks: Ranks) -> tuple[TrainEngine, int, CutRule]:
     """An engine with the state of the newest checkpoint, or with the model's own weights; the next step; how steps are
     cut, found by passes that come before the state."""
-    module = load_module(training.model, training.section.dropout, training.engine, ranks)
-    for name in training.model.vocabulary if training.section.freeze_vocabulary else ():
-        module.get_parameter(name).requires_grad_(False)
-    engine = TrainEngine(module, training.engine, training.section, ranks)
+    engine = make_engine(training, ranks)
     found = checkpoint.newest(training.directory / CHECKPOINTS, training.fingerprint, ranks)
     example = stream.stand_in(found[1] if found else 0)
     rule = cut_rule(training.kind, training.section, training.engine, training.examples, example, engine)
+    return engine, load_state(training, engine, found), rule
+
+
+def make_engine(training: Training, ranks: Ranks) -> TrainEngine:
+    """An engine whose weights are those of the model. Collective."""
+    module = load_module(training.model, training.section.dropout, training.engine, ranks)
+    for name in training.model.vocabulary if training.section.freeze_vocabulary else ():
+        module.get_parameter(name).requires_grad_(False)
+    return TrainEngine(module, training.engine, training.section, ranks)
+
+
+def load_state(training: Training, engine: TrainEngine, found: tuple[Path, int] | None) -> int:
+    """Give an engine the state of a checkpoint, or if there is none the model's own weights; the next step (from 0).
+    Collective."""
     if found:
         checkpoint.load(found[0], engine, found[1])
-        return engine, found[1], rule
+        return found[1]
     engine.load_initial(training.model)
-    return engine, 0, rule
+    return 0
 
 
 def _micro_batches(training: Training, batch: list[Any], rule: CutRule) -> list[MicroBatch]:

@@ -11,16 +11,18 @@ from torch import Tensor, nn
 
 from alsace_dist.data.rows import Example
 from alsace_dist.models.batches import Inputs, to_device
+from alsace_dist.training.observer import Observer
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """A micro-batch. ``sums(module)``: float32 sums over its examples by the name of their scalar, "loss" among them;
-    encoder tokens without and with padding."""
+    """A micro-batch. ``sums(module)``: float32 sums over its examples by name, "loss" among them, and what the loss has
+    observed (``monitor.observed``); encoder tokens without and with padding; rows."""
 
     sums: Callable[[nn.Module], dict[str, Tensor]]
     num_tokens: int
     num_padded_tokens: int
+    num_rows: int
 
     def without_effect(self) -> "MicroBatch":
         """The same forward and backward pass with zero loss, and nothing of it counted but the padding."""
@@ -28,7 +30,7 @@ class MicroBatch:
         def zero(module: nn.Module) -> dict[str, Tensor]:
             return {name: value * 0.0 for name, value in self.sums(module).items()}
 
-        return MicroBatch(zero, 0, self.num_padded_tokens)
+        return MicroBatch(zero, 0, self.num_padded_tokens, 0)
 
 
 class FrozenTargetLoss:
@@ -38,8 +40,12 @@ class FrozenTargetLoss:
     one-hot targets the cross-entropy.
     """
 
-    def __init__(self, inputs: Inputs, examples: Sequence[Example], device: torch.device) -> None:
-        self._inputs, self._device = inputs, device
+    def __init__(
+        self, inputs: Inputs, examples: Sequence[Example], device: torch.device, observer: Observer | None = None
+    ) -> None:
+        self._inputs, self._device, self._observer = inputs, device, observer
+        if observer is not None:
+            self._places = observer.places(example.row.language for example in examples)
         self._targets = torch.from_numpy(_stacked([example.target for example in examples], inputs.num_candidates))
         self._weights = torch.tensor([example.weight for example in examples])
         self._entropies = torch.tensor([example.entropy for example in examples])
@@ -49,7 +55,11 @@ class FrozenTargetLoss:
         log_probs = module(*self._inputs.to(self._device))
         # A candidate that a row lacks has probability 0: 0 * -inf must not count.
         cross_entropy = -torch.where(targets > 0, targets * log_probs, 0.0).sum(dim=-1)
-        return {"loss": (weights * (cross_entropy - entropies)).sum()}
+        sums = {"loss": (weights * (cross_entropy - entropies)).sum()}
+        if self._observer is not None:
+            (places,) = to_device(self._device, self._places)
+            sums |= self._observer.sums(places, (weights > 0).float(), log_probs, targets)
+        return sums
 
 
 @dataclass(frozen=True)
@@ -81,10 +91,16 @@ class LiveTeacherLoss:
     """
 
     def __init__(
-        self, inputs: Inputs, pairs: Pairs, biases: Tensor, divergence: Divergence, device: torch.device
+        self,
+        inputs: Inputs,
+        pairs: Pairs,
+        biases: Tensor,
+        divergence: Divergence,
+        device: torch.device,
+        watched: "Watched | None" = None,
     ) -> None:
         self._inputs, self._pairs, self._biases = inputs, pairs, biases
-        self._divergence, self._device = divergence, device
+        self._divergence, self._device, self._watched = divergence, device, watched
 
     def __call__(self, module: Any) -> dict[str, Tensor]:
         teachers, learners, weights, biases = to_device(
@@ -107,7 +123,31 @@ class LiveTeacherLoss:
         else:
             log_middle = torch.logaddexp(log_p, log_q) - math.log(2)
             values = (p * (log_p - log_middle) + q * (log_q - log_middle)) / 2
-        return {"loss": temperature**2 * (weights * values.sum(dim=-1)).sum()}
+        sums = {"loss": temperature**2 * (weights * values.sum(dim=-1)).sum()}
+        return sums | (self._watched.sums(rows, log_p, log_q, lacks, learners, weights) if self._watched else {})
+
+
+@dataclass(frozen=True)
+class Watched:
+    """What is observed of a micro-batch of whole groups. ``places``: int64 [rows], of each row's language; ``groups``:
+    int64 [rows], of its group; ``counts``: float32 [rows], 0 for a row that has no part in the vote."""
+
+    observer: Observer
+    places: Tensor
+    groups: Tensor
+    num_groups: int
+    counts: Tensor
+
+    @torch.no_grad()
+    def sums(
+        self, rows: Tensor, log_p: Tensor, log_q: Tensor, lacks: Tensor, learners: Tensor, weights: Tensor
+    ) -> dict[str, Tensor]:
+        """``rows``: float32 [rows, K]; ``log_p``, ``log_q``: of the teacher and the learner of each pair, [pairs, K],
+        0 where ``lacks`` says that there is no such candidate."""
+        places, groups, counts = to_device(rows.device, self.places, self.groups, self.counts)
+        found = self.observer.votes(places, groups, self.num_groups, counts, rows)
+        log_q, p = log_q.masked_fill(lacks, -torch.inf), log_p.exp().masked_fill(lacks, 0.0)
+        return found | self.observer.sums(places[learners], weights, log_q, p)
 
 
 def _stacked(rows: Sequence[np.ndarray], num_candidates: int) -> np.ndarray:

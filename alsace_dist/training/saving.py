@@ -77,9 +77,9 @@ class _Writer(threading.Thread):
     """Writes this rank's files of one checkpoint. ``error``: what has kept it from that. ``seconds``: from before the
     copy to the end."""
 
-    def __init__(self, target: Path, rank: int, step: int, files: list[_File]) -> None:
+    def __init__(self, target: Path, rank: int, step: int, num_skipped: int, files: list[_File]) -> None:
         super().__init__(daemon=True)  # a rank that fails meanwhile does not wait for a slow disk
-        self.target, self.step, self.files = target, step, files
+        self.target, self.step, self.num_skipped, self.files = target, step, num_skipped, files
         self.names = [f"rank{rank:05d}-{number:05d}.safetensors" for number in range(len(files))]
         self.entries: dict[str, FileEntry] = {}
         self.error: Exception | None = None
@@ -116,14 +116,15 @@ class Saver:
         fingerprint: dict[str, Any],
         keep: int,
         watchdog: Watchdog,
-        on_saved: Callable[[int, float], None],
+        on_saved: Callable[[int, int, float, float], None],
         max_bytes: int = FILE_BYTES,
     ) -> None:
-        """``keep``: how many checkpoints stay. ``on_saved``: called with the step and the seconds that it took the
-        slowest rank. ``max_bytes``: of a file."""
+        """``keep``: how many checkpoints stay. ``on_saved``: called with the step, the bytes of all ranks, the seconds
+        that the step waited and those until all was written, of the slowest rank. ``max_bytes``: of a file."""
         self.directory, self.engine, self.fingerprint, self.keep = directory, engine, fingerprint, keep
         self.watchdog, self.on_saved, self.max_bytes = watchdog, on_saved, max_bytes
         self._writer: _Writer | None = None
+        self._saved = 0, 0.0
 
     @property
     def is_writing(self) -> bool:
@@ -135,15 +136,17 @@ class Saver:
 
         Raises ``UserError`` on every rank, before anything is written, if there is no room for it.
         """
+        begin = time.monotonic()
         self.finish()
         ranks, target = self.engine.ranks, self.directory / f"step-{step:08d}"
         files = cut(self.engine, self.max_bytes)
         num_bytes = 4 * sum(file.numel for file in files) * (1 + len(self.engine.moments or ()))
         (total,) = ranks.sum(num_bytes)
         ranks.main_first(lambda: _make_room(target, round(total)))
-        self._writer = _Writer(target, ranks.rank, step, files)
+        self._writer = _Writer(target, ranks.rank, step, self.engine.num_skipped, files)
         copy(self.engine, files)
         self._writer.start()
+        self._saved = round(total), time.monotonic() - begin
 
     def finish(self) -> None:
         """Wait for the checkpoint that is being written, if any, and complete it.
@@ -166,11 +169,13 @@ class Saver:
         ranks.each(writer.check)
         slices = dict(zip(writer.names, (file.slices for file in writer.files), strict=True))
         parts = ranks.to_main((writer.entries, slices))
-        ranks.main_first(lambda: self._complete(writer.target, writer.step, parts or []))
-        self.on_saved(writer.step, ranks.max(writer.seconds))
+        details = {"step": writer.step} | ({"skipped": writer.num_skipped} if writer.num_skipped else {})
+        ranks.main_first(lambda: self._complete(writer.target, details, parts or []))
+        num_bytes, blocking_seconds = self._saved
+        self.on_saved(writer.step, num_bytes, *ranks.most(blocking_seconds, writer.seconds))
 
     def _complete(
-        self, target: Path, step: int, parts: list[tuple[dict[str, FileEntry], dict[str, list[Slice]]]]
+        self, target: Path, details: dict[str, int], parts: list[tuple[dict[str, FileEntry], dict[str, list[Slice]]]]
     ) -> None:
         """Write index and manifest, then delete all checkpoints but this one and the ``keep - 1`` before."""
         parameters = [(name, list(shape_of(parameter))) for name, parameter in self.engine.parameters.items()]
@@ -178,7 +183,7 @@ class Saver:
         # Not as write_json does it, a line for each number: of 512 ranks there are a million.
         write_text(target / INDEX, json.dumps(Index(parameters=parameters, files=files).model_dump()) + "\n")
         entries = {name: entry for one, _ in parts for name, entry in one.items()}
-        write_manifest(target, KIND, self.fingerprint, [target / INDEX], {"step": step}, entries)
+        write_manifest(target, KIND, self.fingerprint, [target / INDEX], details, entries)
         # Checkpoints of later steps are broken: ``newest`` skipped them. They go, too.
         kept = [path for path in checkpoint.finished(self.directory) if path <= target][: self.keep]
         for old in set(checkpoint.directories(self.directory)) - set(kept):

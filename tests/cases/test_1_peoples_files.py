@@ -11,7 +11,15 @@ import pytest
 from cases.case import Case, check_untouched, tree
 
 REMEDY = "it is not alsace_dist's; move it away, or choose another run_dir"
-RUN_FILES = ("config.yaml", "report.md", "report.html", "report.json", "report.svg", "bad-records.txt")
+RUN_FILES = (
+    "config.yaml",
+    "report.md",
+    "report.html",
+    "report.json",
+    "report.svg",
+    "bad-records.txt",
+    "warnings.jsonl",
+)
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,17 @@
 """What people are warned of, and what ends a training that has diverged."""
 
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
 
-from alsace_dist.errors import UserError
+from alsace_dist.errors import UserError, heard_by
 from alsace_dist.monitor import health
-from alsace_dist.monitor.health import LeadCheck, bf16_slowdown, check_bf16, check_loss
+from alsace_dist.monitor.health import Health, LeadCheck, bf16_slowdown, check_bf16, check_loss
+from alsace_dist.monitor.observed import ANSWERS, TARGET_ANSWERS
 from alsace_dist.ranks import job
+from alsace_dist.ranks.group import Ranks, StopFlag
 
 
 def test_a_lead_that_is_too_short_is_said_once(
@@ -61,3 +66,61 @@ def test_what_bf16_costs_is_measured() -> None:
     assert 0.05 < slowdown < 1000 and torch.get_num_threads() == threads
     if capability in ("DEFAULT", "AVX2"):
         assert slowdown > health.MOST_BF16_SLOWDOWN
+
+
+# --- readings of a training ----------------------------------------------------------------------------------------
+
+STEADY = {
+    "loss": 0.5,
+    "tokens_per_second": 1000.0,
+    "data_wait_share": 0.01,
+    "forward_seconds_least": 0.1,
+    "forward_seconds_most": 0.11,
+}
+
+
+def said(readings: list[dict[str, float]], sums: dict[str, Any] | None = None) -> list[str]:
+    """What a training is warned of, whose readings differ so from steady ones. ``sums``: observed in each reading."""
+    alone = Ranks(0, 1, 0, torch.device("cpu"), None, StopFlag())
+    check, heard = Health("distill", alone), list[str]()
+    with heard_by(heard.append):
+        for step, values in enumerate(readings, start=1):
+            check(step, STEADY | values, sums or {}, ["de", "en"], 0.1)
+    return heard
+
+
+def test_a_steady_training_is_warned_of_nothing() -> None:
+    answers = {ANSWERS: np.array([[30, 20], [25, 25]]), TARGET_ANSWERS: np.array([[25, 25], [25, 25]])}
+    assert said([{"loss": 0.5 + 0.1 * (step % 3), "vote_agreement": 0.7} for step in range(40)], answers) == []
+
+
+@pytest.mark.parametrize(
+    ("readings", "expected"),
+    [
+        ([{}] * 6 + [{"loss": 2.0}] * 3, "distill: step 7: the loss is 2, and was 0.5; if it stays there lower"),
+        (
+            [{}] * 6 + [{"tokens_per_second": 400.0}] * 3,
+            "distill: step 9: 400 tokens a second, and before 1,000: look for other work on the nodes",
+        ),
+        ([{"data_wait_share": 0.5}] * 9, "distill: step 3: ranks wait for data 50% of the time; put the data on a"),
+        (
+            [{"vote_agreement": 0.8}] * 2 + [{"vote_agreement": 0.65}] * 4,
+            "distill: step 5: 65% of the answers are their group's vote, and 80% were: the teachers drift",
+        ),
+    ],
+)
+def test_what_goes_wrong_is_said_once_with_what_to_do(readings: list[dict[str, float]], expected: str) -> None:
+    (text,) = said(readings)
+    assert text.startswith(expected)
+
+
+def test_one_slow_reading_is_chance() -> None:
+    assert said([{}] * 6 + [{"tokens_per_second": 400.0, "data_wait_share": 0.9}] * 2 + [{}] * 3) == []
+
+
+def test_a_language_that_answers_one_class_is_named_if_its_targets_do_not() -> None:
+    wanted = np.array([[30, 70], [50, 50]])
+    (text,) = said([{}] * 5, {ANSWERS: np.array([[100, 0], [60, 40]]), TARGET_ANSWERS: wanted})
+    assert text.startswith("distill: step 3: in 'de' 100% of the answers are candidate 1, and 30% of the targets")
+    assert said([{}] * 5, {ANSWERS: np.array([[100, 0], [60, 40]]), TARGET_ANSWERS: np.array([[95, 5], [1, 1]])}) == []
+    assert said([{}] * 5, {ANSWERS: np.array([[9, 0], [6, 4]]), TARGET_ANSWERS: np.array([[3, 6], [5, 5]])}) == []

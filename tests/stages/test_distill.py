@@ -9,7 +9,7 @@ import pytest
 import tiny
 
 from alsace_dist.errors import UserError
-from alsace_dist.monitor.scalars import read_scalars
+from alsace_dist.monitor.sinks import read_scalars
 from alsace_dist.stages.distill import check_scores
 
 THREE = np.log(np.array([0.2, 0.3, 0.5]))

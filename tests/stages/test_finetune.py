@@ -12,7 +12,7 @@ from alsace_dist.config_file import load_config
 from alsace_dist.data.rows import Candidates, EncodedRow
 from alsace_dist.errors import UserError
 from alsace_dist.files.shards import Dataset, ParallelGroup, read_shards, write_dataset
-from alsace_dist.monitor.scalars import read_scalars
+from alsace_dist.monitor.sinks import read_scalars
 from alsace_dist.stages.finetune import example_counts, learnt, shots_of
 
 

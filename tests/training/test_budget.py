@@ -15,6 +15,7 @@ from alsace_dist.config import DistillConfig, EngineConfig
 from alsace_dist.ranks.group import Ranks
 from alsace_dist.training.budget import Measured, cut_rule, fitting_tokens, pass_cost
 from alsace_dist.training.examples import TargetExamples
+from alsace_dist.training.tokens import Tokens
 
 GIB = 1 << 30
 
@@ -42,7 +43,9 @@ def dry_and_not(group: Ranks, world: str, scorer: str, settings: dict[str, Any])
         trained, model = test_engine.load(group, world, scorer, settings)
         if is_dry:
             section = DistillConfig(num_steps=3, global_batch_size=10, learning_rate=1e-2, tokens_per_micro_batch=600)
-            given = TargetExamples(None, [], None, model, group.device)  # type: ignore[arg-type]
+            languages = sorted({one.row.language for one in test_engine.examples(model)})
+            tokens = Tokens(None, None, languages, model)  # type: ignore[arg-type]
+            given = TargetExamples(tokens, [], None, model, group.device)  # type: ignore[arg-type]
             example = test_engine.examples(model)[group.rank]
             seen = trained.engine.module.register_forward_pre_hook(lambda _, args: shapes.append(list(args[0].shape)))
             rule = cut_rule("distill", section, EngineConfig(**settings), given, example, trained)

@@ -53,7 +53,7 @@ def take_step(trained: engine.TrainEngine, model: Family, group: Ranks) -> None:
 
 def saver(trained: engine.TrainEngine, directory: str, group: Ranks, keep: int = 9) -> Saver:
     watchdog = Watchdog(group, Path(directory), None)
-    return Saver(Path(directory), trained, FINGERPRINT, keep, watchdog, lambda step, seconds: None, max_bytes=20_000)
+    return Saver(Path(directory), trained, FINGERPRINT, keep, watchdog, lambda *_: None, max_bytes=20_000)
 
 
 def digest_of(trained: engine.TrainEngine) -> str:

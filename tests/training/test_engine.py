@@ -122,7 +122,7 @@ def train(
     for name, parameter in trained.engine.module.named_parameters():
         with tiny.gathered(parameter):
             moved[name] = float((parameter.detach().float().cpu() - model.initial_value(name)).abs().max())
-    result = {"losses": losses, "state": numbers, "norm": trained.gradient_norm()}
+    result = {"losses": losses, "state": numbers, "norm": float(trained.gradient_norm)}
     return result | {"moved": moved, "num_calls": len(calls)}
 
 

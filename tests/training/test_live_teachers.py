@@ -13,13 +13,13 @@ import torch
 
 from alsace_dist.config import NO_TEACHERS
 from alsace_dist.config_file import load_config
-from alsace_dist.data.rows import Candidates, EncodedRow
+from alsace_dist.data.rows import Answers, Candidates, EncodedRow
 from alsace_dist.errors import UserError
 from alsace_dist.files.reader import ShardReader
 from alsace_dist.files.shards import Dataset
 from alsace_dist.method.targets import MODES, num_pairs, targets
 from alsace_dist.models.batches import Inputs
-from alsace_dist.monitor.scalars import read_scalars
+from alsace_dist.monitor.sinks import read_scalars
 from alsace_dist.stages.distill import example_of
 from alsace_dist.training.examples import GroupExamples
 from alsace_dist.training.losses import Divergence, FrozenTargetLoss
@@ -52,6 +52,8 @@ class Table(torch.nn.Module):
 
 class FakeModel:
     """Stands in for a family where no token is looked at: a row's only token is its number."""
+
+    answers = Answers({}, (), "", 1, labels=("a", "b", "c"))
 
     def collate(self, rows: list[EncodedRow]) -> Inputs:
         numbers = torch.tensor([row.input_ids[0] for row in rows])

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from alsace_dist.errors import EXIT_STOPPED
-from alsace_dist.monitor.scalars import read_scalars
+from alsace_dist.monitor.sinks import read_scalars
 from alsace_dist.ranks.group import Ranks
 
 

@@ -182,7 +182,7 @@ def interrupted(group: Ranks, world: str, out: str, first: int, second: int) -> 
         for _ in range(steps):
             losses.append(group.sum(float(trained.step([loss_of(model, mine, group.device)], RATE)["loss"]))[0] / 10)
         if steps == 2:
-            saver = Saver(Path(out), trained, {}, 1, Watchdog(group, Path(out), None), lambda step, seconds: None)
+            saver = Saver(Path(out), trained, {}, 1, Watchdog(group, Path(out), None), lambda *_: None)
             saver.begin(2)
             saver.finish()
     norms = [float(trained.state(name, ["weight"])["weight"].norm()) for name in sorted(trained.parameters)]

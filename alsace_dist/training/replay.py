@@ -1,0 +1,43 @@
+"""A step of a training once more, example by example: what has its gradient, or its loss, come from?"""
+
+import math
+from dataclasses import dataclass
+
+from alsace_dist.ranks.group import Ranks
+from alsace_dist.training import checkpoint
+from alsace_dist.training.loop import CHECKPOINTS, TOKENS, Training, load_state, make_engine
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """One example of a step. ``where``: its group and language; ``num_tokens``: of its prompts; ``gradient_norm``: of
+    its part in the step's gradient."""
+
+    where: str
+    num_tokens: int
+    loss: float
+    gradient_norm: float
+
+
+def replay(training: Training, step: int, ranks: Ranks) -> tuple[int, list[Replayed]]:
+    """Each example of a step (from 1), those that move the weights most first; and after which step the weights were
+    written that it is looked at with: the newest checkpoint's, 0 for those that the training starts with. Collective.
+
+    Nothing is trained, and nothing is written but tokens that are missing.
+    """
+    order, section, examples = training.order, training.section, training.examples
+    examples.make_ready(training.directory / TOKENS, training.fingerprint, order.shards_of(step), ranks)
+    engine = make_engine(training, ranks)
+    found = checkpoint.newest(training.directory / CHECKPOINTS, training.fingerprint, ranks)
+    position = load_state(training, engine, found)
+    replayed = []
+    for example in training.stream(0, 1).batch(step - 1):
+        # All ranks look at the same one: passes are collective, and with a learning rate of 0 no weight changes.
+        sums = engine.step([examples.collate([example]).sums], 0.0)
+        rows = examples.rows(example)
+        where = f"{rows[0].key} {rows[0].language if len(rows) == 1 else f'({len(rows)} languages)'}"
+        norm = float(engine.gradient_norm) if engine.is_applied else math.inf  # and the loss may be finite all the same
+        norm /= ranks.world_size  # each rank's loss is taken for a share of the batch's
+        replayed.append(Replayed(where, examples.length(example), float(sums["loss"]), norm))
+    assert len(replayed) == section.global_batch_size
+    return position, sorted(replayed, key=lambda one: -one.gradient_norm)
