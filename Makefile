@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint format types clean
+.PHONY: demo test look lint format types clean
 
 demo: $(READY)
 	$(VENV)/bin/alsace demo
@@ -11,6 +11,10 @@ demo: $(READY)
 # Three processes on two cores: the tests on the real Slurm wait now and then. Files keep the order of tests/conftest.py.
 test: $(READY)
 	$(VENV)/bin/python -m pytest -n 3 --dist=loadfile --no-loadscope-reorder
+
+# The demo's report and TensorBoard in a headless Chromium; screenshots in build/screenshots.
+look: $(READY)
+	ALSACE_LOOK_AT=runs/demo $(VENV)/bin/python -m pytest tests/browser
 
 lint: $(READY)
 	$(VENV)/bin/ruff check .

@@ -3,35 +3,28 @@
 import errno
 import fcntl
 import os
-import shlex
 import socket
 import stat
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TextIO
 
-from alsace_dist import pipeline
 from alsace_dist.config import Config
-from alsace_dist.config_file import validate
 from alsace_dist.config_file import variant as variant_of
-from alsace_dist.data import audit, texts
 from alsace_dist.errors import NotReady, RankFailed, UserError, heard_by
-from alsace_dist.files.evaluation import KIND as EVALUATION
-from alsace_dist.files.evaluation import Evaluation, read_evaluation
-from alsace_dist.files.layout import DATA, MODEL, SEEDS_NUMBERS, SEEDS_TABLE, Layout
-from alsace_dist.files.manifest import MANIFEST, RERUN, write_json, write_text
-from alsace_dist.files.scores import KIND as SCORES
+from alsace_dist.files.costs import add_cost
+from alsace_dist.files.layout import SEEDS_NUMBERS, SEEDS_TABLE, Layout
+from alsace_dist.files.manifest import write_json, write_text
 from alsace_dist.files.scores import read_scores
 from alsace_dist.files.selection import read_selection
-from alsace_dist.files.shards import DataDetails
 from alsace_dist.files.warnings import add_warning
 from alsace_dist.ranks import group, job, launcher
 from alsace_dist.ranks.group import Ranks
-from alsace_dist.stages.base import Output, Stage, model_after
+from alsace_dist.stages.base import Stage
 
 LOCK_SECONDS = 10.0  # time for the ranks of a killed start to be gone
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
@@ -54,7 +47,7 @@ def run_stage(stage: Stage, debug: bool = False) -> None:
     print(stage.name, file=sys.stderr)
     with alone(stage.lock, stage.name):
         if not stage.is_complete():  # whoever held the lock may have finished the stage
-            with _warnings_kept(stage):
+            with _kept(stage, 1):
                 stage.run(None)
 
 
@@ -95,13 +88,21 @@ def run_on_ranks(stage: Stage, ranks: Ranks) -> None:
         (is_complete,) = ranks.any_rank(any(found))
         if not is_complete:
             if ranks.is_main:
-                stack.enter_context(_warnings_kept(stage))
+                stack.enter_context(_kept(stage, ranks.world_size))
             stage.run(ranks)
 
 
-def _warnings_kept(stage: Stage) -> AbstractContextManager[None]:
-    """Within it, what people are warned of is kept in the run."""
-    return heard_by(partial(add_warning, stage.layout.run, stage.name))
+@contextmanager
+def _kept(stage: Stage, num_ranks: int) -> Iterator[None]:
+    """Within it a stage runs: what people are warned of is kept in the run, and in the end how long it took."""
+    run, begin, is_done = stage.layout.run, time.monotonic(), False
+    try:
+        with heard_by(partial(add_warning, run, stage.name)):
+            yield
+        is_done = stage.replay is None
+    finally:
+        if stage.replay is None:
+            add_cost(run, stage.name, time.monotonic() - begin, num_ranks, job.num_nodes(), is_done)
 
 
 def report(config: Config) -> None:
@@ -111,35 +112,19 @@ def report(config: Config) -> None:
     """
     from rich.console import Console
 
-    from alsace_dist.reporting.report import print_summary, write_report
+    from alsace_dist import outcome
+    from alsace_dist.reporting.report import pictures_of, print_summary, write_report
 
-    evaluations = evaluations_of(config)
+    evaluations = outcome.evaluations_of(config)
     if not evaluations:
         raise NotReady(f"{config.run_dir}: holds no evaluation yet; `alsace run` makes one")
-    layout = Layout(Path(config.run_dir))
-    model = model_after(config, layout, config.rounds)
-    details = {
-        "report": layout.run / "report.html",
-        "numbers": layout.run / "report.json",
-        "model": model.directory / MODEL if model else config.model.path,
-        "config": layout.config,
-        "TensorBoard": f"tensorboard --logdir {shlex.quote(str(layout.run / 'tensorboard'))}",
-    }
-    write_report(layout.run, evaluations, details, config.evaluate, _data_lines(layout))
+    facts = outcome.facts_of(config)
+    write_report(Path(config.run_dir), evaluations, facts, config.evaluate)
+    outcome.show_in_tensorboard(config, evaluations, pictures_of(evaluations, facts, config.evaluate.alpha))
     console = Console()
     print_summary(next(iter(evaluations.values())), console, config.evaluate)
-    for name, value in details.items():
+    for name, value in facts.details.items():
         console.print(f"{name:<12} {value}", markup=False, highlight=False, soft_wrap=True)
-
-
-def evaluations_of(config: Config) -> dict[str, Evaluation]:
-    """Variant -> its evaluation, of those that are complete; the run itself as "main"."""
-    found = {}
-    for name, _ in pipeline.variants(config):
-        output = Output(Layout(Path(config.run_dir), name).evaluation, EVALUATION)
-        if output.exists:
-            found[name or "main"] = read_evaluation(output.directory)
-    return found
 
 
 def report_seeds(run: Path, configs: Mapping[int, Config]) -> None:
@@ -147,9 +132,10 @@ def report_seeds(run: Path, configs: Mapping[int, Config]) -> None:
 
     ``configs``: seed -> the config of its run. Raises ``NotReady`` if none has.
     """
+    from alsace_dist import outcome
     from alsace_dist.reporting import markdown, seeds
 
-    found = {seed: evaluations for seed, config in configs.items() if (evaluations := evaluations_of(config))}
+    found = {seed: evaluations for seed, config in configs.items() if (evaluations := outcome.evaluations_of(config))}
     if not found:
         raise NotReady(f"{run}: holds no evaluation yet; `alsace run --seeds` makes them")
     ways = seeds.pooled(found, next(iter(configs.values())).evaluate.alpha)
@@ -173,28 +159,6 @@ def explain(config: Config, round_: int, variant: str = "") -> str:
     scores = read_scores(layout.scores(round_ - 1, "unlabeled"), config.select.num_groups, size)
     tables = explanation(config, selection, scores)
     return "\n\n".join(f"{markdown.escape(title)}\n\n{markdown.table(table)}" for title, table in tables)
-
-
-def _data_lines(layout: Layout) -> list[str]:
-    """What the audit has found in the data that this run has prepared (nothing for data prepared elsewhere), and what
-    the model's tokenizer has made of it."""
-    output = Output(layout.data, DATA)
-    found = []
-    if output.exists:
-        place = f"{output.directory / MANIFEST}: details."
-        details = validate(DataDetails, output.manifest().details, place, RERUN)
-        found += audit.lines(details.audit)
-        found += [f"left out: {number:,} records with {kind}" for kind, number in details.bad_records.items()]
-        found += [f"{language}: {number:,} texts missing" for language, number in details.num_missing.items()]
-        found += [
-            f"{language}: {number:,} rows changed to what most languages say"
-            for language, number in details.num_changed.items()
-        ]
-    for split in ("unlabeled", "test"):
-        scores = Output(layout.scores(0, split), SCORES)
-        value = scores.manifest().details.get(texts.TEXTS, {}) if scores.exists else {}
-        found += [f"{split}, {line}" for line in texts.lines(texts.parse_texts(value, scores.directory / MANIFEST))]
-    return found
 
 
 @contextmanager

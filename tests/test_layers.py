@@ -39,6 +39,7 @@ LAYERS: list[set[str]] = [
     {"training"},
     {"stages"},
     {"pipeline"},
+    {"outcome"},
     {"runner", "plan", "doctor", "sweep", "exporting"},
     {"cluster"},
     {"arguments", "presets", "streams", "environment"},

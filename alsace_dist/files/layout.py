@@ -34,7 +34,7 @@ class Layout:
     @property
     def files(self) -> list[Path]:
         """What is written into the run's directory itself, beside the resolved config."""
-        return [self.run / name for name in ("bad-records.txt", "warnings.jsonl", *REPORT_FILES)]
+        return [self.run / name for name in ("bad-records.txt", "warnings.jsonl", "costs.jsonl", *REPORT_FILES)]
 
     @property
     def locks(self) -> Path:

@@ -32,11 +32,12 @@ NUM_RESAMPLES = 200
 
 @dataclass(frozen=True)
 class Stability:
-    """Over bootstrap resamples of the groups (Efron 1979): the 95 % interval of a language's rank, the best being 1,
-    and the share of resamples in which the rule makes it a teacher."""
+    """Over bootstrap resamples of the groups (Efron 1979): the 95 % intervals of a language's rank, the best being 1,
+    and of its score, and the share of resamples in which the rule makes it a teacher."""
 
     rank: tuple[int, int]
     teaches: float
+    score: tuple[float, float]
 
 
 def explanation(config: Config, selection: Selection, scores: Scores) -> list[tuple[str, Table]]:
@@ -100,7 +101,11 @@ def stability(
         for name in choose_teachers(section, dict(zip(names, row.tolist(), strict=True)), source, config.seed):
             teaches[column[name]] += 1 / NUM_RESAMPLES
     low, high = np.percentile(ranks, [2.5, 97.5], axis=0).round().astype(int).tolist()
-    return {name: Stability((low[number], high[number]), float(teaches[number])) for name, number in column.items()}
+    least, most = np.percentile(means, [2.5, 97.5], axis=0).tolist()
+    return {
+        name: Stability((low[number], high[number]), float(teaches[number]), (least[number], most[number]))
+        for name, number in column.items()
+    }
 
 
 def agreements(groups: Sequence[GroupScores], names: Sequence[str]) -> np.ndarray:

@@ -6,24 +6,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from alsace_dist.config import EvaluateConfig
-from alsace_dist.files.evaluation import (
-    Evaluation,
-)
+from alsace_dist.files.evaluation import Evaluation
 from alsace_dist.files.manifest import write_json, write_text
-from alsace_dist.reporting import markdown, plots
+from alsace_dist.reporting import markdown, pictures
+from alsace_dist.reporting.facts import Facts, cost_table, warning_lines
+from alsace_dist.reporting.figures import Picture
 from alsace_dist.reporting.tables import (
-    Figures,
     Row,
     Table,
     change_of,
-    figures_after,
-    figures_before,
     language_table,
     overall_table,
     precision_table,
-    role_of,
     rounds_table,
-    sorted_languages,
     teachers_in_words,
     variant_table,
 )
@@ -32,9 +27,7 @@ from alsace_dist.reporting.verdict import (
     conditions,
     headline,
     interval,
-    outcome,
     percent,
-    points,
     printable,
     ruled_out,
     verdict,
@@ -116,56 +109,38 @@ def print_summary(evaluation: Evaluation, console: "Console", levels: EvaluateCo
         console.print(line, markup=False, highlight=False)
 
 
-def main_figure(evaluation: Evaluation, alpha: float = 0.05) -> str:
-    """Dumbbell chart of the languages, the best before at the top."""
-    rows = []
-    for name, row in sorted_languages(evaluation):
-        change = points(row.after - row.before)
-        note, is_source = role_of(evaluation, name), name == evaluation.source_language
-        rows.append(plots.Change(name, note, row.before, row.after, change, outcome(row, alpha), is_source))
-    average, gap = evaluation.average, evaluation.gap
-    subtitle = f"average {points(average.after - average.before)} points"
-    if gap.before is not None and gap.after is not None:
-        subtitle += f", gap to {evaluation.source_language} {percent(gap.before)} → {percent(gap.after)} points"
-    title = "Accuracy by language, before and after self-distillation"
-    return plots.dumbbell(title, subtitle, rows, (average.before, average.after), alpha)
-
-
-def variants_figure(evaluations: Mapping[str, Evaluation]) -> str:
-    """Average, source and worst language of the model before and of every variant after."""
-    main = next(iter(evaluations.values()))
-
-    def spread(name: str, figures: Figures, is_before: bool) -> plots.Spread:
-        columns = (percent(figures.average), percent(figures.gap))
-        return plots.Spread(name, figures.average, figures.source, figures.worst.accuracy, columns, is_before)
-
-    rows = [spread("before", figures_before(main), True)]
-    rows += [spread(name, figures_after(evaluation), False) for name, evaluation in evaluations.items()]
-    return plots.comparison("Variants: average, source and worst language", rows, ("average", "gap"))
+def pictures_of(evaluations: Mapping[str, Evaluation], facts: Facts, alpha: float) -> list[Picture]:
+    """All figures of a report, in their order."""
+    found = pictures.of_evaluation(next(iter(evaluations.values())), alpha)
+    found += facts.pictures.get("selection", ())
+    found += facts.pictures.get("training", ())
+    return [*found, pictures.of_variants(evaluations)] if len(evaluations) > 1 else found
 
 
 def write_report(
-    run_dir: Path,
-    evaluations: Mapping[str, Evaluation],
-    details: Mapping[str, object],
-    levels: EvaluateConfig = LEVELS,
-    data: Sequence[str] = (),
+    run_dir: Path, evaluations: Mapping[str, Evaluation], facts: Facts, levels: EvaluateConfig = LEVELS
 ) -> None:
     """Write report.json, report.md, report.html and report.svg into a run's directory.
 
     ``evaluations``: variant -> its evaluation, the run itself first. report.json holds the keys of the first one's
-    metrics.json and, if there are more, theirs under "variants". ``details``: what to show at the end, where
-    things are. ``levels``: the section ``evaluate``. ``data``: what was found in the data.
+    metrics.json and, if there are more, theirs under "variants"; beside them what is known of the run. ``levels``: the
+    section ``evaluate``.
     """
     main, *others = evaluations
     numbers = evaluations[main].as_json()
     if others:
         numbers["variants"] = {name: evaluations[name].as_json() for name in others}
-    figure = main_figure(evaluations[main], levels.alpha)
+    numbers |= {
+        "about": list(facts.about),
+        "costs": [one.model_dump() for one in facts.costs],
+        "warnings": [{**one.model_dump(), "count": count} for one, count in facts.warnings],
+        "reproducibility": dict(facts.again),
+    }
     title = f"Report of {printable(run_dir.resolve().name)}"
-    write_text(run_dir / "report.svg", plots.standalone(figure))
-    write_text(run_dir / "report.md", _markdown(title, evaluations, details, levels, data))
-    write_text(run_dir / "report.html", _html(title, figure, evaluations, details, levels, data))
+    languages, *_ = pictures.of_evaluation(evaluations[main], levels.alpha)
+    write_text(run_dir / "report.svg", languages.standalone())
+    write_text(run_dir / "report.md", _markdown(title, evaluations, facts, levels))
+    write_text(run_dir / "report.html", _html(title, evaluations, facts, levels))
     write_json(run_dir / "report.json", numbers)
 
 
@@ -193,15 +168,10 @@ def _detail_rows(details: Mapping[str, object]) -> list[tuple[str, str]]:
     return [(printable(name).replace("_", " "), shown(value)) for name, value in details.items()]
 
 
-def _markdown(
-    title: str,
-    evaluations: Mapping[str, Evaluation],
-    details: Mapping[str, object],
-    levels: EvaluateConfig,
-    data: Sequence[str],
-) -> str:
+def _markdown(title: str, evaluations: Mapping[str, Evaluation], facts: Facts, levels: EvaluateConfig) -> str:
     evaluation = next(iter(evaluations.values()))
     parts = [f"# {markdown.escape(title)}", f"**{markdown.escape(verdict(evaluation, levels.alpha))}**"]
+    parts += [markdown.escape(" ".join(facts.about))] if facts.about else []
     parts += [markdown.table(overall_table(evaluation)), "![Accuracy by language, before and after](report.svg)"]
     parts += ["## Languages", f"Teachers: {markdown.escape(teachers_in_words(evaluation))}."]
     parts += [markdown.table(language_table(evaluation, levels.alpha))]
@@ -213,31 +183,35 @@ def _markdown(
     if len(evaluations) > 1:
         parts += ["## Variants", markdown.table(variant_table(evaluations, levels.alpha))]
         parts.append(markdown.escape(VARIANTS_NOTE))
-    if data:
-        parts += ["## Data", "\n".join(f"- {markdown.escape(printable(line))}" for line in data)]
-    parts += [
-        "## How to read this",
-        "\n".join(f"- {markdown.escape(note)}" for note in _notes(evaluation, levels.alpha)),
-    ]
-    if details:
-        rows = [Row([name, value]) for name, value in _detail_rows(details)]
-        parts += ["## Where things are", markdown.table(Table(["What", "Where"], rows, frozenset({0, 1})))]
+    parts += _listed("## Data", [printable(line) for line in facts.data])
+    if facts.costs:
+        parts += ["## Cost", markdown.table(cost_table(facts.costs))]
+    parts += _listed("## Warnings", warning_lines(facts.warnings))
+    parts += _listed("## How to read this", _notes(evaluation, levels.alpha))
+    for head, rows in (("## To run it again", facts.again), ("## Where things are", facts.details)):
+        if rows:
+            shown = [Row([name, value]) for name, value in _detail_rows(rows)]
+            parts += [
+                head,
+                markdown.table(Table(["What", ""], shown, frozenset({0, 1}))),
+            ]
     return "\n\n".join(parts) + "\n"
 
 
-def _html(
-    title: str,
-    figure: str,
-    evaluations: Mapping[str, Evaluation],
-    details: Mapping[str, object],
-    levels: EvaluateConfig,
-    data: Sequence[str],
-) -> str:
+def _listed(head: str, lines: Sequence[str]) -> list[str]:
+    return [head, "\n".join(f"- {markdown.escape(line)}" for line in lines)] if lines else []
+
+
+def _html(title: str, evaluations: Mapping[str, Evaluation], facts: Facts, levels: EvaluateConfig) -> str:
     from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
 
+    def drawn(found: Sequence[Picture]) -> list[tuple[str, Markup]]:
+        return [(one.title, Markup(one.svg())) for one in found]  # matplotlib escapes the texts of a figure
+
     evaluation = next(iter(evaluations.values()))
     several, found = len(evaluations) > 1, conditions(evaluation, levels.alpha)
+    languages, changes = pictures.of_evaluation(evaluation, levels.alpha)
     template = resources.files("alsace_dist.reporting").joinpath("report.html.j2").read_text(encoding="utf-8")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     return environment.from_string(template).render(
@@ -245,19 +219,26 @@ def _html(
         headline=headline(found),
         conditions=found,
         warning=warning(found),
-        figure=Markup(figure),  # plots.py escapes the texts of the figure
+        about=facts.about,
         overall=overall_table(evaluation),
+        slopes=drawn([languages]),
         languages=language_table(evaluation, levels.alpha),
+        intervals=drawn([changes]),
         ruled_out=ruled_out(evaluation, levels.margin),
         rounds=rounds if (rounds := rounds_table(evaluation)).rows else None,
         rounds_note=ROUNDS_NOTE,
         precision=precision_table(evaluation) if evaluation.precision else None,
         precision_note=PRECISION_NOTE,
         teachers=teachers_in_words(evaluation),
-        variants_figure=Markup(variants_figure(evaluations)) if several else None,
+        selection=drawn(facts.pictures.get("selection", ())),
+        training=drawn(facts.pictures.get("training", ())),
+        compared=drawn([pictures.of_variants(evaluations)] if several else []),
         variants=variant_table(evaluations, levels.alpha) if several else None,
         variants_note=VARIANTS_NOTE,
-        data=[printable(line) for line in data],
+        data=[printable(line) for line in facts.data],
+        costs=cost_table(facts.costs) if facts.costs else None,
+        warnings=warning_lines(facts.warnings),
         notes=_notes(evaluation, levels.alpha),
-        details=_detail_rows(details),
+        again=_detail_rows(facts.again),
+        details=_detail_rows(facts.details),
     )

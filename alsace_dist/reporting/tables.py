@@ -37,11 +37,13 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """A table for any output format. The columns in ``words`` hold words, all other columns numbers."""
+    """A table for any output format. The columns in ``words`` hold words, all other columns numbers; those in ``minor``
+    may be left out where there is little room."""
 
     header: list[str]
     rows: list[Row]
     words: frozenset[int] = frozenset({0})
+    minor: frozenset[int] = frozenset()
 
 
 def language_table(evaluation: Evaluation, alpha: float = 0.05) -> Table:
@@ -57,7 +59,7 @@ def language_table(evaluation: Evaluation, alpha: float = 0.05) -> Table:
         if with_score:
             cells.append(UNDEFINED if row.score is None else f"{row.score:.3f}")
         rows.append(Row(cells, result))
-    return Table(header + ["Score"] * with_score, rows, frozenset({0, 1, 5}))
+    return Table(header + ["Score"] * with_score, rows, frozenset({0, 1, 5}), frozenset({1, 5, 6, 7, 8, 9}))
 
 
 def precision_table(evaluation: Evaluation) -> Table:
@@ -69,7 +71,7 @@ def precision_table(evaluation: Evaluation) -> Table:
             cells += [points(one.after - one.before), f"{one.num_right:,}"]
             rows.append(Row(cells, "strong" if category == ALL else ""))
     header = ["Language", "Category", "Before", "After", "Change", "Right answers"]
-    return Table(header, rows, frozenset({0, 1}))
+    return Table(header, rows, frozenset({0, 1}), frozenset({5}))
 
 
 def overall_table(evaluation: Evaluation) -> Table:
@@ -89,7 +91,7 @@ def overall_table(evaluation: Evaluation) -> Table:
     worst_change = points(worst.after.accuracy - worst.before.accuracy)
     worst_cells = [_worst(worst.before), _worst(worst.after), worst_change]
     rows.append(Row(["Worst language", *worst_cells, UNDEFINED]))
-    return Table(["", "Before", "After", "Change", "95 % interval of the change"], rows)
+    return Table(["", "Before", "After", "Change", "95 % interval of the change"], rows, minor=frozenset({4}))
 
 
 def rounds_table(evaluation: Evaluation) -> Table:
@@ -121,7 +123,7 @@ def variant_table(evaluations: Mapping[str, Evaluation], alpha: float = 0.05) ->
         shown = printable(name) + " (uses labels)" * evaluation.uses_labels
         cells = [shown, *_variant_cells(figures_after(evaluation)), *counts, holds]
         rows.append(Row(cells, "strong" if number == 0 else ""))
-    return Table(header, rows, frozenset({0, 7}))
+    return Table(header, rows, frozenset({0, 7}), frozenset({3, 4, 5, 6}))
 
 
 class Figures(NamedTuple):

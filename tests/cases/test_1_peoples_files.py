@@ -19,6 +19,7 @@ RUN_FILES = (
     "report.svg",
     "bad-records.txt",
     "warnings.jsonl",
+    "costs.jsonl",
 )
 
 

@@ -1,0 +1,207 @@
+"""What a report is made of: everything that a run's stages have left, read once; and the same for TensorBoard."""
+
+import shlex
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from alsace_dist import pipeline
+from alsace_dist.config import Config
+from alsace_dist.config_file import validate
+from alsace_dist.data import audit, texts
+from alsace_dist.errors import NotReady, UserError, warn
+from alsace_dist.files.costs import read_costs
+from alsace_dist.files.evaluation import KIND as EVALUATION
+from alsace_dist.files.evaluation import Evaluation, read_evaluation
+from alsace_dist.files.layout import DATA, MODEL, TENSORBOARD, Layout, data_url
+from alsace_dist.files.manifest import MANIFEST, RERUN
+from alsace_dist.files.scores import KIND as SCORES
+from alsace_dist.files.scores import read_scores
+from alsace_dist.files.selection import read_selection
+from alsace_dist.files.shards import DataDetails, open_dataset
+from alsace_dist.files.warnings import read_warnings
+from alsace_dist.monitor.board import Board, Value
+from alsace_dist.monitor.overview import versions
+from alsace_dist.monitor.sinks import METRICS, read_scalars
+from alsace_dist.reporting import pictures
+from alsace_dist.reporting.facts import Facts, in_words
+from alsace_dist.reporting.figures import Picture
+from alsace_dist.reporting.tables import figures_after, figures_before
+from alsace_dist.stages.base import Output, model_after
+
+MOST_GROUPS = 5000  # that figures are made of
+EVENTS = "events.out.tfevents.*"
+# Settings in TensorBoard's HParams, by dotted name, where a config has them.
+SETTINGS = (
+    "seed",
+    "method",
+    "rounds",
+    "select.rule",
+    "select.score",
+    "distill.targets",
+    "distill.teachers",
+    "distill.pool",
+    "distill.learning_rate",
+    "distill.num_epochs",
+    "distill.global_batch_size",
+    "finetune.learning_rate",
+    "finetune.num_epochs",
+    "finetune.shots",
+    "engine.zero_stage",
+    "engine.dtype",
+)
+
+
+def evaluations_of(config: Config) -> dict[str, Evaluation]:
+    """Variant -> its evaluation, of those that are complete; the run itself as "main"."""
+    found = {}
+    for name, _ in pipeline.variants(config):
+        output = Output(Layout(Path(config.run_dir), name).evaluation, EVALUATION)
+        if output.exists:
+            found[name or "main"] = read_evaluation(output.directory)
+    return found
+
+
+def facts_of(config: Config) -> Facts:
+    """All that a report says beside the results. What cannot be read is left out, with a warning."""
+    layout, num_groups = Layout(Path(config.run_dir)), _num_groups(config)
+    model = model_after(config, layout, config.rounds)
+    details = {
+        "report": layout.run / "report.html",
+        "numbers": layout.run / "report.json",
+        "model": model.directory / MODEL if model else config.model.path,
+        "config": layout.config,
+        "TensorBoard": f"tensorboard --logdir {shlex.quote(str(layout.run / TENSORBOARD))}",
+    }
+    return Facts(
+        about=in_words(config, num_groups),
+        details=details,
+        data=data_lines(layout),
+        pictures=_pictures(config, layout, num_groups.get("test", 0)),
+        costs=read_costs(layout.run),
+        warnings=read_warnings(layout.run),
+        again=_again(config, layout),
+    )
+
+
+def _num_groups(config: Config) -> dict[str, int]:
+    found = {}
+    for split in ("labeled", "unlabeled", "test"):
+        with _optional():
+            found[split] = open_dataset(data_url(config, split)).num_groups
+    return found
+
+
+def _pictures(config: Config, layout: Layout, num_test: int) -> dict[str, list[Picture]]:
+    selection: list[Picture] = []
+    size = config.task.num_candidates
+    if config.rounds:
+        with _optional():
+            chosen = read_selection(layout.selection(1))
+            used = min(chosen.num_groups, MOST_GROUPS)
+            selection += pictures.of_selection(config, chosen, read_scores(layout.scores(0, "unlabeled"), used, size))
+            test = read_scores(layout.scores(0, "test"), min(num_test, MOST_GROUPS), size)
+            if (trust := pictures.of_teachers(list(chosen.ranked_weights), test)) is not None:
+                selection.append(trust)
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for title, directory in {
+        "finetune": layout.finetune,
+        **{f"distill round {number}": layout.distill(number) for number in range(1, config.rounds + 1)},
+    }.items():
+        with _optional():
+            rows[title] = read_scalars(directory / METRICS)
+    curves = pictures.of_trainings(rows)
+    return {"selection": selection, "training": [curves] if curves else []}
+
+
+def _again(config: Config, layout: Layout) -> dict[str, str]:
+    found = {
+        "command": f"alsace run {shlex.quote(str(layout.config))}",
+        "seed": str(config.seed),
+        **{f"version of {name}": value for name, value in versions().items()},
+    }
+    for split in ("labeled", "unlabeled", "test"):
+        with _optional():
+            found[f"data, {split} (sha256)"] = open_dataset(data_url(config, split)).digest
+    return found
+
+
+@contextmanager
+def _optional() -> Iterator[None]:
+    """Something that a report can do without: what is not there is left out, what is broken is said."""
+    try:
+        yield
+    except (NotReady, FileNotFoundError):
+        return
+    except UserError as error:
+        warn(f"the report leaves something out: {error}")
+
+
+def data_lines(layout: Layout) -> list[str]:
+    """What the audit has found in the data that this run has prepared (nothing for data prepared elsewhere), and what
+    the model's tokenizer has made of it."""
+    output = Output(layout.data, DATA)
+    found = []
+    if output.exists:
+        place = f"{output.directory / MANIFEST}: details."
+        details = validate(DataDetails, output.manifest().details, place, RERUN)
+        found += audit.lines(details.audit)
+        found += [f"left out: {number:,} records with {kind}" for kind, number in details.bad_records.items()]
+        found += [f"{language}: {number:,} texts missing" for language, number in details.num_missing.items()]
+        found += [
+            f"{language}: {number:,} rows changed to what most languages say"
+            for language, number in details.num_changed.items()
+        ]
+    for split in ("unlabeled", "test"):
+        scores = Output(layout.scores(0, split), SCORES)
+        value = scores.manifest().details.get(texts.TEXTS, {}) if scores.exists else {}
+        found += [f"{split}, {line}" for line in texts.lines(texts.parse_texts(value, scores.directory / MANIFEST))]
+    return found
+
+
+# --- the same for TensorBoard --------------------------------------------------------------------------------------
+
+
+def show_in_tensorboard(config: Config, evaluations: Mapping[str, Evaluation], found: list[Picture]) -> None:
+    """Write figures, and settings with results, in the place of those that an earlier report has written."""
+    layout = Layout(Path(config.run_dir))
+    for name, variant in pipeline.variants(config):
+        if (evaluation := evaluations.get(name or "main")) is None:
+            continue
+        directory = layout.run / TENSORBOARD / "report" / (name or "main")
+        for old in directory.glob(EVENTS):
+            old.unlink()
+        try:
+            board = Board(directory)
+            before, after = figures_before(evaluation), figures_after(evaluation)
+            metrics: dict[str, float | None] = {
+                "result/average": after.average,
+                "result/gap": after.gap,
+                "result/source": after.source,
+                "result/worst": after.worst.accuracy,
+                "result/average_before": before.average,
+                "result/gap_before": before.gap,
+            }
+            metrics |= {f"result_of/{language}": row.after for language, row in evaluation.languages.items()}
+            known = {tag: value for tag, value in metrics.items() if value is not None}
+            board.hyperparameters(_settings(variant), [tag for tag in known if tag.startswith("result/")])
+            for tag, value in known.items():
+                board.scalar(tag, value, 0)
+            for one in found if not name else ():
+                board.image(one.name, *one.png())
+            board.close()
+        except OSError as error:
+            warn(f"{directory}: cannot be written ({error.strerror or error}); TensorBoard will show no results")
+
+
+def _settings(config: Config) -> dict[str, Value]:
+    found: dict[str, Value] = {}
+    for name in SETTINGS:
+        value: Any = config
+        for part in name.split("."):
+            value = getattr(value, part, None)
+        if isinstance(value, bool | int | float | str):
+            found[name] = value
+    found["model"] = config.model.path or "nano"
+    return found
