@@ -54,6 +54,11 @@ class Command:
         return [one.name for one in self._parameters if one.kind in kinds and one.default is not one.empty]
 
     @property
+    def repeated(self) -> str:
+        """Name of an argument of which there may be any number; empty if there is none."""
+        return next((one.name for one in self._parameters if one.kind is inspect.Parameter.VAR_POSITIONAL), "")
+
+    @property
     def flags(self) -> dict[str, inspect.Parameter]:
         """Flags by the name of their parameter."""
         return {one.name: one for one in self._parameters if one.kind is inspect.Parameter.KEYWORD_ONLY}
@@ -75,6 +80,7 @@ class Command:
     def usage(self) -> str:
         """How it is called."""
         words = [name.upper() for name in self.arguments] + [f"[{name.upper()}]" for name in self.optional]
+        words += [f"[{self.repeated.upper()} ...]"] if self.repeated else []
         words += [f"[--{_typed(name)}{'' if _is_switch(flag) else '=...'}]" for name, flag in self.flags.items()]
         return " ".join(["alsace", self.name, *words, *(["[--SETTING=VALUE ...]"] if self.takes_settings else [])])
 
@@ -85,7 +91,9 @@ class Command:
         for line in textwrap.dedent(rest).splitlines():
             if match := re.match(r"(\w+): (.*)", line):
                 texts[match[1]] = match[2]
-        rows = [(name.upper(), texts.get(name, "")) for name in [*self.arguments, *self.optional]]
+        rows = [
+            (name.upper(), texts.get(name, "")) for name in [*self.arguments, *self.optional, self.repeated] if name
+        ]
         rows += [(f"--{_typed(name)}", texts.get(name, "")) for name in self.flags]
         if self.takes_settings:
             rows += [("--SETTING=VALUE", texts["overrides"]), ("--over=FILE", OVER_HELP)]
@@ -170,7 +178,7 @@ def _known(command: Command, name: str, settings: Callable[[], Sequence[str]]) -
 
 def _check_number(command: Command, given: list[str]) -> None:
     most = len(command.arguments) + len(command.optional)
-    if len(given) > most:
+    if len(given) > most and not command.repeated:
         raise UserError(
             f"{command.name}: {shorten(given[most])!r} is one word too many; settings are written --name=value "
             f"({command.usage()})"

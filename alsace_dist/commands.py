@@ -211,16 +211,21 @@ def evaluate(config: str, *, variant: str = "", debug: bool = False, **overrides
     _single("evaluate", config, overrides, debug, 0, variant)
 
 
-def report(run: str, *, debug: bool = False) -> None:
-    """Write report.md, report.html, report.json and report.svg of a run, and print its summary.
+def report(run: str, *more: str, debug: bool = False) -> None:
+    """Write report.md, report.html, report.json and report.svg of a run, and print its summary; or compare several.
 
     Args:
         run: the run's directory, or that of a sweep of seeds, which gets seeds.md and seeds.json.
+        more: other runs: prints one table of all, seeds of one config together; nothing is written.
         debug: show tracebacks.
     """
     from alsace_dist import runner, sweep
 
-    if sweep.is_sweep(Path(run)):
+    if more:
+        from alsace_dist.comparison import compare
+
+        print(compare([_of_run(str(path)) for one in (run, *more) for path in sweep.runs_of(Path(one))]))
+    elif sweep.is_sweep(Path(run)):
         _report_sweep(Path(run))
     else:
         runner.report(_of_run(run))
@@ -380,21 +385,32 @@ def submit(
     submit_run(_load(config, overrides), Path(config), cluster, nodes, stages, dry_run, after, wanted, at_once)
 
 
-def status(run: str, *, lines: int = 5, debug: bool = False) -> None:
-    """Say of every stage of a run whether it waits, runs, is done or has failed, and how far it is.
+def status(run: str, *, lines: int = 5, watch: bool = False, every: int = 10, debug: bool = False) -> None:
+    """Say of every stage of a run whether it waits, runs, is done or has failed, and how far it is; and its warnings.
 
     Args:
         run: the run's directory, or that of a sweep of seeds.
-        lines: how many last lines to show of the log of what runs or has failed.
+        lines: how many last lines to show of the log of what runs or has failed, and how many warnings.
+        watch: show it again and again, until Ctrl-C.
+        every: how often, in seconds, with --watch.
         debug: show tracebacks.
     """
     from alsace_dist import sweep
     from alsace_dist.cluster.status import print_status, print_sweep
+    from alsace_dist.cluster.status import watch as watch_status
 
-    if sweep.is_sweep(Path(run)):
-        print_sweep(Path(run), lines)
+    def show() -> None:
+        if sweep.is_sweep(Path(run)):
+            print_sweep(Path(run), lines)
+        else:
+            print_status(_of_run(run), lines)
+
+    if not watch:
+        show()
+    elif every < 1:
+        raise UserError(f"--every={every}: give a second or more; Slurm is asked each time")
     else:
-        print_status(_of_run(run), lines)
+        watch_status(show, every)
 
 
 def init(task: str, file: str = "", *, debug: bool = False) -> None:

@@ -82,6 +82,11 @@ def members(run: Path) -> list[Member]:
     return [Member(seed, place, _directory(run, seed)) for place, seed in enumerate(seeds)]
 
 
+def runs_of(path: Path) -> list[Path]:
+    """The directory of a run, or those of a sweep's runs that were begun."""
+    return [one.run for one in members(path) if Layout(one.run).config.exists()] if is_sweep(path) else [path]
+
+
 def sweep_of(run: Path) -> tuple[Path, Member] | None:
     """The sweep that a run belongs to, and its place there; None if it is a run by itself."""
     directory = run.resolve()

@@ -41,6 +41,7 @@ LAYERS: list[set[str]] = [
     {"pipeline"},
     {"outcome"},
     {"runner", "plan", "doctor", "sweep", "exporting"},
+    {"comparison"},
     {"cluster"},
     {"arguments", "presets", "streams", "environment"},
     {"completion"},

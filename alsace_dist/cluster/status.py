@@ -2,7 +2,8 @@
 
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,7 +15,9 @@ from alsace_dist.config import Config
 from alsace_dist.errors import UserError
 from alsace_dist.files.layout import Layout
 from alsace_dist.files.progress import read_progress
+from alsace_dist.files.warnings import read_warnings
 from alsace_dist.reading import check_regular
+from alsace_dist.reporting.verdict import printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -59,6 +62,18 @@ def print_status(config: Config, num_lines: int) -> None:
     console = _console()
     console.print(table)
     _print_tails(console, rows, num_lines)
+    _print_warnings(console, run, num_lines)
+
+
+def watch(show: Callable[[], None], seconds: float) -> None:
+    """Show it again and again, until Ctrl-C; on a terminal in the place of what was shown before."""
+    while True:
+        if sys.stdout.isatty():
+            print("\x1b[H\x1b[2J", end="")
+        print(time.strftime("%H:%M:%S"))
+        show()
+        sys.stdout.flush()
+        time.sleep(seconds)
 
 
 def print_sweep(run: Path, num_lines: int) -> None:
@@ -91,6 +106,8 @@ def print_sweep(run: Path, num_lines: int) -> None:
         restarts = f", {row.num_restarts} restarts" if row.num_restarts else ""
         console.print(f"seed {seed}  {row.name}  {row.job_id}  {row.state}{restarts}", soft_wrap=True)
     _print_tails(console, [row for _, row in told if row.is_telling], num_lines)
+    for member in sweep.members(run):
+        _print_warnings(console, member.run, num_lines)
 
 
 def _short(row: StageStatus) -> str:
@@ -136,6 +153,15 @@ def _print_tails(console: "Console", rows: Sequence[StageStatus], num_lines: int
             console.print(f"\nLast lines of {_relative(row.log)}:", soft_wrap=True)
             for line in lines:
                 console.print(f"  {line}", soft_wrap=True)
+
+
+def _print_warnings(console: "Console", run: Path, num_lines: int) -> None:
+    """The last warnings of a run, each once."""
+    if found := read_warnings(run)[-num_lines:] if num_lines > 0 else []:
+        console.print(f"\nLast warnings of {_relative(run)}:", soft_wrap=True)
+        for one, count in found:
+            times = f" (said {count} times)" if count > 1 else ""
+            console.print(f"  {one.time}  {one.stage}: {printable(one.text)}{times}", soft_wrap=True)
 
 
 def _relative(path: Path) -> Path:

@@ -1,0 +1,83 @@
+"""Several runs in one table, and what a run says of itself later: warnings, costs."""
+
+import json
+from pathlib import Path
+
+import pytest
+import tiny
+from reporting.test_report import make_evaluation
+
+from alsace_dist.comparison import compare
+from alsace_dist.config import Config
+from alsace_dist.config_file import load_config
+from alsace_dist.errors import NotReady, UserError
+from alsace_dist.files.costs import COSTS, add_cost, read_costs
+from alsace_dist.files.evaluation import write_evaluation
+from alsace_dist.files.layout import Layout
+from alsace_dist.files.warnings import WARNINGS, add_warning, read_warnings
+from alsace_dist.reporting.facts import cost_table, duration, warning_lines
+
+BEFORE = {"en": 0.7, "de": 0.4}
+
+
+def run_of(directory: Path, seed: int, after: float, rate: float = 1e-3) -> Config:
+    """A run of which only the evaluation is there."""
+    run = directory / f"seed-{seed}-{rate}"
+    value = tiny.make_config(directory, run_dir=str(run), distill={"learning_rate": rate}, seed=seed)
+    config = load_config(tiny.write_config(directory / f"{run.name}.yaml", value))
+    evaluation = make_evaluation(BEFORE, {"en": 0.7, "de": after}, p_values={"de": 0.04})
+    Layout(run).evaluation.mkdir(parents=True)
+    write_evaluation(Layout(run).evaluation, evaluation, {}, 1000)
+    return config
+
+
+def test_seeds_of_a_config_are_a_row_and_other_configs_another(tmp_path: Path) -> None:
+    runs = [run_of(tmp_path, 1, 0.5), run_of(tmp_path, 2, 0.6), run_of(tmp_path, 1, 0.41, rate=1e-4)]
+    text = compare(runs)
+    rows = [[cell.strip(" *") for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
+    assert [row[:3] for row in rows[2:]] == [
+        ["seed-1-0.001, seed-2-0.001: before", "2", "55.0 ± 0.0"],
+        ["seed-1-0.001, seed-2-0.001: main", "2", "62.5 ± 3.5"],
+        ["seed-1-0.0001: before", "1", "55.0"],
+        ["seed-1-0.0001: main", "1", "55.5"],
+    ]
+    assert rows[3][-2:] == ["1", "0"]  # 100 and 200 of 1,000 gained, none lost: significant together
+    assert "seed-1" not in compare(runs[:2])
+
+
+def test_what_cannot_be_compared_is_said(tmp_path: Path) -> None:
+    one = run_of(tmp_path, 1, 0.5)
+    with pytest.raises(UserError, match="has the config and the seed of another of these runs"):
+        compare([one, one])
+    with pytest.raises(NotReady, match="holds no evaluation yet"):
+        compare([one, one.model_copy(update={"seed": 3, "run_dir": str(tmp_path / "none")})])
+
+
+def test_warnings_are_kept_once_each_with_how_often_they_were_said(tmp_path: Path) -> None:
+    for stage, text in (("score", "a"), ("distill", "slow\x1b[31m"), ("score", "a"), ("finetune", "b")):
+        add_warning(tmp_path, stage, text)
+    with (tmp_path / WARNINGS).open("a") as file:
+        file.write('{"time": "now", "sta')  # a disk was full
+    found = read_warnings(tmp_path)
+    assert [(one.stage, one.text, count) for one, count in found] == [
+        ("distill", "slow\x1b[31m", 1),
+        ("score", "a", 2),
+        ("finetune", "b", 1),
+    ]
+    assert warning_lines(found) == ["finetune: b", "score: a (said 2 times)", "distill: slow\ufffd[31m"]
+    add_warning(tmp_path / "gone", "score", "not lost: it was printed")
+    assert read_warnings(tmp_path / "gone") == []
+
+
+def test_costs_add_up_over_the_starts_of_a_stage(tmp_path: Path) -> None:
+    add_cost(tmp_path, "distill round 1", 1800.04, 16, 2, False)
+    add_cost(tmp_path, "distill round 1", 5400.0, 8, 1, True)
+    add_cost(tmp_path, "evaluate", 2.0, 1, 1, True)
+    assert json.loads((tmp_path / COSTS).read_text().splitlines()[0])["seconds"] == 1800.0
+    table = cost_table(read_costs(tmp_path))
+    assert [row.cells for row in table.rows] == [
+        ["distill round 1", "2 h 00 min", "2", "8 to 16", "2.5"],
+        ["evaluate", "2 s", "1", "1", "0.000556"],
+        ["in all", "2 h 00 min", "–", "–", "2.5"],
+    ]
+    assert (duration(59), duration(61), duration(3599)) == ("59 s", "1 min", "1 h 00 min")
