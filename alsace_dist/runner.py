@@ -94,7 +94,11 @@ def run_on_ranks(stage: Stage, ranks: Ranks) -> None:
 
 @contextmanager
 def _kept(stage: Stage, num_ranks: int) -> Iterator[None]:
-    """Within it a stage runs: what people are warned of is kept in the run, and in the end how long it took."""
+    """Within it a stage runs: what people are warned of is kept in the run, and in the end how long it took. Not where
+    ranks were started without the run's resolved config, which marks its directory as this program's."""
+    if not stage.layout.config.exists():
+        yield
+        return
     run, begin, is_done = stage.layout.run, time.monotonic(), False
     try:
         with heard_by(partial(add_warning, run, stage.name)):

@@ -16,6 +16,7 @@ from alsace_dist.config.training import (
     LoraConfig,
     PretrainConfig,
     Targets,
+    TaskTrainConfig,
     TrainConfig,
 )
 
@@ -54,5 +55,6 @@ __all__ = [
     "Split",
     "Targets",
     "TaskConfig",
+    "TaskTrainConfig",
     "TrainConfig",
 ]

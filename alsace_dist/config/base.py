@@ -8,7 +8,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInf
 
 from alsace_dist.reading import WHERE_SECRETS_GO, secret_in, shorten
 
-Split = Literal["pretrain", "labeled", "unlabeled", "test"]
+Split = Literal["pretrain", "labeled", "unlabeled", "dev", "test"]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
 Count = Annotated[int, Field(ge=1, le=10**9)]

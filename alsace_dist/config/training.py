@@ -13,6 +13,9 @@ NOT_IN_FINGERPRINT = {
     "checkpoint_every_steps",
     "keep_checkpoints",
     "on_nonfinite",
+    "evaluate_every_steps",  # these three count where patience is given: stages.base.stopping
+    "evaluate_groups",
+    "patience",
     "log_every_steps",
 }
 
@@ -112,7 +115,20 @@ class PretrainConfig(TrainConfig):
     """Longest encoder input in tokens."""
 
 
-class FinetuneConfig(TrainConfig):
+class TaskTrainConfig(TrainConfig):
+    """Trainings whose model answers the task, so that its accuracy can be watched."""
+
+    evaluate_every_steps: Count | None = None
+    """Steps between measurements of every language's accuracy on the split `dev`, where the data has one, for
+    TensorBoard; null: ten in a training."""
+    evaluate_groups: Count = 100
+    """Groups of `dev` that are measured, the first in shard order."""
+    patience: Count | None = None
+    """Stop once the average accuracy on `dev` has not risen in so many measurements, and export the weights of the best
+    one. This looks at labels of every language that `dev` has. Null: train to the end, and export the last weights."""
+
+
+class FinetuneConfig(TaskTrainConfig):
     """Stage 0: learn the task from the source language's labels."""
 
     num_epochs: Positive | None = 3.0
@@ -134,7 +150,7 @@ Targets = Literal["others", "ranked", "ensemble", "anchor", "votes", "labels"]
 NO_TEACHERS = ("votes", "labels")
 
 
-class DistillConfig(TrainConfig):
+class DistillConfig(TaskTrainConfig):
     """Stage 2: cross-lingual self-distillation from frozen teacher distributions, or from those of the current weights.
 
     With live teachers an example is a parallel group, all languages of it, and so are the examples that

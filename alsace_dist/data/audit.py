@@ -15,7 +15,7 @@ from alsace_dist.errors import UserError
 from alsace_dist.files.shards import Audit, ParallelGroup, SplitCounts
 
 # Splits in which a group of one language is of little use: nobody can teach or be compared in it.
-PARALLEL_SPLITS = ("unlabeled", "test")
+PARALLEL_SPLITS = ("unlabeled", "dev", "test")
 RARE_LABEL = 0.02  # share of an input's records
 
 

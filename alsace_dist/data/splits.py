@@ -11,8 +11,8 @@ from alsace_dist.files.manifest import digest_bytes
 from alsace_dist.files.shards import ParallelGroup
 
 # Splits take undivided groups in this order, so that asking for more training data leaves the test groups as they are.
-SPLITS: tuple[Split, ...] = ("test", "labeled", "unlabeled", "pretrain")
-NEED_LABELS: tuple[Split, ...] = ("test", "labeled")
+SPLITS: tuple[Split, ...] = ("test", "dev", "labeled", "unlabeled", "pretrain")
+NEED_LABELS: tuple[Split, ...] = ("test", "dev", "labeled")
 
 
 class Entry(NamedTuple):

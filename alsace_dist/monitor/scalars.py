@@ -232,6 +232,31 @@ GROUPS: dict[str, tuple[str, tuple[Scalar, ...]]] = {
             ),
         ),
     ),
+    "eval": (
+        "Accuracy on the split `dev` (`data.splits`), where there is one, at intervals: `evaluate_every_steps`.",
+        (
+            Scalar("accuracy", "", "mean over the languages", "rises, then stays", "falls: set `patience`"),
+            Scalar(
+                "accuracy_gap",
+                "",
+                "accuracy in the source language minus the mean of the others",
+                "falls while `accuracy` rises",
+                "falls because the source language falls: lower `learning_rate`",
+            ),
+            Scalar(
+                "accuracy_sd", "", "population standard deviation over the languages", "falls", "see `accuracy_gap`"
+            ),
+            Scalar("accuracy_worst", "", "of the language that is worst then", "rises", "look at `accuracy_of`"),
+            Scalar(
+                "accuracy_of",
+                "",
+                "of the language",
+                "rises, or stays where it was high",
+                "falls in one: its texts may be no translations of the others",
+                by_language=True,
+            ),
+        ),
+    ),
     "checkpoint": (
         "Checkpoints; logged when one is complete, but for the age.",
         (

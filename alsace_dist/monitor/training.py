@@ -95,6 +95,13 @@ class TrainingMonitor:
         yield
         self._wait_seconds += time.monotonic() - begin
 
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """Within it, something is done whose time is not that of steps."""
+        begin = time.monotonic()
+        yield
+        self._start += time.monotonic() - begin
+
     def step(
         self,
         num_done: int,
@@ -102,12 +109,13 @@ class TrainingMonitor:
         num_tokens: tuple[int, int],
         learning_rate: float,
         flops: float = 0.0,
+        more: Mapping[str, float] | None = None,
     ) -> None:
         """A step is done; every ``log_every_steps`` the scalars are read, which is collective.
 
         ``sums``: this rank's sums over the step's examples: the loss, and what it observes. ``num_tokens``: encoder
-        tokens of this rank, without and with padding; ``flops``: of this rank's passes, 0 if unknown. Raises
-        ``UserError`` if the loss is not a number.
+        tokens of this rank, without and with padding; ``flops``: of this rank's passes, 0 if unknown; ``more``: scalars
+        that were measured after this step, and are logged with it. Raises ``UserError`` if the loss is not a number.
         """
         self._step_seconds, self._last_step = time.monotonic() - self._last_step, time.monotonic()
         self._num_done = num_done
@@ -122,12 +130,16 @@ class TrainingMonitor:
             if name != "loss":
                 self._observed[name] = self._observed[name] + value if name in self._observed else value
         note = ""
-        if num_done % self.section.log_every_steps == 0 or num_done == self.steps.stop:
+        if num_done % self.section.log_every_steps == 0 or num_done == self.steps.stop or more:
             values = self._read(sums["loss"], float(norm), num_done) | {"learning_rate": learning_rate}
-            self._writer.write(num_done, values)
+            self._writer.write(num_done, values | dict(more or {}))
             check_loss(values["loss"], num_done, self.kind, self.directory)
             note = f"loss {values['loss']:.4f}"
         self._advance(1, note)
+
+    def end_early(self, num_done: int) -> None:
+        """No further step is taken."""
+        self._advance(self.steps.stop - num_done, "ended early")
 
     def skipped(self, num_done: int) -> bool:
         """A step has changed nothing, for its gradient was not finite. Whether that has happened so often in a row that

@@ -6,25 +6,38 @@ that it would have now.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from alsace_dist import __version__
-from alsace_dist.config import NOT_IN_FINGERPRINT, Config, EngineConfig, ExportType, Split, TrainConfig
-from alsace_dist.data.rows import answers_of
+from alsace_dist.config import (
+    NOT_IN_FINGERPRINT,
+    Config,
+    EngineConfig,
+    ExportType,
+    Split,
+    TaskTrainConfig,
+    TrainConfig,
+)
+from alsace_dist.data.rows import answers_of, rows_of
 from alsace_dist.errors import NotReady, UserError, warn
 from alsace_dist.files import manifest
 from alsace_dist.files.layout import DATA, DISTILL, FINETUNE, MODEL, PRETRAIN, Layout
 from alsace_dist.files.manifest import Manifest
-from alsace_dist.files.shards import Dataset
+from alsace_dist.files.shards import Dataset, ParallelGroup, open_split, read_shard
 from alsace_dist.ranks.group import Ranks
 
 if TYPE_CHECKING:
     from alsace_dist.models.family import Family, TrainableModel
+    from alsace_dist.training.evaluator import Evaluator
     from alsace_dist.training.examples import Examples
     from alsace_dist.training.loop import Training
+
+
+DEV: Split = "dev"
+MEASUREMENTS = 10  # of accuracy in a training
 
 
 class Output(NamedTuple):
@@ -276,7 +289,63 @@ def training_fingerprint(stage: Stage, section: TrainConfig, model: dict[str, An
         "seed": config.seed,
         "model": model,
         "code": __version__,
+        **_stopping_fingerprint(config, section),
     } | (options_fingerprint(config) | export_fingerprint(config))
+
+
+def _stopping_fingerprint(config: Config, section: TrainConfig) -> dict[str, Any]:
+    """When training stops early, and on which data that depends; nothing where it does not."""
+    if not isinstance(section, TaskTrainConfig) or section.patience is None:
+        return {}
+    keys = ("patience", "evaluate_every_steps", "evaluate_groups")
+    return {"stopping": {key: getattr(section, key) for key in keys} | {"data": _dev(config, section).digest}}
+
+
+def _dev(config: Config, section: TaskTrainConfig) -> Dataset:
+    """The split ``dev``. Raises ``NotReady`` if there is none, with what wants it."""
+    try:
+        return open_split(config, DEV)
+    except NotReady:
+        if section.patience is None:
+            raise
+        raise NotReady(
+            "patience: needs labels of a split dev, which the data lacks; give it some groups (data.splits), or leave "
+            "patience out"
+        ) from None
+
+
+def watched_languages(config: Config, section: TaskTrainConfig) -> list[str]:
+    """Languages in which accuracy is measured while a model is trained; none without a split ``dev``."""
+    try:
+        found = _dev(config, section)
+    except NotReady:
+        if section.patience is not None:
+            raise
+        return []
+    return [
+        language for language in found.languages if config.data.languages is None or language in config.data.languages
+    ]
+
+
+def _evaluator(
+    config: Config, section: TrainConfig, model: "TrainableModel", num_steps: int, ranks: Ranks
+) -> "Evaluator | None":
+    """What measures accuracy while a model is trained, if there is anything to measure it on."""
+    from alsace_dist.models.family import Family
+    from alsace_dist.training.evaluator import Evaluator
+
+    if not isinstance(section, TaskTrainConfig) or not (languages := watched_languages(config, section)):
+        return None
+    assert isinstance(model, Family)
+    dataset, groups = open_split(config, DEV), list[ParallelGroup]()
+    for shard in dataset.shards:
+        groups += read_shard(dataset, shard) if len(groups) < section.evaluate_groups else ()
+    rows = [row for row in rows_of(config.task, groups[: section.evaluate_groups], languages) if row.label is not None]
+    if not rows:
+        return None
+    every = section.evaluate_every_steps or max(1, num_steps // MEASUREMENTS)
+    source, tokens = config.data.source_language, config.score.tokens_per_batch
+    return Evaluator(model.encode(rows), model, source, tokens, every, section.patience, ranks)
 
 
 def train(stage: Stage, section: TrainConfig, model: "TrainableModel", examples: "Examples", ranks: Ranks) -> None:
@@ -304,6 +373,7 @@ def run_training(
     from alsace_dist.training import loop
 
     directory, kind = only(stage.outputs)
+    config, unwrapped = stage.config, model
     if section.lora is not None:
         model = LoraModel(model, section.lora, stage.config.seed, f"{kind}.lora")
     training = loop.Training(
@@ -318,6 +388,8 @@ def run_training(
         examples=examples,
         export_type=export_type,
     )
+    num_steps = loop.num_steps_of(section, training.order)
+    training = replace(training, evaluator=_evaluator(config, section, unwrapped, num_steps, ranks))
     if stage.replay is not None:
         _print_replay(training, stage.replay, ranks)
         return

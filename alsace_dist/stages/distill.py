@@ -34,6 +34,7 @@ from alsace_dist.stages.base import (
     open_model,
     train,
     training_fingerprint,
+    watched_languages,
 )
 
 if TYPE_CHECKING:
@@ -91,7 +92,7 @@ def run(stage: Stage, ranks: Ranks | None) -> None:
             + (", by distill.languages" if config.distill.languages else "")
         )
     is_live = config.distill.teachers == "live"
-    answered = dataset.languages if is_live else languages
+    answered = sorted({*(dataset.languages if is_live else languages), *watched_languages(config, config.distill)})
     model = open_model(stage, stage.round - 1, answered, ranks)
     if is_live:
         _train_live(stage, dataset, selection, model, ranks)

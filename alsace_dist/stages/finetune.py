@@ -22,6 +22,7 @@ from alsace_dist.stages.base import (
     open_model,
     train,
     training_fingerprint,
+    watched_languages,
 )
 
 KIND = FINETUNE
@@ -64,7 +65,8 @@ def run(stage: Stage, ranks: Ranks | None) -> None:
         kept = learnt(rows, counts[shard], chosen and set(chosen[shard]))
         return [one_hot_example(row, dataset.url) for row in kept]
 
-    model = open_model(stage, START, languages, ranks)
+    answered = sorted({*languages, *watched_languages(config, section)})
+    model = open_model(stage, START, answered, ranks)
     ranks.main_first(lambda: check_texts(model.encode, dataset, languages, config))
     examples = TargetExamples(Tokens(dataset, config.task, languages, model), counts, targets, model, ranks.device)
     train(stage, section, model, examples, ranks)

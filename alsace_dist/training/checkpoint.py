@@ -25,6 +25,7 @@ from alsace_dist.files.manifest import MANIFEST, Manifest, load_manifest, read_j
 from alsace_dist.ranks.group import Ranks
 from alsace_dist.reading import shorten
 from alsace_dist.training.engine import TrainEngine
+from alsace_dist.training.evaluator import Best
 from alsace_dist.training.state import SQUARES, WEIGHT, shape_of
 
 KIND = "checkpoint"
@@ -71,14 +72,23 @@ def finished(directory: Path) -> list[Path]:
     return [path for path in directories(directory) if (path / MANIFEST).exists()]
 
 
-def newest(directory: Path, fingerprint: dict[str, Any], ranks: Ranks) -> tuple[Path, int] | None:
+def path_of(directory: Path, step: int) -> Path:
+    """Directory of the checkpoint after a step."""
+    return directory / f"step-{step:08d}"
+
+
+def newest(
+    directory: Path, fingerprint: dict[str, Any], ranks: Ranks, step_wanted: int | None = None
+) -> tuple[Path, int] | None:
     """The newest checkpoint whose files all verify, and its step; None if training has not got that far. Collective.
 
+    ``step_wanted``: only the one after this step is looked at.
     Raises ``UserError`` if there are checkpoints but none that verifies: starting over must be a person's decision.
     """
     problems: list[str] = []
     remedy = "restore the file"
-    for path in ranks.from_main(finished(directory)):
+    listed = finished(directory) if step_wanted is None else [path_of(directory, step_wanted)]
+    for path in ranks.from_main(listed):
         problem = ""
         try:
             manifest = load_manifest(path, KIND)
@@ -116,6 +126,16 @@ def num_skipped_of(path: Path, step: int) -> int:
     if type(found) is not int or not 0 <= found <= step:
         raise UserError(f"{path}: {MANIFEST} says {shorten(repr(found))} steps were skipped; {START_OVER}")
     return found
+
+
+def best_of(path: Path) -> Best:
+    """The best measurement before a checkpoint; that of none where there was none. Raises ``UserError`` if it is no
+    such thing."""
+    found = load_manifest(path, KIND).details.get("best", {})
+    keys = {"step": int, "accuracy": float, "num_since": int}
+    if found and not (isinstance(found, dict) and {name: type(value) for name, value in found.items()} == keys):
+        raise UserError(f"{path}: {MANIFEST} says of the best measurement {shorten(repr(found))}; {START_OVER}")
+    return Best(**found)
 
 
 def load(path: Path, engine: TrainEngine, step: int) -> None:

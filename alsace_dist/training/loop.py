@@ -1,6 +1,7 @@
 """The one training loop: batch, step, log, save. What is trained, and on what, is a ``Training``."""
 
 import math
+import sys
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -21,6 +22,7 @@ from alsace_dist.ranks.watchdog import Watchdog
 from alsace_dist.training import checkpoint, tokens
 from alsace_dist.training.budget import cut_rule
 from alsace_dist.training.engine import TrainEngine, load_module
+from alsace_dist.training.evaluator import Best, Evaluator
 from alsace_dist.training.examples import Examples
 from alsace_dist.training.export import COPIED, WEIGHTS, export
 from alsace_dist.training.layout import weight_bytes
@@ -48,6 +50,7 @@ class Training:
     model: TrainableModel
     examples: Examples
     export_type: ExportType = "float32"
+    evaluator: Evaluator | None = None
 
     @cached_property
     def order(self) -> CanonicalOrder:
@@ -113,6 +116,9 @@ def run(training: Training, ranks: Ranks) -> tuple[int, dict[str, FileEntry]]:
     watchdog = Watchdog(ranks, directory, training.engine.hang_limit())
     kept = directory / CHECKPOINTS, engine, training.fingerprint, section.keep_checkpoints
     saver = Saver(*kept, watchdog, monitor.checkpoint)
+    if first:
+        saver.best = checkpoint.best_of(checkpoint.path_of(directory / CHECKPOINTS, first))
+    evaluator, done = training.evaluator, first
 
     def following(step: int) -> list[MicroBatch]:
         watchdog.beat(f"the data of step {step + 1}")
@@ -124,6 +130,9 @@ def run(training: Training, ranks: Ranks) -> tuple[int, dict[str, FileEntry]]:
         parts = following(first)
         (most,) = ranks.most(len(parts))
         for step in steps:
+            if _has_enough(training, saver):
+                monitor.end_early(done)
+                break
             watchdog.beat(f"step {step + 1}")
             parts = _enough_for_all_ranks(parts, most, training, partial(stream.stand_in, step))
             if section.dropout or (section.lora and section.lora.dropout):
@@ -134,19 +143,48 @@ def run(training: Training, ranks: Ranks) -> tuple[int, dict[str, FileEntry]]:
             if not engine.is_applied:
                 _not_finite(training, done, first, saver, monitor)
             num_tokens = sum(part.num_tokens for part in parts), sum(part.num_padded_tokens for part in parts)
-            monitor.step(done, sums, num_tokens, rate, _flops(training, parts))
+            measured: dict[str, float] = {}
+            if evaluator is not None and (done % evaluator.every == 0 or done == num_steps):
+                watchdog.beat(f"the accuracy after step {done}")
+                with monitor.apart():
+                    measured = evaluator.measure(engine.engine)
+            is_best = bool(measured) and saver.best.see(done, measured["accuracy"])
+            monitor.step(done, sums, num_tokens, rate, _flops(training, parts), measured)
             parts = following(done)
             watchdog.beat(f"the checkpoint after step {done}")
             stop, is_writing, most = ranks.most(ranks.stop.is_set, saver.is_writing, len(parts))
             if not is_writing:
                 saver.finish()
-            if done < num_steps and (stop or done % section.checkpoint_every_steps == 0):
+            is_due = done % section.checkpoint_every_steps == 0 or (is_best and evaluator and evaluator.patience)
+            if done < num_steps and (stop or is_due):
                 saver.begin(done)
             if stop and done < num_steps:
                 saver.finish()
                 raise Stopped(f"{training.kind}: stopped after step {done} of {num_steps}; a checkpoint is written")
         saver.finish()
-    return num_steps, _export(training, engine)
+    if evaluator and evaluator.patience and saver.best.step != done:
+        _load_best(training, engine, saver.best, done)
+    return done, _export(training, engine)
+
+
+def _has_enough(training: Training, saver: Saver) -> bool:
+    """Whether accuracy has not risen for as long as training is to wait for that."""
+    evaluator = training.evaluator
+    return bool(evaluator and evaluator.patience and saver.best.num_since >= evaluator.patience)
+
+
+def _load_best(training: Training, engine: TrainEngine, best: Best, done: int) -> None:
+    """Go back to the weights that were best. Raises ``UserError`` if their checkpoint is gone or broken."""
+    directory = training.directory / CHECKPOINTS
+    found = checkpoint.newest(directory, training.fingerprint, engine.ranks, best.step)
+    assert found is not None, "newest raises for one that is asked for"
+    checkpoint.load(found[0], engine, best.step)
+    if engine.ranks.is_main:
+        what = f"{100 * best.accuracy:.1f} % on dev"
+        print(
+            f"{training.kind}: of {done} steps, the weights after step {best.step} are exported ({what})",
+            file=sys.stderr,
+        )
 
 
 def _not_finite(training: Training, step: int, first: int, saver: Saver, monitor: TrainingMonitor) -> None:

@@ -5,7 +5,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from alsace_dist.ranks.watchdog import Watchdog
 from alsace_dist.training import checkpoint
 from alsace_dist.training.checkpoint import INDEX, KIND, OWN_FILES, Index, Slice
 from alsace_dist.training.engine import TrainEngine
+from alsace_dist.training.evaluator import Best
 from alsace_dist.training.state import WEIGHT, shape_of
 from alsace_dist.training.tensor_file import FILE_BYTES, write_tensors
 
@@ -77,13 +78,14 @@ class _Writer(threading.Thread):
     """Writes this rank's files of one checkpoint. ``error``: what has kept it from that. ``seconds``: from before the
     copy to the end."""
 
-    def __init__(self, target: Path, rank: int, step: int, num_skipped: int, files: list[_File]) -> None:
+    def __init__(self, target: Path, rank: int, step: int, num_skipped: int, best: Best, files: list[_File]) -> None:
         super().__init__(daemon=True)  # a rank that fails meanwhile does not wait for a slow disk
         self.target, self.step, self.num_skipped, self.files = target, step, num_skipped, files
         self.names = [f"rank{rank:05d}-{number:05d}.safetensors" for number in range(len(files))]
         self.entries: dict[str, FileEntry] = {}
         self.error: Exception | None = None
         self.num_bytes, self.seconds, self._start = 0, 0.0, time.monotonic()
+        self.best = best
 
     def run(self) -> None:
         try:
@@ -125,6 +127,7 @@ class Saver:
         self.watchdog, self.on_saved, self.max_bytes = watchdog, on_saved, max_bytes
         self._writer: _Writer | None = None
         self._saved = 0, 0.0
+        self.best = Best()
 
     @property
     def is_writing(self) -> bool:
@@ -138,12 +141,12 @@ class Saver:
         """
         begin = time.monotonic()
         self.finish()
-        ranks, target = self.engine.ranks, self.directory / f"step-{step:08d}"
+        ranks, target = self.engine.ranks, checkpoint.path_of(self.directory, step)
         files = cut(self.engine, self.max_bytes)
         num_bytes = 4 * sum(file.numel for file in files) * (1 + len(self.engine.moments or ()))
         (total,) = ranks.sum(num_bytes)
         ranks.main_first(lambda: _make_room(target, round(total)))
-        self._writer = _Writer(target, ranks.rank, step, self.engine.num_skipped, files)
+        self._writer = _Writer(target, ranks.rank, step, self.engine.num_skipped, replace(self.best), files)
         copy(self.engine, files)
         self._writer.start()
         self._saved = round(total), time.monotonic() - begin
@@ -169,13 +172,15 @@ class Saver:
         ranks.each(writer.check)
         slices = dict(zip(writer.names, (file.slices for file in writer.files), strict=True))
         parts = ranks.to_main((writer.entries, slices))
-        details = {"step": writer.step} | ({"skipped": writer.num_skipped} if writer.num_skipped else {})
+        details: dict[str, Any] = {"step": writer.step}
+        details |= {"skipped": writer.num_skipped} if writer.num_skipped else {}
+        details |= {"best": asdict(writer.best)} if writer.best.step else {}
         ranks.main_first(lambda: self._complete(writer.target, details, parts or []))
         num_bytes, blocking_seconds = self._saved
         self.on_saved(writer.step, num_bytes, *ranks.most(blocking_seconds, writer.seconds))
 
     def _complete(
-        self, target: Path, details: dict[str, int], parts: list[tuple[dict[str, FileEntry], dict[str, list[Slice]]]]
+        self, target: Path, details: dict[str, Any], parts: list[tuple[dict[str, FileEntry], dict[str, list[Slice]]]]
     ) -> None:
         """Write index and manifest, then delete all checkpoints but this one and the ``keep - 1`` before."""
         parameters = [(name, list(shape_of(parameter))) for name, parameter in self.engine.parameters.items()]
@@ -185,7 +190,9 @@ class Saver:
         entries = {name: entry for one, _ in parts for name, entry in one.items()}
         write_manifest(target, KIND, self.fingerprint, [target / INDEX], details, entries)
         # Checkpoints of later steps are broken: ``newest`` skipped them. They go, too.
-        kept = [path for path in checkpoint.finished(self.directory) if path <= target][: self.keep]
+        finished = [path for path in checkpoint.finished(self.directory) if path <= target]
+        best = checkpoint.path_of(self.directory, details.get("best", {}).get("step", 0))
+        kept = finished[: self.keep] + [path for path in finished if path == best]
         for old in set(checkpoint.directories(self.directory)) - set(kept):
             remove_own(old, OWN_FILES)
 
