@@ -238,8 +238,8 @@ def test_commands_start_in_under_a_second_and_without_torch(finished_run: Path, 
         assert done.returncode == 0, done.stderr
         assert ("report.html" if command == "report" else "distill") in done.stdout + done.stderr
         times.append(seconds)
-    # A second on a quiet core; neighbours that share its caches make it half as much again.
-    assert min(times) < 1.5
+    # A second on a quiet core; neighbours that share its caches make it half as much again. A report draws its figures.
+    assert min(times) < (3.0 if command == "report" else 1.5)
     done, _ = start("-X", "importtime", *arguments)
     assert done.returncode == 0
     loaded = {line.rpartition("|")[2].strip().split(".")[0] for line in done.stderr.splitlines() if "|" in line}

@@ -5,6 +5,7 @@ from alsace_dist.config.data import ColumnsConfig, DataConfig, InputConfig
 from alsace_dist.config.engine import EngineConfig, KeysOf, RawSection
 from alsace_dist.config.export import ExportConfig, ExportType
 from alsace_dist.config.model import Masks, Mode, ModelConfig, NanoConfig, Pooling
+from alsace_dist.config.monitor import MonitorConfig, TrackerKind
 from alsace_dist.config.run import METHODS, Config
 from alsace_dist.config.selection import OPTION_OF, EvaluateConfig, Rule, ScoreConfig, SelectConfig, Sharding
 from alsace_dist.config.task import ANSWER, TaskConfig
@@ -43,6 +44,7 @@ __all__ = [
     "Masks",
     "Mode",
     "ModelConfig",
+    "MonitorConfig",
     "NanoConfig",
     "Pooling",
     "PretrainConfig",
@@ -56,5 +58,6 @@ __all__ = [
     "Targets",
     "TaskConfig",
     "TaskTrainConfig",
+    "TrackerKind",
     "TrainConfig",
 ]

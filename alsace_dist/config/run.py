@@ -11,6 +11,7 @@ from alsace_dist.config.data import DataConfig
 from alsace_dist.config.engine import EngineConfig
 from alsace_dist.config.export import ExportConfig
 from alsace_dist.config.model import ModelConfig
+from alsace_dist.config.monitor import MonitorConfig
 from alsace_dist.config.selection import EvaluateConfig, ScoreConfig, SelectConfig
 from alsace_dist.config.task import TaskConfig
 from alsace_dist.config.training import DistillConfig, FinetuneConfig, PretrainConfig
@@ -61,6 +62,7 @@ class Config(Section):
     distill: DistillConfig = DistillConfig()
     export: ExportConfig = ExportConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    monitor: MonitorConfig = MonitorConfig()
     variants: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")], dict[str, Any]] = {}
     """Name -> settings laid over this config (method, rounds, select, distill, evaluate): an ablation that shares
     the data, the finetuned model and its scores with the run."""

@@ -13,6 +13,7 @@ from alsace_dist.errors import UserError, warn
 from alsace_dist.files.manifest import write_text
 from alsace_dist.monitor.board import Board
 from alsace_dist.monitor.scalars import tag_of
+from alsace_dist.monitor.trackers import Tracker, open_tracker
 from alsace_dist.reading import parse_json, read_text, shorten
 
 METRICS = "metrics.jsonl"
@@ -79,14 +80,18 @@ class ScalarWriter:
     are written on.
     """
 
-    def __init__(self, directory: Path, tensorboard: Path, first_step: int, is_main: bool) -> None:
+    def __init__(
+        self, directory: Path, tensorboard: Path, first_step: int, is_main: bool, tracker: Tracker | None = None
+    ) -> None:
         """``first_step``: where this process goes on. Raises ``UserError`` if a ``metrics.jsonl`` is there that no
-        stage wrote."""
+        stage wrote, or a tracker is asked for that is not installed."""
         self._sinks: dict[Path, Sink] = {}
         if is_main:
             path = directory / METRICS
             self._begin(path, lambda: LinesSink(path, first_step))
             self._begin(tensorboard, lambda: BoardSink(tensorboard, first_step))
+            if tracker is not None:
+                self._begin(Path(tracker.kind), lambda: open_tracker(tracker))
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Log values of one step. Raises ``KeyError`` for a name that the table of scalars lacks."""
@@ -108,7 +113,9 @@ class ScalarWriter:
     def _begin(self, place: Path, make: Callable[[], Sink]) -> None:
         try:
             self._sinks[place] = make()
-        except OSError as error:
+        except UserError:
+            raise
+        except Exception as error:  # whatever another library raises; a disk's own errors are OSErrors
             self._give_up(place, error)
 
     def _try(self, place: Path, action: Callable[[], None]) -> None:

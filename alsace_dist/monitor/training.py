@@ -18,6 +18,7 @@ from alsace_dist.monitor.health import Health, LeadCheck, check_loss
 from alsace_dist.monitor.progress import progress
 from alsace_dist.monitor.sinks import ScalarWriter
 from alsace_dist.monitor.stopwatch import Stopwatch
+from alsace_dist.monitor.trackers import Tracker
 from alsace_dist.ranks.group import Ranks
 from alsace_dist.ranks.job import note_position
 
@@ -56,11 +57,13 @@ class TrainingMonitor:
         ranks: Ranks,
         engine: Engine,
         languages: tuple[str, ...] = (),
+        tracker: Tracker | None = None,
     ) -> None:
         """``kind``: name of the stage. ``steps``: those that are left to do; the first is 0 or a checkpoint's.
         ``languages``: of the rows of what the loss observes."""
         self.kind, self.directory, self.tensorboard = kind, directory, tensorboard
         self.section, self.steps, self.ranks, self.engine, self.languages = section, steps, ranks, engine, languages
+        self.tracker = tracker
         self._lead, self._health = LeadCheck(), Health(kind, ranks)
         self._last_step, self._step_seconds = time.monotonic(), 0.0
         self._last_saved = time.monotonic()
@@ -76,7 +79,7 @@ class TrainingMonitor:
         first, last, is_main = self.steps.start, self.steps.stop, self.ranks.is_main
         if is_main:
             note_position(f"step {first}")
-        self._writer = ScalarWriter(self.directory, self.tensorboard, first, is_main)
+        self._writer = ScalarWriter(self.directory, self.tensorboard, first, is_main, self.tracker)
         self._stack.callback(self._writer.close)
         self._stack.enter_context(heard_by(lambda text: self._writer.text(self._num_done, "warnings", text)))
         self._last_step = self._last_saved = time.monotonic()

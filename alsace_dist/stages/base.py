@@ -27,6 +27,7 @@ from alsace_dist.files import manifest
 from alsace_dist.files.layout import DATA, DISTILL, FINETUNE, MODEL, PRETRAIN, Layout
 from alsace_dist.files.manifest import Manifest
 from alsace_dist.files.shards import Dataset, ParallelGroup, open_split, read_shard
+from alsace_dist.monitor.trackers import Tracker
 from alsace_dist.ranks.group import Ranks
 
 if TYPE_CHECKING:
@@ -146,6 +147,13 @@ class Stage:
     def fingerprint(self, output: Output) -> dict[str, Any]:
         """Everything that an output depends on. Raises ``NotReady`` if an input is not complete."""
         return self.module.fingerprint(self, output)
+
+    def tracker(self, directory: Path) -> Tracker | None:
+        """Where else scalars of what is written into a directory go, if anywhere."""
+        monitor, run = self.config.monitor, self.layout.run
+        if monitor.tracker is None:
+            return None
+        return Tracker(monitor.tracker, monitor.project, f"{run.resolve().name}/{directory.relative_to(run)}")
 
     def is_begun(self) -> bool:
         """Whether the stage has left any output, whatever configuration made it."""
@@ -387,6 +395,7 @@ def run_training(
         model=model,
         examples=examples,
         export_type=export_type,
+        tracker=stage.tracker(directory),
     )
     num_steps = loop.num_steps_of(section, training.order)
     training = replace(training, evaluator=_evaluator(config, section, unwrapped, num_steps, ranks))

@@ -35,6 +35,7 @@ from alsace_dist.method.block import block_of
 from alsace_dist.monitor.health import LeadCheck
 from alsace_dist.monitor.progress import Advance, progress
 from alsace_dist.monitor.scoring import ScoringMonitor
+from alsace_dist.monitor.trackers import Tracker
 from alsace_dist.ranks.group import Ranks, keep_memory
 from alsace_dist.ranks.job import note_position
 from alsace_dist.ranks.watchdog import Watchdog
@@ -112,8 +113,8 @@ def run(stage: Stage, ranks: Ranks | None) -> None:
     for dataset in opened.values():
         ranks.main_first(partial(check_texts, model.encode, dataset, dataset.languages, config))
     for output, dataset in opened.items():
-        tensorboard = stage.layout.tensorboard(output.directory)
-        work = ScoringPass(config, dataset, output.directory, stage.fingerprint(output), tensorboard)
+        places = stage.layout.tensorboard(output.directory), stage.tracker(output.directory)
+        work = ScoringPass(config, dataset, output.directory, stage.fingerprint(output), *places)
         work.run(model, module, ranks, together if is_sharded(engine) else None)
 
 
@@ -139,10 +140,16 @@ class ScoringPass:
     """One dataset's scoring pass on this rank."""
 
     def __init__(
-        self, config: Config, dataset: Dataset, directory: Path, fingerprint: dict[str, Any], tensorboard: Path
+        self,
+        config: Config,
+        dataset: Dataset,
+        directory: Path,
+        fingerprint: dict[str, Any],
+        tensorboard: Path,
+        tracker: Tracker | None = None,
     ) -> None:
         self.config, self.dataset, self.directory = config, dataset, directory
-        self.fingerprint, self.tensorboard = fingerprint, tensorboard
+        self.fingerprint, self.tensorboard, self.tracker = fingerprint, tensorboard, tracker
         self.results = Results(directory, {"fingerprint": manifest.digest_json(fingerprint)})
         self.num_done = 0
         self._tokenised: tuple[ShardInfo, list[EncodedRow], list[list[int]]] | None = None
@@ -172,7 +179,7 @@ class ScoringPass:
         todo = self._without_result(parts)
         num_whole = len(self.dataset.shards) - len(shards)
         total, num_done = num_whole + len(parts), num_whole + len(parts) - len(todo)
-        self.monitor = ScoringMonitor(directory, self.tensorboard, ranks, num_done, total)
+        self.monitor = ScoringMonitor(directory, self.tensorboard, ranks, num_done, total, self.tracker)
         stack.callback(self.monitor.close)
         self.counts = self.monitor.counts
         if ranks.is_main:

@@ -16,6 +16,7 @@ from alsace_dist.errors import Stopped, UserError
 from alsace_dist.files.layout import MODEL
 from alsace_dist.files.manifest import FileEntry, remove_own, write_json
 from alsace_dist.models.family import TrainableModel
+from alsace_dist.monitor.trackers import Tracker
 from alsace_dist.monitor.training import TrainingMonitor
 from alsace_dist.ranks.group import Ranks, keep_memory
 from alsace_dist.ranks.watchdog import Watchdog
@@ -51,6 +52,7 @@ class Training:
     examples: Examples
     export_type: ExportType = "float32"
     evaluator: Evaluator | None = None
+    tracker: Tracker | None = None
 
     @cached_property
     def order(self) -> CanonicalOrder:
@@ -111,7 +113,15 @@ def run(training: Training, ranks: Ranks) -> tuple[int, dict[str, FileEntry]]:
     steps = range(first, num_steps)
     languages = examples.observer.languages if examples.observer else ()
     monitor = TrainingMonitor(
-        training.kind, directory, training.tensorboard, section, steps, ranks, engine, tuple(languages)
+        training.kind,
+        directory,
+        training.tensorboard,
+        section,
+        steps,
+        ranks,
+        engine,
+        tuple(languages),
+        training.tracker,
     )
     watchdog = Watchdog(ranks, directory, training.engine.hang_limit())
     kept = directory / CHECKPOINTS, engine, training.fingerprint, section.keep_checkpoints
