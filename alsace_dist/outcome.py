@@ -19,7 +19,7 @@ from alsace_dist.files.manifest import MANIFEST, RERUN
 from alsace_dist.files.scores import KIND as SCORES
 from alsace_dist.files.scores import read_scores
 from alsace_dist.files.selection import read_selection
-from alsace_dist.files.shards import DataDetails, open_dataset
+from alsace_dist.files.shards import DataDetails, Dataset, open_dataset
 from alsace_dist.files.warnings import read_warnings
 from alsace_dist.monitor.board import Board, Value
 from alsace_dist.monitor.overview import versions
@@ -86,10 +86,16 @@ def facts_of(config: Config) -> Facts:
 
 
 def _num_groups(config: Config) -> dict[str, int]:
-    found = {}
-    for split in ("labeled", "unlabeled", "test"):
-        with _optional():
-            found[split] = open_dataset(data_url(config, split)).num_groups
+    return {split: dataset.num_groups for split, dataset in _datasets(config).items()}
+
+
+def _datasets(config: Config) -> dict[str, Dataset]:
+    """The splits that lie on a disk: a report is made where a store may be out of reach."""
+    found: dict[str, Dataset] = {}
+    for split in ("labeled", "unlabeled", "dev", "test"):
+        if "://" not in (url := data_url(config, split)):
+            with _optional():
+                found[split] = open_dataset(url)
     return found
 
 
@@ -121,10 +127,7 @@ def _again(config: Config, layout: Layout) -> dict[str, str]:
         "seed": str(config.seed),
         **{f"version of {name}": value for name, value in versions().items()},
     }
-    for split in ("labeled", "unlabeled", "test"):
-        with _optional():
-            found[f"data, {split} (sha256)"] = open_dataset(data_url(config, split)).digest
-    return found
+    return found | {f"data, {split} (sha256)": dataset.digest for split, dataset in _datasets(config).items()}
 
 
 @contextmanager

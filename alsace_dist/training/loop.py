@@ -206,6 +206,7 @@ def _not_finite(training: Training, step: int, first: int, saver: Saver, monitor
     is_lasting = monitor.skipped(step)
     if training.section.on_nonfinite == "skip" and not is_lasting:
         return
+    saver.engine.num_skipped -= 1  # it is no part of what is kept, and will be met again
     if step - 1 > first:  # of the first there is a checkpoint, or nothing is done yet
         saver.begin(step - 1)
     saver.finish()

@@ -139,6 +139,8 @@ def test_a_training_that_is_to_stop_says_where_and_its_examples_can_be_looked_at
         )
         assert said and said[1] == said[2]
     step, key = int(said[1]), (poisoned / "key").read_text()
+    kept = json.loads((run / f"finetune/checkpoints/step-{step - 1:08d}/manifest.json").read_text())["details"]
+    assert kept == {"step": step - 1}  # the step that is not kept was not skipped
     listed = json.loads((run / "finetune/not-finite.json").read_text())
     assert listed["step"] == step and [key, "en"] in listed["examples"] and len(listed["examples"]) == 10
     shown = tiny.alsace("replay", str(run), "--stage=finetune", f"--step={step}").stdout.splitlines()
