@@ -4,8 +4,8 @@
 
 Of every training in a run's directory: from its metrics.jsonl the share of a step outside its four parts, median over
 the readings. All that the monitor does is in there but what losses observe, and so are the exchange of flags between
-ranks and what checkpoints make a step wait: an upper bound. Beside it, in milliseconds, medians of 200: what a loss of 64
-rows of 24 languages observes, and a reading of as many languages, written to metrics.jsonl and TensorBoard.
+ranks and what checkpoints make a step wait: an upper bound. Beside it, in milliseconds, medians of 200: what a loss of
+64 rows of 24 languages observes, and a reading of as many languages, written to metrics.jsonl and TensorBoard.
 """
 
 import argparse

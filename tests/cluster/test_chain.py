@@ -25,7 +25,7 @@ def test_the_demos_pipeline_over_two_nodes(slurm: LocalSlurm, tmp_path: Path) ->
     assert refused.returncode == 2 and "has jobs in the queue" in refused.stderr
     slurm.wait_for_jobs(400)
     text = tiny.alsace("status", "run").stdout
-    assert [line.split()[-1] for line in text.splitlines()[1:]] == ["done"] * len(jobs), text
+    assert [line.split()[-1] for line in text.splitlines()[1 : len(jobs) + 1]] == ["done"] * len(jobs), text
     assert json.loads(Path("run/report.json").read_text())["source_language"] == "en"
     assert "alpha,beta" in log(tmp_path, "distill-round-1") and "beta" not in log(tmp_path, "select-round-1")
     assert Path(f"run/slurm/attempts/{jobs['finetune']}/0/rank00001.log").exists()  # a log per rank and restart
