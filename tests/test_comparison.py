@@ -1,6 +1,9 @@
 """Several runs in one table, and what a run says of itself later: warnings, costs."""
 
 import json
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,7 +12,7 @@ from reporting.test_report import make_evaluation
 
 from alsace_dist.comparison import compare
 from alsace_dist.config import Config
-from alsace_dist.config_file import load_config
+from alsace_dist.config_file import config_text, load_config
 from alsace_dist.errors import NotReady, UserError
 from alsace_dist.files.costs import COSTS, add_cost, read_costs
 from alsace_dist.files.evaluation import write_evaluation
@@ -81,3 +84,26 @@ def test_costs_add_up_over_the_starts_of_a_stage(tmp_path: Path) -> None:
         ["in all", "2 h 00 min", "–", "–", "2.5"],
     ]
     assert (duration(59), duration(61), duration(3599)) == ("59 s", "1 min", "1 h 00 min")
+
+
+def test_status_shows_warnings_and_goes_on_showing_them(world: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    value = tiny.make_config(world, run_dir=str(run))
+    (run / "config.yaml").write_text(config_text(load_config(tiny.write_config(tmp_path / "c.yaml", value))))
+    add_warning(run, "distill round 1", "step 7: rank 3 on node12 is slow")
+    done = tiny.alsace("status", str(run))
+    assert "distill round 1" in done.stdout and "Last warnings of " in done.stdout
+    assert "distill round 1: step 7: rank 3 on node12 is slow" in done.stdout
+    assert "Last warnings" not in tiny.alsace("status", str(run), "--lines=0").stdout
+    command = [sys.executable, "-m", "alsace_dist", "status", str(run), "--watch", "--every=1"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        assert process.stdout is not None
+        try:
+            seen = [process.stdout.readline() for _ in range(40)]  # more than it shows once
+        finally:
+            process.terminate()
+    times = [line for line in seen if re.fullmatch(r"\d\d:\d\d:\d\d\n", line)]
+    assert len(times) >= 2 and len(set(times)) == len(times)
+    refused = tiny.alsace("status", str(run), "--watch", "--every=0", check=False)
+    assert refused.returncode == 2 and "--every=0: give a second or more" in refused.stderr
