@@ -235,7 +235,8 @@ class ScoringPass:
         groups = {key: group for key, group in groups.items() if len({len(one) for one in group.values()}) == 1}
         num_rows = Counter(row.key for row in work.rows if not row.is_apart)
         is_whole = [len(group) == num_rows[key] for key, group in groups.items()]  # others are in several parts
-        self.counts.see(block_of(groups.values()), np.array(is_whole, bool))
+        if groups:
+            self.counts.see(block_of(groups.values()), np.array(is_whole, bool))
         self.monitor.part(work.number)
 
     # --- batches ---------------------------------------------------------------------------------------------------
