@@ -31,6 +31,7 @@ from alsace_dist.reporting.tables import figures_after, figures_before
 from alsace_dist.stages.base import Output, model_after
 
 MOST_GROUPS = 5000  # that figures are made of
+REPORT = "report"  # the log of results and figures, in TensorBoard's directory
 EVENTS = "events.out.tfevents.*"
 # Settings in TensorBoard's HParams, by dotted name, where a config has them.
 SETTINGS = (
@@ -166,13 +167,18 @@ def data_lines(layout: Layout) -> list[str]:
 # --- the same for TensorBoard --------------------------------------------------------------------------------------
 
 
+def is_shown_in_tensorboard(config: Config) -> bool:
+    """Whether a report has written there."""
+    return any((Path(config.run_dir) / TENSORBOARD / REPORT).rglob(EVENTS))
+
+
 def show_in_tensorboard(config: Config, evaluations: Mapping[str, Evaluation], found: list[Picture]) -> None:
     """Write figures, and settings with results, in the place of those that an earlier report has written."""
     layout = Layout(Path(config.run_dir))
     for name, variant in pipeline.variants(config):
         if (evaluation := evaluations.get(name or "main")) is None:
             continue
-        directory = layout.run / TENSORBOARD / "report" / (name or "main")
+        directory = layout.run / TENSORBOARD / REPORT / (name or "main")
         for old in directory.glob(EVENTS):
             old.unlink()
         try:

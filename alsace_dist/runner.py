@@ -122,9 +122,11 @@ def report(config: Config) -> None:
     evaluations = outcome.evaluations_of(config)
     if not evaluations:
         raise NotReady(f"{config.run_dir}: holds no evaluation yet; `alsace run` makes one")
-    facts = outcome.facts_of(config)
+    facts, numbers = outcome.facts_of(config), Path(config.run_dir) / "report.json"
+    before = numbers.read_bytes() if numbers.exists() else b""
     write_report(Path(config.run_dir), evaluations, facts, config.evaluate)
-    outcome.show_in_tensorboard(config, evaluations, pictures_of(evaluations, facts, config.evaluate.alpha))
+    if numbers.read_bytes() != before or not outcome.is_shown_in_tensorboard(config):
+        outcome.show_in_tensorboard(config, evaluations, pictures_of(evaluations, facts, config.evaluate.alpha))
     console = Console()
     print_summary(next(iter(evaluations.values())), console, config.evaluate)
     for name, value in facts.details.items():

@@ -104,7 +104,7 @@ def test_a_bomb_of_aliases_as_a_variant(case: Case) -> None:
         ("finetune.num_steps", -1, "finetune.num_steps: "),
         ("evaluate.alpha", 0, "evaluate.alpha: "),
         ("data.splits", {"test": float("inf")}, "data.splits.test: "),
-        ("data.splits", {"dev": 0.5}, "data.splits.dev"),
+        ("data.splits", {"valid": 0.5}, "data.splits.valid"),
         ("data.inputs", [3], "data.inputs.0: "),
         ("data.inputs", [{"path": "x" * 100_000}], "data.inputs.0.path: "),
         ("data.inputs", [{"kind": "x" * 100_000}], "data.inputs.0.kind: "),

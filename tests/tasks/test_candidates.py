@@ -21,6 +21,7 @@ from alsace_dist.files.evaluation import read_evaluation
 from alsace_dist.files.scores import Scores, read_score_file, read_scores, write_scores
 from alsace_dist.files.shards import ParallelGroup, read_shard, write_dataset
 from alsace_dist.models.family import open_model
+from alsace_dist.reporting.facts import Facts
 from alsace_dist.reporting.report import write_report
 from alsace_dist.stages.distill import check_scores
 from alsace_dist.stages.evaluate import Outcome, Outcomes, precision
@@ -186,7 +187,7 @@ def test_own_candidates_from_the_data_to_the_report(world: Path, tmp_path: Path,
     assert metrics["languages"]["ru"]["num_examples"] == 20  # evaluated, whether it stands apart or not
     for language, rows in metrics["precision"].items():
         assert rows["all"]["num_right"] == rows["here"]["num_right"] + rows["there"]["num_right"], language
-    write_report(tmp_path, {"main": read_evaluation(run / "evaluation")}, {})
+    write_report(tmp_path, {"main": read_evaluation(run / "evaluation")}, Facts())
     assert "## Precision" in (tmp_path / "report.md").read_text()
     assert "<h2>Precision</h2>" in (tmp_path / "report.html").read_text()
 

