@@ -79,9 +79,9 @@ def test_costs_add_up_over_the_starts_of_a_stage(tmp_path: Path) -> None:
     assert json.loads((tmp_path / COSTS).read_text().splitlines()[0])["seconds"] == 1800.0
     table = cost_table(read_costs(tmp_path))
     assert [row.cells for row in table.rows] == [
-        ["distill round 1", "2 h 00 min", "2", "8 to 16", "2.5"],
-        ["evaluate", "2 s", "1", "1", "0.000556"],
-        ["in all", "2 h 00 min", "–", "–", "2.5"],
+        ["distill round 1", "2 h 00 min", "2", "8 to 16", "2.50"],
+        ["evaluate", "2 s", "1", "1", "0.0006"],
+        ["in all", "2 h 00 min", "–", "–", "2.50"],
     ]
     assert (duration(59), duration(61), duration(3599)) == ("59 s", "1 min", "1 h 00 min")
 

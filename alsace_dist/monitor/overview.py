@@ -39,7 +39,7 @@ DASHBOARD: Mapping[str, Mapping[str, Sequence[str]]] = {
 
 def versions() -> dict[str, str]:
     """Versions of what results depend on."""
-    found = {"alsace_dist": __version__, "Python": platform.python_version()}
+    found = {"alsace-dist": __version__, "Python": platform.python_version()}
     for name in PACKAGES:
         try:
             found[name] = version(name)

@@ -65,11 +65,15 @@ def cost_table(costs: Sequence[Cost]) -> Table:
         node_hours = sum(one.seconds * one.num_nodes for one in own) / 3600
         ranks = sorted({one.num_ranks for one in own})
         shown = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
-        rows.append(Row([printable(name), duration(seconds), f"{len(own)}", shown, f"{node_hours:.3g}"]))
+        rows.append(Row([printable(name), duration(seconds), f"{len(own)}", shown, _node_hours(node_hours)]))
     total = sum(one.seconds for one in costs)
     node_hours = sum(one.seconds * one.num_nodes for one in costs) / 3600
-    rows.append(Row(["in all", duration(total), UNDEFINED, UNDEFINED, f"{node_hours:.3g}"], "strong"))
+    rows.append(Row(["in all", duration(total), UNDEFINED, UNDEFINED, _node_hours(node_hours)], "strong"))
     return Table(["Stage", "Time", "Starts", "Ranks", "Node-hours"], rows, minor=frozenset({2, 3}))
+
+
+def _node_hours(value: float) -> str:
+    return f"{value:,.2f}" if value >= 0.1 else f"{value:.4f}"
 
 
 def duration(seconds: float) -> str:

@@ -132,7 +132,7 @@ def board(run: Path) -> Iterator[str]:
         ("scalars", ["agreement_of", "checkpoint_age_seconds", "finetune", "round1/distill"]),
         ("custom_scalars", ["Is it learning?", "agreement by language", "divergence by language"]),
         ("images", ["agreement", "changes", "languages", "reliability", "scores", "training"]),
-        ("text", ["config", "versions", "run_dir:", "alsace_dist"]),
+        ("text", ["config", "versions", "run_dir:", "alsace-dist"]),
         ("hparams", ["distill.learning_rate", "report/main", "select.rule"]),
     ],
 )
