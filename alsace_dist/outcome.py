@@ -4,6 +4,7 @@ import shlex
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from alsace_dist import pipeline
@@ -25,9 +26,11 @@ from alsace_dist.monitor.board import Board, Value
 from alsace_dist.monitor.overview import versions
 from alsace_dist.monitor.sinks import METRICS, read_scalars
 from alsace_dist.reporting import pictures
+from alsace_dist.reporting.explanation import explanation
 from alsace_dist.reporting.facts import Facts, in_words
 from alsace_dist.reporting.figures import Picture
-from alsace_dist.reporting.tables import figures_after, figures_before
+from alsace_dist.reporting.tables import Row, Table, figures_after, figures_before
+from alsace_dist.reporting.verdict import printable
 from alsace_dist.stages.base import Output, model_after
 
 MOST_GROUPS = 5000  # that figures are made of
@@ -75,11 +78,14 @@ def facts_of(config: Config) -> Facts:
         "config": layout.config,
         "TensorBoard": f"tensorboard --logdir {shlex.quote(str(layout.run / TENSORBOARD))}",
     }
+    trainings = _trainings(config, layout)
     return Facts(
         about=in_words(config, num_groups),
         details=details,
         data=data_lines(layout),
-        pictures=_pictures(config, layout, num_groups.get("test", 0)),
+        pictures=_pictures(config, layout, num_groups.get("test", 0), trainings),
+        tables={"selection": _worth(config, layout), "data": _texts(layout)},
+        speeds=_speeds(trainings),
         costs=read_costs(layout.run),
         warnings=read_warnings(layout.run),
         again=_again(config, layout),
@@ -100,7 +106,10 @@ def _datasets(config: Config) -> dict[str, Dataset]:
     return found
 
 
-def _pictures(config: Config, layout: Layout, num_test: int) -> dict[str, list[Picture]]:
+Rows = Mapping[str, list[dict[str, Any]]]  # name of a training -> the lines of its metrics.jsonl
+
+
+def _pictures(config: Config, layout: Layout, num_test: int, trainings: Rows) -> dict[str, list[Picture]]:
     selection: list[Picture] = []
     size = config.task.num_candidates
     if config.rounds:
@@ -111,6 +120,51 @@ def _pictures(config: Config, layout: Layout, num_test: int) -> dict[str, list[P
             test = read_scores(layout.scores(0, "test"), min(num_test, MOST_GROUPS), size)
             if (trust := pictures.of_teachers(list(chosen.ranked_weights), test)) is not None:
                 selection.append(trust)
+    curves = pictures.of_trainings(trainings)
+    return {"selection": selection, "training": [curves] if curves else []}
+
+
+def _worth(config: Config, layout: Layout) -> list[tuple[str, Table]]:
+    """What targets are worth by labels of the unlabeled groups; nothing where they have none, as usual."""
+    if "unlabeled" in config.data.withhold_labels or not config.rounds:
+        return []
+    with _optional():
+        chosen = read_selection(layout.selection(1))
+        used = min(chosen.num_groups, MOST_GROUPS)
+        scores = read_scores(layout.scores(0, "unlabeled"), used, config.task.num_candidates)
+        return explanation(config, chosen, scores)[2:]
+    return []
+
+
+def _texts(layout: Layout) -> list[tuple[str, Table]]:
+    """How long prompts are, and what of them the model does not know, by language."""
+    found = []
+    for split in ("unlabeled", "test"):
+        with _optional():
+            manifest = Output(layout.scores(0, split), SCORES).manifest()
+            counts = texts.parse_texts(manifest.details.get(texts.TEXTS, {}), layout.scores(0, split) / MANIFEST)
+            rows = []
+            for language, one in counts.items():
+                cells = [printable(language), f"{one.num_rows:,}", f"{one.num_tokens / max(1, one.num_rows):.1f}"]
+                rows.append(Row([*cells, f"{one.unknown:.1%}", f"{one.cut:.1%}"]))
+            header = ["Language", "Prompts", "Tokens a prompt", "Unknown tokens", "Cut"]
+            found.append((f"Prompts of the split {split}", Table(header, rows, minor=frozenset({4}))))
+    return found
+
+
+def _speeds(trainings: Rows) -> list[str]:
+    """Medians over the readings."""
+    found = []
+    for title, rows in trainings.items():
+        speeds = [(row.get("sequences_per_second"), row.get("tokens_per_second")) for row in rows]
+        known = [one for one in speeds if all(isinstance(value, int | float) for value in one)]
+        if known:
+            sequences, tokens = (median(column) for column in zip(*known, strict=True))
+            found.append(f"{title}: {sequences:,.0f} examples and {tokens:,.0f} tokens a second (median)")
+    return found
+
+
+def _trainings(config: Config, layout: Layout) -> Rows:
     rows: dict[str, list[dict[str, Any]]] = {}
     for title, directory in {
         "finetune": layout.finetune,
@@ -118,8 +172,7 @@ def _pictures(config: Config, layout: Layout, num_test: int) -> dict[str, list[P
     }.items():
         with _optional():
             rows[title] = read_scalars(directory / METRICS)
-    curves = pictures.of_trainings(rows)
-    return {"selection": selection, "training": [curves] if curves else []}
+    return rows
 
 
 def _again(config: Config, layout: Layout) -> dict[str, str]:

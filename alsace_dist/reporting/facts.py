@@ -14,13 +14,16 @@ from alsace_dist.reporting.verdict import UNDEFINED, printable
 @dataclass(frozen=True)
 class Facts:
     """``about``: what was run, in sentences; ``details``: what lies where; ``data``: what was found in the data;
-    ``pictures`` by the section that they belong to: "selection" and "training"; ``warnings`` with how often each was
-    said; ``again``: what the results depend on, and how to run it again."""
+    ``pictures``, and ``tables`` with their titles, by the section that they belong to: "selection", "training", "data";
+    ``speeds``: how fast trainings were, in words; ``warnings`` with how often each was said; ``again``: what the
+    results depend on, and how to run it again."""
 
     about: Sequence[str] = ()
     details: Mapping[str, object] = field(default_factory=dict)
     data: Sequence[str] = ()
     pictures: Mapping[str, Sequence[Picture]] = field(default_factory=dict)
+    tables: Mapping[str, Sequence[tuple[str, Table]]] = field(default_factory=dict)
+    speeds: Sequence[str] = ()
     costs: Sequence[Cost] = ()
     warnings: Sequence[tuple[Warned, int]] = ()
     again: Mapping[str, str] = field(default_factory=dict)

@@ -183,9 +183,12 @@ def _markdown(title: str, evaluations: Mapping[str, Evaluation], facts: Facts, l
     if len(evaluations) > 1:
         parts += ["## Variants", markdown.table(variant_table(evaluations, levels.alpha))]
         parts.append(markdown.escape(VARIANTS_NOTE))
+    parts += _titled(facts.tables.get("selection", ()))
     parts += _listed("## Data", [printable(line) for line in facts.data])
+    parts += _titled(facts.tables.get("data", ()))
     if facts.costs:
         parts += ["## Cost", markdown.table(cost_table(facts.costs))]
+        parts += [markdown.escape(line) for line in facts.speeds]
     parts += _listed("## Warnings", warning_lines(facts.warnings))
     parts += _listed("## How to read this", _notes(evaluation, levels.alpha))
     for head, rows in (("## To run it again", facts.again), ("## Where things are", facts.details)):
@@ -196,6 +199,10 @@ def _markdown(title: str, evaluations: Mapping[str, Evaluation], facts: Facts, l
                 markdown.table(Table(["What", ""], shown, frozenset({0, 1}))),
             ]
     return "\n\n".join(parts) + "\n"
+
+
+def _titled(tables: Sequence[tuple[str, Table]]) -> list[str]:
+    return [part for title, table in tables for part in (f"{markdown.escape(title)}:", markdown.table(table))]
 
 
 def _listed(head: str, lines: Sequence[str]) -> list[str]:
@@ -231,6 +238,9 @@ def _html(title: str, evaluations: Mapping[str, Evaluation], facts: Facts, level
         precision_note=PRECISION_NOTE,
         teachers=teachers_in_words(evaluation),
         selection=drawn(facts.pictures.get("selection", ())),
+        selection_tables=facts.tables.get("selection", ()),
+        data_tables=facts.tables.get("data", ()),
+        speeds=facts.speeds,
         training=drawn(facts.pictures.get("training", ())),
         compared=drawn([pictures.of_variants(evaluations)] if several else []),
         variants=variant_table(evaluations, levels.alpha) if several else None,

@@ -13,10 +13,13 @@ from xml.etree import ElementTree
 import pytest
 from rich.console import Console
 
+from alsace_dist.files.costs import Cost
 from alsace_dist.files.evaluation import Evaluation, LanguageChange, Round
+from alsace_dist.files.warnings import Warned
 from alsace_dist.reporting.facts import Facts
 from alsace_dist.reporting.report import format_plain, format_table, print_summary, write_report
 from alsace_dist.reporting.statistics import summary
+from alsace_dist.reporting.tables import Row, Table
 from alsace_dist.reporting.verdict import conditions, outcome, percent, points, ruled_out, verdict
 
 NUM_EXAMPLES = 1000
@@ -330,3 +333,34 @@ def test_every_rounds_teachers_and_missing_translations_are_shown(tmp_path: Path
     assert "| sw | 0.500 | – |" in (tmp_path / "report.md").read_text()
     write_report(tmp_path, {"main": success}, Facts())
     assert "Paired gap" not in (tmp_path / "report.md").read_text()
+
+
+def test_what_is_known_of_a_run_is_in_every_format(tmp_path: Path, success: Evaluation) -> None:
+    warned = Warned(time="2026-12-01T00:00:00Z", stage="distill round 1", text=f"slow {HOSTILE[0]}")
+    cost = Cost(time="2026-12-01T00:00:00Z", stage="score", seconds=7200, num_ranks=16, num_nodes=2, is_done=True)
+    facts = Facts(
+        about=["mT5-large answers with one of 3 labels.", "It was finetuned."],
+        data=["test: 10 groups"],
+        tables={"selection": [("What labels say", Table(["What"], [Row(["votes"])]))]}
+        | {"data": [("Prompts of the split test", Table(["Language"], [Row([HOSTILE[2]])]))]},
+        speeds=["distill round 1: 700 examples and 9,000 tokens a second (median)"],
+        costs=[cost],
+        warnings=[(warned, 3)],
+        again={"command": "alsace run run/config.yaml"},
+    )
+    write_report(tmp_path, {"main": success}, facts)
+    page, text = Page((tmp_path / "report.html").read_text()), (tmp_path / "report.md").read_text()
+    visible = " ".join(page.texts)
+    for expected in (
+        "mT5-large answers with one of 3 labels. It was finetuned.",
+        "What labels say",
+        "Prompts of the split test",
+        "700 examples and 9,000 tokens a second (median)",
+        "alsace run run/config.yaml",
+        "2 h 00 min",
+        "4.00",
+    ):
+        assert expected in visible and expected in text
+    assert f"distill round 1: slow {HOSTILE[0]} (said 3 times)" in visible and "<script" not in page.tags
+    numbers = json.loads((tmp_path / "report.json").read_text())
+    assert numbers["warnings"] == [warned.model_dump() | {"count": 3}] and numbers["costs"] == [cost.model_dump()]
