@@ -98,7 +98,9 @@ def test_training_stops_when_nothing_rises_and_the_best_weights_are_exported(
     }
     assert not (tmp_path / "whole/run/finetune/checkpoints").exists()
     assert not (tmp_path / "whole/run/finetune/progress.json").exists()
-    config = make_run(world, data, tmp_path / "killed", **settings | {"checkpoint_every_steps": 1})
+    config = make_run(
+        world, data, tmp_path / "killed", **settings | {"checkpoint_every_steps": 1, "keep_checkpoints": 50}
+    )
     with tiny.started("finetune", str(config)) as process:
         checkpoints = tmp_path / "killed/run/finetune/checkpoints"
         tiny.wait_for(lambda: any(checkpoints.glob(f"step-{best['step'] + 1:08d}/manifest.json")), every_seconds=0.001)

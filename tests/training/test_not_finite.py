@@ -108,7 +108,9 @@ def test_a_training_that_is_to_skip_counts_and_goes_on(poisoned: Path, tmp_path:
     assert len(re.findall(r"^warning: finetune: step \d+ is skipped", found.stderr, re.MULTILINE)) == 1
     rows = read_scalars(tmp_path / "whole/run/finetune/metrics.jsonl")
     assert len(rows) == 12 and rows[-1]["skipped_steps"] == 3  # of 12 steps of 10 of 40 examples, each has three
-    config = make_run(poisoned, tmp_path / "stopped", on_nonfinite="skip", checkpoint_every_steps=1)
+    config = make_run(
+        poisoned, tmp_path / "stopped", on_nonfinite="skip", checkpoint_every_steps=1, keep_checkpoints=50
+    )
     with tiny.started("finetune", str(config)) as process:
         tiny.wait_for(
             lambda: any((tmp_path / "stopped").glob("run/finetune/checkpoints/step-0000000[4-9]/manifest.json"))
