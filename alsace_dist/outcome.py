@@ -226,16 +226,14 @@ def is_shown_in_tensorboard(config: Config) -> bool:
 
 
 def show_in_tensorboard(config: Config, evaluations: Mapping[str, Evaluation], found: list[Picture]) -> None:
-    """Write figures, and settings with results, in the place of those that an earlier report has written."""
+    """Write figures, and settings with results; those that an earlier report has written are hidden, not deleted."""
     layout = Layout(Path(config.run_dir))
     for name, variant in pipeline.variants(config):
         if (evaluation := evaluations.get(name or "main")) is None:
             continue
         directory = layout.run / TENSORBOARD / REPORT / (name or "main")
-        for old in directory.glob(EVENTS):
-            old.unlink()
         try:
-            board = Board(directory)
+            board = Board(directory, first_step=-1)
             before, after = figures_before(evaluation), figures_after(evaluation)
             metrics: dict[str, float | None] = {
                 "result/average": after.average,

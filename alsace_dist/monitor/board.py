@@ -16,7 +16,7 @@ Value = float | str | bool
 
 
 class Board:
-    """Writes events into a directory of its own; what an earlier start logged beyond ``first_step`` is hidden.
+    """Writes events into a directory of its own; what an earlier start logged beyond ``first_step`` is hidden; -1: all.
 
     Events are written in a thread: what fails there is raised at a later call.
     """
@@ -29,7 +29,7 @@ class Board:
         directory.mkdir(parents=True, exist_ok=True)
         self._event = Event
         self._writer = EventFileWriter(str(directory), max_queue_size=_QUEUE, flush_secs=FLUSH_SECONDS)
-        # Where a log goes on: TensorBoard hides events of this step and later ones that were written before.
+        # A log goes on here: TensorBoard hides events of this step and later ones that were written before.
         self._add(first_step + 1, session_log=SessionLog(status=SessionLog.START))
 
     def scalar(self, tag: str, value: float, step: int) -> None:

@@ -115,7 +115,8 @@ class Health:
         self._look_at_votes(step, values)
 
     def _look_at_loss(self, step: int, values: Mapping[str, float]) -> None:
-        loss = values["loss"]
+        if (loss := values.get("loss")) is None:  # the step was skipped
+            return
         if len(self._losses) >= USUAL_READINGS and loss > SPIKE * (usual := median(self._losses)) > 0:
             self._warn(
                 "spike",

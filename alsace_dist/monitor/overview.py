@@ -52,7 +52,7 @@ def write_overview(directory: Path, config: str) -> None:
     """Write config (a YAML text) and versions into a log of their own. What cannot be written ends no run."""
     rows = "\n".join(f"| {name} | {value} |" for name, value in versions().items())
     try:
-        board = Board(directory)
+        board = Board(directory, first_step=-1)
         board.layout(DASHBOARD)
         # Indented, it is taken for code, whatever it holds.
         board.text("config", "\n".join(f"    {line}" for line in config.splitlines()))

@@ -28,7 +28,7 @@ GROUPS: dict[str, tuple[str, tuple[Scalar, ...]]] = {
                 "loss",
                 "nats",
                 "mean over the step's global batch; in distillation the divergence from the targets, each example by "
-                "its weight",
+                "its weight; left out for a step that was skipped, if it is no number",
                 "falls fast at first, then slowly; in distillation it starts below 1",
                 "rises, or jumps and stays: lower `learning_rate`; flat from the start: raise it",
             ),

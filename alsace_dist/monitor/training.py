@@ -36,6 +36,10 @@ class Engine(Protocol):
     num_skipped: int
 
     @property
+    def is_applied(self) -> bool:
+        """Whether the last step changed the weights."""
+
+    @property
     def gradient_norm(self) -> "float | Tensor":
         """Of the last step, before clipping; NaN: it is not known."""
 
@@ -129,15 +133,17 @@ class TrainingMonitor:
         norm = self.engine.gradient_norm
         if self.section.max_gradient_norm:
             self._num_clipped = self._num_clipped + (norm > self.section.max_gradient_norm)
+        is_applied = self.engine.is_applied  # what a step that was skipped observed may be no number
         for name, value in sums.items():
-            if name != "loss":
+            if name != "loss" and is_applied:
                 self._observed[name] = self._observed[name] + value if name in self._observed else value
         note = ""
         if num_done % self.section.log_every_steps == 0 or num_done == self.steps.stop or more:
             values = self._read(sums["loss"], float(norm), num_done) | {"learning_rate": learning_rate}
             self._writer.write(num_done, values | dict(more or {}))
-            check_loss(values["loss"], num_done, self.kind, self.directory)
-            note = f"loss {values['loss']:.4f}"
+            if is_applied:
+                check_loss(values["loss"], num_done, self.kind, self.directory)
+                note = f"loss {values['loss']:.4f}"
         self._advance(1, note)
 
     def end_early(self, num_done: int) -> None:
@@ -207,7 +213,8 @@ class TrainingMonitor:
         }
         if (peak := peak_of(self.ranks.device)) and flops:
             values["mfu"] = flops / seconds / (peak * num_ranks)
-        values = {key: value for key, value in values.items() if math.isfinite(value) or key == "loss"}
+        keeps_loss = self.engine.is_applied  # of a step that was skipped, a loss that is no number is left out
+        values = {key: value for key, value in values.items() if math.isfinite(value) or (key == "loss" and keeps_loss)}
         self._health(num_done, values, found, self.languages, forward * per_step)
         self._saved = {}
         self._reset()

@@ -350,6 +350,10 @@ def _evaluator(
         groups += read_shard(dataset, shard) if len(groups) < section.evaluate_groups else ()
     rows = [row for row in rows_of(config.task, groups[: section.evaluate_groups], languages) if row.label is not None]
     if not rows:
+        if section.patience is not None:
+            raise UserError(
+                f"{dataset.url}: has no labels, which patience looks at; prepare the data again, with labels"
+            )
         return None
     every = section.evaluate_every_steps or max(1, num_steps // MEASUREMENTS)
     source, tokens = config.data.source_language, config.score.tokens_per_batch

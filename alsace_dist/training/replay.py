@@ -40,4 +40,7 @@ def replay(training: Training, step: int, ranks: Ranks) -> tuple[int, list[Repla
         norm /= ranks.world_size  # each rank's loss is taken for a share of the batch's
         replayed.append(Replayed(where, examples.length(example), float(sums["loss"]), norm))
     assert len(replayed) == section.global_batch_size
-    return position, sorted(replayed, key=lambda one: -one.gradient_norm)
+    # DeepSpeed reports no norm at ZeRO-0 in float32: there the loss tells most.
+    return position, sorted(
+        replayed, key=lambda one: -(one.loss if math.isnan(one.gradient_norm) else one.gradient_norm)
+    )
