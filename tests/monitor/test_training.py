@@ -87,3 +87,25 @@ def test_sums_over_unequal_ranks_are_right_and_the_straggler_is_named(world: Pat
         assert row["step"] == 2 or sum(row[f"{part}_seconds"] for part in parts) <= row["step_seconds"] * 1.01
         assert 0.05 < row["host_memory_gb"] < 20
         assert row["checkpoint_age_seconds"] >= 0
+
+
+def with_a_bad_step(group: Ranks, world: str, out: str) -> int:
+    """Three steps, of which the second has an infinite loss on one rank, read one by one; how many were skipped."""
+    trained, model = test_engine.load(group, world, "mt5", {"zero_stage": 1, "dtype": "fp32"})
+    section = DistillConfig(num_steps=3, global_batch_size=10, log_every_steps=1, on_nonfinite="skip")
+    mine = test_engine.examples(model)[group.rank :: group.world_size]
+    loss = FrozenTargetLoss(model.collate([one.row for one in mine]), mine, group.device, Observer(("en",), 3))
+    places = Path(out), Path(out) / "board"
+    with TrainingMonitor("distill", *places, section, range(3), group, trained, ("en",)) as monitor:
+        for step in range(3):
+            factor = torch.inf if (step, group.rank) == (1, 1) else 1.0
+            sums = trained.step([lambda module, by=factor: {n: v * by for n, v in loss(module).items()}], 1e-3)
+            monitor.step(step + 1, sums, (1, 1), 1e-3)
+    return trained.num_skipped
+
+
+def test_the_loss_of_a_skipped_step_ends_nothing_and_is_left_out(world: Path, tmp_path: Path) -> None:
+    assert tiny.run_ranks(with_a_bad_step, 2, world=str(world), out=str(tmp_path)) == [1, 1]
+    rows = read_scalars(tmp_path / METRICS)
+    assert [("loss" in row, row["skipped_steps"]) for row in rows] == [(True, 0), (False, 1), (True, 1)]
+    assert ["divergence" in row for row in rows] == [True, False, True]
