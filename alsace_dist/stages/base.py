@@ -5,6 +5,7 @@ talk through files: an output is complete when its manifest is there, and is ski
 that it would have now.
 """
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -400,12 +401,13 @@ def run_training(
         examples=examples,
         export_type=export_type,
         tracker=stage.tracker(directory),
+        replay=_replay_command(stage) if isinstance(section, TaskTrainConfig) else "",
     )
-    num_steps = loop.num_steps_of(section, training.order)
-    training = replace(training, evaluator=_evaluator(config, section, unwrapped, num_steps, ranks))
     if stage.replay is not None:
         _print_replay(training, stage.replay, ranks)
         return
+    num_steps = loop.num_steps_of(section, training.order)
+    training = replace(training, evaluator=_evaluator(config, section, unwrapped, num_steps, ranks))
     num_steps, weights = loop.run(training, ranks)
 
     def complete() -> None:
@@ -415,6 +417,10 @@ def run_training(
         loop.drop_passing(directory)
 
     ranks.main_first(complete)
+
+
+def _replay_command(stage: Stage) -> str:
+    return " ".join(["alsace replay", shlex.quote(stage.config.run_dir), f"--stage={stage.command}", *stage.flags])
 
 
 def _print_replay(training: "Training", step: int, ranks: Ranks) -> None:

@@ -14,7 +14,7 @@ from alsace_dist.config import EngineConfig, ExportType, TrainConfig
 from alsace_dist.data.stream import CanonicalOrder, CutRule, TrainStream, micro_batches
 from alsace_dist.errors import Stopped, UserError
 from alsace_dist.files.layout import MODEL
-from alsace_dist.files.manifest import FileEntry, remove_own, write_json
+from alsace_dist.files.manifest import FileEntry, read_json, remove_own, write_json
 from alsace_dist.models.family import TrainableModel
 from alsace_dist.monitor.trackers import Tracker
 from alsace_dist.monitor.training import TrainingMonitor
@@ -53,6 +53,7 @@ class Training:
     export_type: ExportType = "float32"
     evaluator: Evaluator | None = None
     tracker: Tracker | None = None
+    replay: str = ""  # the command that looks at a step once more, but for the step; empty: there is none
 
     @cached_property
     def order(self) -> CanonicalOrder:
@@ -211,21 +212,27 @@ def _not_finite(training: Training, step: int, first: int, saver: Saver, monitor
         saver.begin(step - 1)
     saver.finish()
     saver.engine.ranks.main_first(lambda: write_keys(training, step))
+    look = f", and `{training.replay} --step={step}` shows its examples" if training.replay else ""
     what = "gradients are no finite numbers, step after step" if is_lasting else "the gradient is no finite number"
     remedy = f"lower {training.kind}.learning_rate"
     if training.section.on_nonfinite == "stop":
         remedy += f", or set {training.kind}.on_nonfinite: skip"
     raise UserError(
-        f"{training.kind}: {what}, at step {step}; the state before it is kept, and {training.directory / NOT_FINITE} "
-        f"lists the examples, which `alsace replay RUN --stage={training.kind} --step={step}` looks at; {remedy}"
+        f"{training.kind}: {what}, at step {step} (listed in {training.directory / NOT_FINITE}); the state before it "
+        f"is kept{look}; {remedy}"
     )
 
 
 def write_keys(training: Training, step: int) -> None:
-    """List the examples of a step (from 1), for whoever wants to look at them."""
+    """List the examples of a step (from 1), for whoever wants to look at them. Raises ``UserError`` if a file of that
+    name is there that no training wrote."""
+    path, remedy = training.directory / NOT_FINITE, "it is not what a training writes: move it away"
+    found = read_json(path, remedy) if path.exists() else {}
+    if found and not (isinstance(found, dict) and found.keys() == {"step", "examples"}):
+        raise UserError(f"{path}: {remedy}")
     batch = training.stream(0, 1).batch(step - 1)
     rows = [[row.key, row.language] for example in batch for row in training.examples.rows(example)]
-    write_json(training.directory / NOT_FINITE, {"step": step, "examples": rows})
+    write_json(path, {"step": step, "examples": rows})
 
 
 def _flops(training: Training, parts: Sequence[MicroBatch]) -> float:

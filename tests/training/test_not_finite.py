@@ -134,9 +134,10 @@ def test_a_training_that_is_to_stop_says_where_and_its_examples_can_be_looked_at
         assert found.returncode == EXIT_USER_ERROR
         (line,) = [line for line in found.stderr.splitlines() if line.startswith("error: ")]
         said = re.fullmatch(
-            r"error: finetune: the gradient is no finite number, at step (\d+); the state before it is kept, and "
-            rf"{re.escape(str(run))}/finetune/not-finite\.json lists the examples, which `alsace replay RUN --stage="
-            r"finetune --step=(\d+)` looks at; lower finetune\.learning_rate, or set finetune\.on_nonfinite: skip",
+            r"error: finetune: the gradient is no finite number, at step (\d+) \(listed in "
+            rf"{re.escape(str(run))}/finetune/not-finite\.json\); the state before it is kept, and `alsace replay "
+            rf"{re.escape(str(run))} --stage=finetune --step=(\d+)` shows its examples; lower finetune\.learning_rate, "
+            r"or set finetune\.on_nonfinite: skip",
             line,
         )
         assert said and said[1] == said[2]
