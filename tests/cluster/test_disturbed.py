@@ -46,11 +46,15 @@ def test_scoring_that_is_disturbed_ends_with_the_same_bytes(
     (script,) = (tmp_path / "run/slurm").glob("*-score.sh")
     job = slurm.client("sbatch", "--parsable", str(script)).strip()
     tiny.wait_for(lambda: any(tmp_path.glob("run/scores/*/*.parquet")), every_seconds=0.001)
+    beta = rank_of("beta")
+    beta.suspend()  # scoring must not end before
     if how == "requeue":
         slurm.client("scontrol", "requeue", job)
     else:
         slurm.client("scancel", "--batch", "--signal=USR2", job)
-    assert len(scores(tmp_path)) < len(scores(undisturbed))  # in the middle of it
+    assert scores(undisturbed).keys() - scores(tmp_path).keys(), "scored to the end before it was disturbed"
+    if how == "signal":
+        beta.resume()  # it hears of the signal then
     slurm.wait_for_jobs(200)
     text = log(tmp_path, "score")
     assert "restart 1" in text
