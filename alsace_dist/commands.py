@@ -2,7 +2,7 @@
 
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +12,7 @@ from alsace_dist.errors import UserError
 
 if TYPE_CHECKING:
     from alsace_dist.config import Config
+    from alsace_dist.stages.base import Stage
 
 
 def demo(*, run_dir: str = "runs/demo", debug: bool = False, **overrides: Any) -> None:
@@ -188,11 +189,9 @@ def replay(
         raise UserError(f"--stage={stage}: replay is for finetune and distill")
     if step < 1:
         raise UserError(f"--step={step}: which step? They count from 1, and an error or a warning names one")
-    place = (stage, variant, round if stage == "distill" else 0)
-    found = [one for one in pipeline.stages(_of_run(run)) if (one.command, one.variant, one.round) == place]
-    if not found:
-        raise UserError(f"{run}: has no such stage; `alsace run {run}/config.yaml --dry-run` lists them")
-    wanted = replace(found[0], replay=step)
+    config, number = _of_run(run), round if stage == "distill" else 0
+    (found,) = _matching(config, pipeline.stages(config), f"{run}/config.yaml", stage, variant, number)
+    wanted = replace(found, replay=step)
     if failures.in_group():
         runner.run_as_rank(wanted)
     else:
@@ -505,17 +504,8 @@ def _single(
     from alsace_dist.ranks import failures
 
     config = _load(path, overrides)
-    if variant and variant not in config.variants:
-        raise UserError(f"--variant={variant}: the config has the variants {', '.join(config.variants) or '(none)'}")
     found = pipeline.stages(config)
-    matching = [
-        stage
-        for stage in found
-        if (stage.command, stage.variant) == (command, variant) and round_ in (None, stage.round)
-    ]
-    if not matching:
-        which = f"{command!r} with round {round_}" if round_ is not None else repr(command)
-        raise UserError(f"{path}: has no stage {which}; `alsace run --dry-run` lists them")
+    matching = _matching(config, found, path, command, variant, round_)
     if failures.in_group():
         for stage in matching:
             runner.run_as_rank(stage)
@@ -523,6 +513,19 @@ def _single(
     write_config(config, Path(path), found)
     for stage in matching:
         runner.run_stage(stage, debug)
+
+
+def _matching(
+    config: "Config", stages: Iterable["Stage"], path: str, command: str, variant: str, round_: int | None
+) -> list["Stage"]:
+    """The stages of a run that a command is for. Raises ``UserError`` if there is none."""
+    if variant and variant not in config.variants:
+        raise UserError(f"--variant={variant}: the config has the variants {', '.join(config.variants) or '(none)'}")
+    found = [one for one in stages if (one.command, one.variant) == (command, variant) and round_ in (None, one.round)]
+    if not found:
+        which = f"{command!r} with round {round_}" if round_ is not None else repr(command)
+        raise UserError(f"{path}: has no stage {which}; `alsace run {shlex.quote(path)} --dry-run` lists them")
+    return found
 
 
 # --- the table -----------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
-from alsace_dist.monitor.sinks import METRICS, ScalarWriter, read_scalars
+from alsace_dist.monitor.sinks import METRICS, Places, ScalarWriter, read_scalars
 
 PARTS = ("data_seconds", "forward_seconds", "backward_seconds", "optimizer_seconds")
 NUM_TIMES, NUM_LANGUAGES, NUM_ROWS, NUM_ANSWERS = 200, 24, 64, 7
@@ -63,7 +63,7 @@ def observing() -> Callable[[], object]:
 def reading() -> Callable[[], object]:
     """What is written at a reading."""
     directory = Path(tempfile.mkdtemp(prefix="monitor-cost-"))
-    writer, values = ScalarWriter(directory, directory / "board", 0, is_main=True), dict.fromkeys(PARTS, 0.5)
+    writer, values = ScalarWriter(Places(directory, directory / "board"), 0, is_main=True), dict.fromkeys(PARTS, 0.5)
     values |= {
         f"{name}/l{number}": 0.5 for name in ("agreement_of", "divergence_of") for number in range(NUM_LANGUAGES)
     }

@@ -13,9 +13,10 @@ NOT_IN_FINGERPRINT = {
     "checkpoint_every_steps",
     "keep_checkpoints",
     "on_nonfinite",
-    "evaluate_every_steps",  # these three count where patience is given: stages.base.stopping
+    "evaluate_every_steps",  # these four count where patience is given: data.held_out.stopping_fingerprint
     "evaluate_groups",
     "patience",
+    "best_by",
     "log_every_steps",
 }
 
@@ -116,16 +117,26 @@ class PretrainConfig(TrainConfig):
 
 
 class TaskTrainConfig(TrainConfig):
-    """Trainings whose model answers the task, so that its accuracy can be watched."""
+    """Trainings whose model answers the task, so that its answers can be watched."""
 
     evaluate_every_steps: Count | None = None
-    """Steps between measurements of every language's accuracy on the split `dev`, where the data has one, for
-    TensorBoard; null: ten in a training."""
+    """Steps between measurements on the split `dev`, where the data has one, for TensorBoard: how often answers are
+    their group's vote and, where it has labels, every language's accuracy; null: ten in a training."""
     evaluate_groups: Count = 100
     """Groups of `dev` that are measured, the first in shard order."""
     patience: Count | None = None
-    """Stop once the average accuracy on `dev` has not risen in so many measurements, and export the weights of the best
-    one. This looks at labels of every language that `dev` has. Null: train to the end, and export the last weights."""
+    """Stop once `best_by` has not risen in so many measurements, and export the weights of the best one. Null: train to
+    the end, and export the last weights."""
+    best_by: Literal["accuracy", "vote_agreement"] = "accuracy"
+    """What is to rise, with `patience`: the average accuracy on `dev`, which looks at labels of every language; or the
+    share of answers on `dev` that are their group's vote, which looks at none (a model that gives one answer to
+    everything has most of it, so look at the languages, too)."""
+
+    @model_validator(mode="after")
+    def _best_with_patience(self) -> Self:
+        if self.best_by != "accuracy" and self.patience is None:
+            raise ValueError("best_by: says by what training stops; give patience, too")
+        return self
 
 
 class FinetuneConfig(TaskTrainConfig):

@@ -5,7 +5,7 @@ that a training learns from. Candidates belong to the row: fixed answers are the
 the same ones.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -149,6 +149,16 @@ class EncodedRow:
     def context_free(self) -> "EncodedRow":
         """The same candidates after the prompt without context."""
         return replace(self, input_ids=list(self.context_free_ids), context_free_ids=())
+
+
+def comparable_groups(rows: Sequence[Row] | Sequence[EncodedRow], indices: Iterable[int]) -> dict[str, dict[str, int]]:
+    """Group -> language -> index of its row, of rows whose candidates are those of the group's other languages."""
+    groups: dict[str, dict[str, int]] = {}
+    for index in indices:
+        if not rows[index].is_apart:
+            groups.setdefault(rows[index].key, {})[rows[index].language] = index
+    sizes = {key: {len(rows[index].candidates) for index in group.values()} for key, group in groups.items()}
+    return {key: group for key, group in groups.items() if len(sizes[key]) == 1}
 
 
 @dataclass(frozen=True)

@@ -233,8 +233,17 @@ GROUPS: dict[str, tuple[str, tuple[Scalar, ...]]] = {
         ),
     ),
     "eval": (
-        "Accuracy on the split `dev` (`data.splits`), where there is one, at intervals: `evaluate_every_steps`.",
+        "On the split `dev` (`data.splits`), where there is one, at intervals: `evaluate_every_steps`. Accuracies need "
+        "labels.",
         (
+            Scalar(
+                "dev_vote_agreement",
+                "",
+                "share of the answers that are the majority vote of their group's languages; looks at no label",
+                "rises, then stays",
+                "falls: languages drift apart, set `patience` and `best_by: vote_agreement`; 1 while `accuracy` falls: "
+                "the model gives one answer to everything",
+            ),
             Scalar("accuracy", "", "mean over the languages", "rises, then stays", "falls: set `patience`"),
             Scalar(
                 "accuracy_gap",

@@ -3,14 +3,12 @@
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 
 from alsace_dist.method.block import Block
 from alsace_dist.method.selection import Yardstick, score_values
-from alsace_dist.monitor.sinks import ScalarWriter
-from alsace_dist.monitor.trackers import Tracker
+from alsace_dist.monitor.sinks import Places, ScalarWriter
 from alsace_dist.ranks.group import Ranks
 
 EVERY_SECONDS = 10.0
@@ -67,21 +65,13 @@ class Counts:
 class ScoringMonitor:
     """Scalars of one scoring pass: now and then what rank 0 has seen, as if all were like it, in the end all of it."""
 
-    def __init__(
-        self,
-        directory: Path,
-        tensorboard: Path,
-        ranks: Ranks,
-        num_done: int,
-        total: int,
-        tracker: Tracker | None = None,
-    ) -> None:
+    def __init__(self, places: Places, ranks: Ranks, num_done: int, total: int) -> None:
         """``num_done``: of ``total`` parts, those that an earlier start has done."""
         self.ranks, self.num_done, self.total = ranks, num_done, total
         self.counts = Counts()
         self._start = self._last = time.monotonic()
         self._last_step = num_done
-        self._writer = ScalarWriter(directory, tensorboard, num_done, ranks.is_main, tracker)
+        self._writer = ScalarWriter(places, num_done, ranks.is_main)
 
     def part(self, num_drawn: int) -> None:
         """A part is done; ``num_drawn``: how many this start's ranks have begun."""

@@ -5,6 +5,7 @@ A place that cannot be written ends no run.
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,6 +18,16 @@ from alsace_dist.monitor.trackers import Tracker, open_tracker
 from alsace_dist.reading import parse_json, read_text, shorten
 
 METRICS = "metrics.jsonl"
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where the scalars of one stage go. ``directory``: the stage's own, for metrics.jsonl; ``tensorboard``: of the log
+    for TensorBoard; ``tracker``: another one, if any."""
+
+    directory: Path
+    tensorboard: Path
+    tracker: Tracker | None = None
 
 
 class Sink(Protocol):
@@ -80,17 +91,15 @@ class ScalarWriter:
     are written on.
     """
 
-    def __init__(
-        self, directory: Path, tensorboard: Path, first_step: int, is_main: bool, tracker: Tracker | None = None
-    ) -> None:
+    def __init__(self, places: Places, first_step: int, is_main: bool) -> None:
         """``first_step``: where this process goes on. Raises ``UserError`` if a ``metrics.jsonl`` is there that no
         stage wrote, or a tracker is asked for that is not installed."""
         self._sinks: dict[Path, Sink] = {}
         if is_main:
-            path = directory / METRICS
+            path = places.directory / METRICS
             self._begin(path, lambda: LinesSink(path, first_step))
-            self._begin(tensorboard, lambda: BoardSink(tensorboard, first_step))
-            if tracker is not None:
+            self._begin(places.tensorboard, lambda: BoardSink(places.tensorboard, first_step))
+            if (tracker := places.tracker) is not None:
                 self._begin(Path(tracker.kind), lambda: open_tracker(tracker))
 
     def write(self, step: int, values: dict[str, float]) -> None:

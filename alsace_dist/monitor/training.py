@@ -2,9 +2,8 @@
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
@@ -16,9 +15,8 @@ from alsace_dist.monitor import observed
 from alsace_dist.monitor.hardware import GIGABYTE, memory_of, peak_of
 from alsace_dist.monitor.health import Health, LeadCheck, check_loss
 from alsace_dist.monitor.progress import progress
-from alsace_dist.monitor.sinks import ScalarWriter
+from alsace_dist.monitor.sinks import Places, ScalarWriter
 from alsace_dist.monitor.stopwatch import Stopwatch
-from alsace_dist.monitor.trackers import Tracker
 from alsace_dist.ranks.group import Ranks
 from alsace_dist.ranks.job import note_position
 
@@ -54,20 +52,17 @@ class TrainingMonitor:
     def __init__(
         self,
         kind: str,
-        directory: Path,
-        tensorboard: Path,
+        places: Places,
         section: TrainConfig,
         steps: range,
         ranks: Ranks,
         engine: Engine,
-        languages: tuple[str, ...] = (),
-        tracker: Tracker | None = None,
+        languages: Sequence[str] = (),
     ) -> None:
         """``kind``: name of the stage. ``steps``: those that are left to do; the first is 0 or a checkpoint's.
         ``languages``: of the rows of what the loss observes."""
-        self.kind, self.directory, self.tensorboard = kind, directory, tensorboard
-        self.section, self.steps, self.ranks, self.engine, self.languages = section, steps, ranks, engine, languages
-        self.tracker = tracker
+        self.kind, self.places, self.section, self.steps = kind, places, section, steps
+        self.ranks, self.engine, self.languages = ranks, engine, languages
         self._lead, self._health = LeadCheck(), Health(kind, ranks)
         self._last_step, self._step_seconds = time.monotonic(), 0.0
         self._last_saved = time.monotonic()
@@ -83,11 +78,11 @@ class TrainingMonitor:
         first, last, is_main = self.steps.start, self.steps.stop, self.ranks.is_main
         if is_main:
             note_position(f"step {first}")
-        self._writer = ScalarWriter(self.directory, self.tensorboard, first, is_main, self.tracker)
+        self._writer = ScalarWriter(self.places, first, is_main)
         self._stack.callback(self._writer.close)
         self._stack.enter_context(heard_by(lambda text: self._writer.text(self._num_done, "warnings", text)))
         self._last_step = self._last_saved = time.monotonic()
-        self._advance = self._stack.enter_context(progress(self.kind, self.directory, last, first, is_main))
+        self._advance = self._stack.enter_context(progress(self.kind, self.places.directory, last, first, is_main))
         self.engine.stopwatch.read()
         self._reset()
         return self
@@ -142,7 +137,7 @@ class TrainingMonitor:
             values = self._read(sums["loss"], float(norm), num_done) | {"learning_rate": learning_rate}
             self._writer.write(num_done, values | dict(more or {}))
             if is_applied:
-                check_loss(values["loss"], num_done, self.kind, self.directory)
+                check_loss(values["loss"], num_done, self.kind, self.places.directory)
                 note = f"loss {values['loss']:.4f}"
         self._advance(1, note)
 

@@ -5,41 +5,25 @@ talk through files: an output is complete when its manifest is there, and is ski
 that it would have now.
 """
 
-import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from alsace_dist import __version__
-from alsace_dist.config import (
-    NOT_IN_FINGERPRINT,
-    Config,
-    EngineConfig,
-    ExportType,
-    Split,
-    TaskTrainConfig,
-    TrainConfig,
-)
-from alsace_dist.data.rows import answers_of, rows_of
+from alsace_dist.config import Config, EngineConfig, Split, TrainConfig
+from alsace_dist.data.rows import answers_of
 from alsace_dist.errors import NotReady, UserError, warn
 from alsace_dist.files import manifest
 from alsace_dist.files.layout import DATA, DISTILL, FINETUNE, MODEL, PRETRAIN, Layout
 from alsace_dist.files.manifest import Manifest
-from alsace_dist.files.shards import Dataset, ParallelGroup, open_split, read_shard
+from alsace_dist.files.shards import Dataset
+from alsace_dist.monitor.sinks import Places
 from alsace_dist.monitor.trackers import Tracker
 from alsace_dist.ranks.group import Ranks
 
 if TYPE_CHECKING:
-    from alsace_dist.models.family import Family, TrainableModel
-    from alsace_dist.training.evaluator import Evaluator
-    from alsace_dist.training.examples import Examples
-    from alsace_dist.training.loop import Training
-
-
-DEV: Split = "dev"
-MEASUREMENTS = 10  # of accuracy in a training
+    from alsace_dist.models.family import Family
 
 
 class Output(NamedTuple):
@@ -149,12 +133,14 @@ class Stage:
         """Everything that an output depends on. Raises ``NotReady`` if an input is not complete."""
         return self.module.fingerprint(self, output)
 
-    def tracker(self, directory: Path) -> Tracker | None:
-        """Where else scalars of what is written into a directory go, if anywhere."""
-        monitor, run = self.config.monitor, self.layout.run
-        if monitor.tracker is None:
-            return None
-        return Tracker(monitor.tracker, monitor.project, f"{run.resolve().name}/{directory.relative_to(run)}")
+    def places(self, output: Output) -> Places:
+        """Where the scalars go of what makes an output."""
+        directory, monitor, run = output.directory, self.config.monitor, self.layout.run
+        tracker = None
+        if monitor.tracker is not None:
+            name = f"{run.resolve().name}/{directory.relative_to(run)}"
+            tracker = Tracker(monitor.tracker, monitor.project, name)
+        return Places(directory, self.layout.tensorboard(directory), tracker)
 
     def is_begun(self) -> bool:
         """Whether the stage has left any output, whatever configuration made it."""
@@ -282,167 +268,3 @@ def only(outputs: Sequence[Output]) -> Output:
     """The one output of a stage that has just one."""
     (output,) = outputs
     return output
-
-
-# --- training ------------------------------------------------------------------------------------------------------
-
-
-def training_fingerprint(stage: Stage, section: TrainConfig, model: dict[str, Any]) -> dict[str, Any]:
-    """What finetuning and distillation depend on alike; ``model``: identity of the model that they start from."""
-    config = stage.config
-    return {
-        "section": section.model_dump(mode="json", exclude=NOT_IN_FINGERPRINT),
-        "task": config.task.model_dump(mode="json"),
-        "source_language": config.data.source_language,
-        **config.engine.numerics(),
-        "seed": config.seed,
-        "model": model,
-        "code": __version__,
-        **_stopping_fingerprint(config, section),
-    } | (options_fingerprint(config) | export_fingerprint(config))
-
-
-def _stopping_fingerprint(config: Config, section: TrainConfig) -> dict[str, Any]:
-    """When training stops early, and on which data that depends; nothing where it does not."""
-    if not isinstance(section, TaskTrainConfig) or section.patience is None:
-        return {}
-    keys = ("patience", "evaluate_every_steps", "evaluate_groups")
-    return {"stopping": {key: getattr(section, key) for key in keys} | {"data": _dev(config, section).digest}}
-
-
-def _dev(config: Config, section: TaskTrainConfig) -> Dataset:
-    """The split ``dev``. Raises ``NotReady`` if there is none, with what wants it."""
-    try:
-        return open_split(config, DEV)
-    except NotReady:
-        if section.patience is None:
-            raise
-        raise NotReady(
-            "patience: needs labels of a split dev, which the data lacks; give it some groups (data.splits), or leave "
-            "patience out"
-        ) from None
-
-
-def watched_languages(config: Config, section: TaskTrainConfig) -> list[str]:
-    """Languages in which accuracy is measured while a model is trained; none without a split ``dev``."""
-    try:
-        found = _dev(config, section)
-    except NotReady:
-        if section.patience is not None:
-            raise
-        return []
-    return [
-        language for language in found.languages if config.data.languages is None or language in config.data.languages
-    ]
-
-
-def _evaluator(
-    config: Config, section: TrainConfig, model: "TrainableModel", num_steps: int, ranks: Ranks
-) -> "Evaluator | None":
-    """What measures accuracy while a model is trained, if there is anything to measure it on."""
-    from alsace_dist.models.family import Family
-    from alsace_dist.training.evaluator import Evaluator
-
-    if not isinstance(section, TaskTrainConfig) or not (languages := watched_languages(config, section)):
-        return None
-    assert isinstance(model, Family)
-    dataset, groups = open_split(config, DEV), list[ParallelGroup]()
-    for shard in dataset.shards:
-        groups += read_shard(dataset, shard) if len(groups) < section.evaluate_groups else ()
-    rows = [row for row in rows_of(config.task, groups[: section.evaluate_groups], languages) if row.label is not None]
-    if not rows:
-        if section.patience is not None:
-            raise UserError(
-                f"{dataset.url}: has no labels, which patience looks at; prepare the data again, with labels"
-            )
-        return None
-    every = section.evaluate_every_steps or max(1, num_steps // MEASUREMENTS)
-    source, tokens = config.data.source_language, config.score.tokens_per_batch
-    return Evaluator(model.encode(rows), model, source, tokens, every, section.patience, ranks)
-
-
-def train(stage: Stage, section: TrainConfig, model: "TrainableModel", examples: "Examples", ranks: Ranks) -> None:
-    """Run the training loop of a stage and complete its output."""
-    output = only(stage.outputs)
-    fingerprint = stage.fingerprint(output)
-    if stage.replay is None:
-        ranks.main_first(lambda: manifest.begin(output.directory, output.kind, fingerprint))
-    config = stage.config
-    run_training(stage, section, config.engine, fingerprint, model, examples, ranks, config.export.dtype)
-
-
-def run_training(
-    stage: Stage,
-    section: TrainConfig,
-    engine: EngineConfig,
-    fingerprint: dict[str, Any],
-    model: "TrainableModel",
-    examples: "Examples",
-    ranks: Ranks,
-    export_type: ExportType = "float32",
-) -> None:
-    """The same for an output that is begun already, with an engine of the stage's own."""
-    from alsace_dist.models.lora import LoraModel
-    from alsace_dist.training import loop
-
-    directory, kind = only(stage.outputs)
-    config, unwrapped = stage.config, model
-    if section.lora is not None:
-        model = LoraModel(model, section.lora, stage.config.seed, f"{kind}.lora")
-    training = loop.Training(
-        kind=kind,
-        directory=directory,
-        tensorboard=stage.layout.tensorboard(directory),
-        section=section,
-        engine=engine,
-        seed=stage.config.seed,
-        fingerprint=fingerprint,
-        model=model,
-        examples=examples,
-        export_type=export_type,
-        tracker=stage.tracker(directory),
-        replay=_replay_command(stage) if isinstance(section, TaskTrainConfig) else "",
-    )
-    if stage.replay is not None:
-        _print_replay(training, stage.replay, ranks)
-        return
-    num_steps = loop.num_steps_of(section, training.order)
-    training = replace(training, evaluator=_evaluator(config, section, unwrapped, num_steps, ranks))
-    num_steps, weights = loop.run(training, ranks)
-
-    def complete() -> None:
-        files = loop.other_files(directory, weights)
-        entries = {f"{MODEL}/{name}": entry for name, entry in weights.items()}
-        manifest.write_manifest(directory, kind, fingerprint, files, {"num_steps": num_steps}, entries)
-        loop.drop_passing(directory)
-
-    ranks.main_first(complete)
-
-
-def _replay_command(stage: Stage) -> str:
-    return " ".join(["alsace replay", shlex.quote(stage.config.run_dir), f"--stage={stage.command}", *stage.flags])
-
-
-def _print_replay(training: "Training", step: int, ranks: Ranks) -> None:
-    """Show the examples of a step. Raises ``UserError`` if the training has no such step."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    from alsace_dist.training.loop import num_steps_of
-    from alsace_dist.training.replay import replay
-
-    if step > (num_steps := num_steps_of(training.section, training.order)):
-        raise UserError(f"--step={step:,}: {training.kind} has {num_steps:,} steps; they count from 1")
-    position, found = replay(training, step, ranks)
-    if not ranks.is_main:
-        return
-    begin = f"after step {position:,}" if position else "at the start"
-    table = Table(title=f"Examples of step {step:,}, with the weights {begin}", box=None, title_justify="left")
-    table.add_column("group and language")
-    for name in ("tokens", "loss", "gradient norm"):
-        table.add_column(name, justify="right")
-    for one in found:
-        cells = (one.where, f"{one.num_tokens:,}", f"{one.loss:.4g}", f"{one.gradient_norm:.4g}")
-        table.add_row(*map(Text, cells))
-    Console(width=120).print(table)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from alsace_dist.config import Config, DistillConfig, EngineConfig, Split
+from alsace_dist.data.held_out import watched_languages
 from alsace_dist.data.rows import EncodedRow, Example, one_hot_example
 from alsace_dist.data.stream import Lazily
 from alsace_dist.data.tokens import TokenRows
@@ -32,10 +33,8 @@ from alsace_dist.stages.base import (
     model_identity,
     model_inputs,
     open_model,
-    train,
-    training_fingerprint,
-    watched_languages,
 )
+from alsace_dist.stages.train import train, training_fingerprint
 
 if TYPE_CHECKING:
     from alsace_dist.models.family import Family

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from alsace_dist.config import Config, EngineConfig, FinetuneConfig, Split
+from alsace_dist.data.held_out import watched_languages
 from alsace_dist.data.rows import EncodedRow, Example, one_hot_example
 from alsace_dist.data.texts import check_texts
 from alsace_dist.errors import UserError
@@ -20,10 +21,8 @@ from alsace_dist.stages.base import (
     model_identity,
     model_inputs,
     open_model,
-    train,
-    training_fingerprint,
-    watched_languages,
 )
+from alsace_dist.stages.train import train, training_fingerprint
 
 KIND = FINETUNE
 ON_RANKS = True

@@ -19,7 +19,8 @@ from alsace_dist.files import manifest
 from alsace_dist.files.layout import PRETRAIN, data_url
 from alsace_dist.files.shards import Dataset, ParallelGroup, open_dataset, open_split, read_shard, read_shards
 from alsace_dist.ranks.group import Ranks
-from alsace_dist.stages.base import Output, Stage, data_inputs, only, run_training
+from alsace_dist.stages.base import Output, Stage, data_inputs, only
+from alsace_dist.stages.train import run_training
 
 if TYPE_CHECKING:
     import torch

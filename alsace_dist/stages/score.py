@@ -12,7 +12,6 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -21,7 +20,7 @@ from alsace_dist import __version__
 from alsace_dist.config import Config
 from alsace_dist.data.dealing import Part, Work, deal, most_batches
 from alsace_dist.data.results import Results
-from alsace_dist.data.rows import EncodedRow, rows_of
+from alsace_dist.data.rows import EncodedRow, comparable_groups, rows_of
 from alsace_dist.data.stream import ahead, score_batches
 from alsace_dist.data.texts import TEXTS, TextCounts, check_texts, count, lines, total
 from alsace_dist.errors import PeerFailed, Stopped, warn
@@ -35,7 +34,7 @@ from alsace_dist.method.block import block_of
 from alsace_dist.monitor.health import LeadCheck
 from alsace_dist.monitor.progress import Advance, progress
 from alsace_dist.monitor.scoring import ScoringMonitor
-from alsace_dist.monitor.trackers import Tracker
+from alsace_dist.monitor.sinks import Places
 from alsace_dist.ranks.group import Ranks, keep_memory
 from alsace_dist.ranks.job import note_position
 from alsace_dist.ranks.watchdog import Watchdog
@@ -113,8 +112,7 @@ def run(stage: Stage, ranks: Ranks | None) -> None:
     for dataset in opened.values():
         ranks.main_first(partial(check_texts, model.encode, dataset, dataset.languages, config))
     for output, dataset in opened.items():
-        places = stage.layout.tensorboard(output.directory), stage.tracker(output.directory)
-        work = ScoringPass(config, dataset, output.directory, stage.fingerprint(output), *places)
+        work = ScoringPass(config, dataset, stage.places(output), stage.fingerprint(output))
         work.run(model, module, ranks, together if is_sharded(engine) else None)
 
 
@@ -139,18 +137,11 @@ class Flying(NamedTuple):
 class ScoringPass:
     """One dataset's scoring pass on this rank."""
 
-    def __init__(
-        self,
-        config: Config,
-        dataset: Dataset,
-        directory: Path,
-        fingerprint: dict[str, Any],
-        tensorboard: Path,
-        tracker: Tracker | None = None,
-    ) -> None:
-        self.config, self.dataset, self.directory = config, dataset, directory
-        self.fingerprint, self.tensorboard, self.tracker = fingerprint, tensorboard, tracker
-        self.results = Results(directory, {"fingerprint": manifest.digest_json(fingerprint)})
+    def __init__(self, config: Config, dataset: Dataset, places: Places, fingerprint: dict[str, Any]) -> None:
+        """``places``: where scores go, and scalars."""
+        self.config, self.dataset, self.places, self.directory = config, dataset, places, places.directory
+        self.fingerprint = fingerprint
+        self.results = Results(self.directory, {"fingerprint": manifest.digest_json(fingerprint)})
         self.num_done = 0
         self._tokenised: tuple[ShardInfo, list[EncodedRow], list[list[int]]] | None = None
         self.check_lead = LeadCheck()
@@ -179,7 +170,7 @@ class ScoringPass:
         todo = self._without_result(parts)
         num_whole = len(self.dataset.shards) - len(shards)
         total, num_done = num_whole + len(parts), num_whole + len(parts) - len(todo)
-        self.monitor = ScoringMonitor(directory, self.tensorboard, ranks, num_done, total, self.tracker)
+        self.monitor = ScoringMonitor(self.places, ranks, num_done, total)
         stack.callback(self.monitor.close)
         self.counts = self.monitor.counts
         if ranks.is_main:
@@ -227,12 +218,8 @@ class ScoringPass:
 
     def _see(self, work: Work) -> None:
         """Count what a part's rows answer, but for those whose candidates are no other language's."""
-        groups: dict[str, dict[str, np.ndarray]] = {}
-        for index, log_probs in work.results.items():
-            row = work.rows[index]
-            if not row.is_apart:
-                groups.setdefault(row.key, {})[row.language] = log_probs
-        groups = {key: group for key, group in groups.items() if len({len(one) for one in group.values()}) == 1}
+        found = comparable_groups(work.rows, work.results)
+        groups = {key: {name: work.results[at] for name, at in group.items()} for key, group in found.items()}
         num_rows = Counter(row.key for row in work.rows if not row.is_apart)
         is_whole = [len(group) == num_rows[key] for key, group in groups.items()]  # others are in several parts
         if groups:

@@ -132,7 +132,7 @@ def best_of(path: Path) -> Best:
     """The best measurement before a checkpoint; that of none where there was none. Raises ``UserError`` if it is no
     such thing."""
     found = load_manifest(path, KIND).details.get("best", {})
-    keys = {"step": int, "accuracy": float, "num_since": int}
+    keys = {"step": int, "value": float, "num_since": int}
     if found and not (isinstance(found, dict) and {name: type(value) for name, value in found.items()} == keys):
         raise UserError(f"{path}: {MANIFEST} says of the best measurement {shorten(repr(found))}; {START_OVER}")
     return Best(**found)

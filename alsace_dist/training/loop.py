@@ -16,7 +16,7 @@ from alsace_dist.errors import Stopped, UserError
 from alsace_dist.files.layout import MODEL
 from alsace_dist.files.manifest import FileEntry, read_json, remove_own, write_json
 from alsace_dist.models.family import TrainableModel
-from alsace_dist.monitor.trackers import Tracker
+from alsace_dist.monitor.sinks import Places
 from alsace_dist.monitor.training import TrainingMonitor
 from alsace_dist.ranks.group import Ranks, keep_memory
 from alsace_dist.ranks.watchdog import Watchdog
@@ -39,11 +39,11 @@ MAX_STEPS = 100_000_000
 
 @dataclass(frozen=True)
 class Training:
-    """What to train: the model, the examples, and the settings of the section. ``kind``: name of the stage."""
+    """What to train: the model, the examples, and the settings of the section. ``kind``: name of the stage; ``places``:
+    where it writes; ``replay``: the command that looks at a step once more, but for the step, if there is one."""
 
     kind: str
-    directory: Path
-    tensorboard: Path
+    places: Places
     section: TrainConfig
     engine: EngineConfig
     seed: int
@@ -52,13 +52,38 @@ class Training:
     examples: Examples
     export_type: ExportType = "float32"
     evaluator: Evaluator | None = None
-    tracker: Tracker | None = None
-    replay: str = ""  # the command that looks at a step once more, but for the step; empty: there is none
+    replay: str = ""
+
+    @property
+    def directory(self) -> Path:
+        """Of the stage."""
+        return self.places.directory
 
     @cached_property
     def order(self) -> CanonicalOrder:
         """Which examples each step has."""
         return CanonicalOrder(self.examples.counts, self.section.global_batch_size, self.seed)
+
+    @cached_property
+    def num_steps(self) -> int:
+        """Optimizer steps from the start to the end. Raises ``UserError`` if nobody can mean so many."""
+        section, order = self.section, self.order
+        if section.global_batch_size > 10 * order.total:
+            raise UserError(
+                f"global_batch_size: {section.global_batch_size:,} for {order.total:,} examples: a step would hold "
+                "each of them more than ten times; lower it"
+            )
+        num_steps = section.num_steps or order.num_steps(min(section.num_epochs or 0, 1e9))
+        if num_steps > MAX_STEPS:
+            raise UserError(
+                f"num_epochs: {section.num_epochs:g} are {num_steps:,} steps, more than anyone waits for; lower it"
+            )
+        return num_steps
+
+    @property
+    def best_by(self) -> str:
+        """The scalar by which the best weights are known; empty: the last are taken."""
+        return self.evaluator.best_by if self.evaluator and self.evaluator.patience is not None else ""
 
     def stream(self, rank: int, world_size: int) -> TrainStream[Any]:
         """A rank's share of the steps."""
@@ -79,57 +104,23 @@ def learning_rate(section: TrainConfig, step: int, num_steps: int) -> float:
     return section.learning_rate
 
 
-def num_steps_of(section: TrainConfig, order: CanonicalOrder) -> int:
-    """Optimizer steps of a training."""
-    if section.global_batch_size > 10 * order.total:
-        raise UserError(
-            f"global_batch_size: {section.global_batch_size:,} for {order.total:,} examples: a step would hold each of "
-            "them more than ten times; lower it"
-        )
-    num_steps = section.num_steps or order.num_steps(min(section.num_epochs or 0, 1e9))
-    if num_steps > MAX_STEPS:
-        raise UserError(
-            f"num_epochs: {section.num_epochs:g} are {num_steps:,} steps, more than anyone waits for; lower it"
-        )
-    return num_steps
-
-
 def run(training: Training, ranks: Ranks) -> tuple[int, dict[str, FileEntry]]:
     """Train to the end, or until a stop is agreed; the result is ``directory/model``. Returns the number of steps and,
     on rank 0, the model's files of weights.
 
     Goes on from the newest checkpoint that verifies. Raises ``Stopped`` after a checkpoint if a rank was asked to stop.
     """
-    section, directory, examples, order = training.section, training.directory, training.examples, training.order
-    num_steps = num_steps_of(section, order)
+    section, examples, num_steps = training.section, training.examples, training.num_steps
     stream = training.stream(ranks.rank, ranks.world_size)
-    examples.make_ready(directory / TOKENS, training.fingerprint, order.shards_of(num_steps), ranks)
+    shards = training.order.shards_of(num_steps)
+    examples.make_ready(training.directory / TOKENS, training.fingerprint, shards, ranks)
     engine, first, rule = _start(training, stream, ranks)
     keep_memory(ranks, weight_bytes(training.model, training.engine.dtype))
-    if first > num_steps:
-        raise UserError(
-            f"{directory / CHECKPOINTS}: holds a checkpoint after step {first:,}, and the training has {num_steps:,}; "
-            "it is not of this training: delete it"
-        )
-    steps = range(first, num_steps)
+    steps, done = range(first, num_steps), first
     languages = examples.observer.languages if examples.observer else ()
-    monitor = TrainingMonitor(
-        training.kind,
-        directory,
-        training.tensorboard,
-        section,
-        steps,
-        ranks,
-        engine,
-        tuple(languages),
-        training.tracker,
-    )
-    watchdog = Watchdog(ranks, directory, training.engine.hang_limit())
-    kept = directory / CHECKPOINTS, engine, training.fingerprint, section.keep_checkpoints
-    saver = Saver(*kept, watchdog, monitor.checkpoint)
-    if first:
-        saver.best = checkpoint.best_of(checkpoint.path_of(directory / CHECKPOINTS, first))
-    evaluator, done = training.evaluator, first
+    monitor = TrainingMonitor(training.kind, training.places, section, steps, ranks, engine, languages)
+    watchdog = Watchdog(ranks, training.directory, training.engine.hang_limit())
+    saver = _saver(training, engine, first, watchdog, monitor)
 
     def following(step: int) -> list[MicroBatch]:
         watchdog.beat(f"the data of step {step + 1}")
@@ -154,34 +145,51 @@ def run(training: Training, ranks: Ranks) -> tuple[int, dict[str, FileEntry]]:
             if not engine.is_applied:
                 _not_finite(training, done, first, saver, monitor)
             num_tokens = sum(part.num_tokens for part in parts), sum(part.num_padded_tokens for part in parts)
-            measured: dict[str, float] = {}
-            if evaluator is not None and (done % evaluator.every == 0 or done == num_steps):
-                watchdog.beat(f"the accuracy after step {done}")
-                with monitor.apart():
-                    measured = evaluator.measure(engine.engine)
-            is_best = bool(measured) and saver.best.see(done, measured["accuracy"])
+            measured = _measured(training, done, engine, watchdog, monitor)
+            is_best = training.best_by in measured and saver.best.see(done, measured[training.best_by])
             monitor.step(done, sums, num_tokens, rate, _flops(training, parts), measured)
             parts = following(done)
             watchdog.beat(f"the checkpoint after step {done}")
             stop, is_writing, most = ranks.most(ranks.stop.is_set, saver.is_writing, len(parts))
             if not is_writing:
                 saver.finish()
-            is_due = done % section.checkpoint_every_steps == 0 or (is_best and evaluator and evaluator.patience)
+            is_due = is_best or done % section.checkpoint_every_steps == 0
             if done < num_steps and (stop or is_due):
                 saver.begin(done)
             if stop and done < num_steps:
                 saver.finish()
                 raise Stopped(f"{training.kind}: stopped after step {done} of {num_steps}; a checkpoint is written")
         saver.finish()
-    if evaluator and evaluator.patience and saver.best.step != done:
+    if saver.best.step not in (0, done):
         _load_best(training, engine, saver.best, done)
     return done, _export(training, engine)
 
 
-def _has_enough(training: Training, saver: Saver) -> bool:
-    """Whether accuracy has not risen for as long as training is to wait for that."""
+def _saver(training: Training, engine: TrainEngine, first: int, watchdog: Watchdog, monitor: TrainingMonitor) -> Saver:
+    """What saves checkpoints, and knows the best of the steps before ``first``."""
+    directory, keep = training.directory / CHECKPOINTS, training.section.keep_checkpoints
+    saver = Saver(directory, engine, training.fingerprint, keep, watchdog, monitor.checkpoint)
+    if first:
+        saver.best = checkpoint.best_of(checkpoint.path_of(directory, first))
+    return saver
+
+
+def _measured(
+    training: Training, done: int, engine: TrainEngine, watchdog: Watchdog, monitor: TrainingMonitor
+) -> dict[str, float]:
+    """What is measured on held-out groups after step ``done``, if that is due; else nothing. Collective."""
     evaluator = training.evaluator
-    return bool(evaluator and evaluator.patience and saver.best.num_since >= evaluator.patience)
+    if evaluator is None or (done % evaluator.every and done != training.num_steps):
+        return {}
+    watchdog.beat(f"the split dev after step {done}")
+    with monitor.apart():
+        return evaluator.measure(engine.engine)
+
+
+def _has_enough(training: Training, saver: Saver) -> bool:
+    """Whether what is to rise has not for as long as training is to wait for that."""
+    patience = training.evaluator.patience if training.evaluator else None
+    return patience is not None and saver.best.num_since >= patience
 
 
 def _load_best(training: Training, engine: TrainEngine, best: Best, done: int) -> None:
@@ -191,7 +199,7 @@ def _load_best(training: Training, engine: TrainEngine, best: Best, done: int) -
     assert found is not None, "newest raises for one that is asked for"
     checkpoint.load(found[0], engine, best.step)
     if engine.ranks.is_main:
-        what = f"{100 * best.accuracy:.1f} % on dev"
+        what = f"{training.best_by} {best.value:.3f}"
         print(
             f"{training.kind}: of {done} steps, the weights after step {best.step} are exported ({what})",
             file=sys.stderr,
@@ -261,7 +269,13 @@ def _start(training: Training, stream: TrainStream[Any], ranks: Ranks) -> tuple[
     found = checkpoint.newest(training.directory / CHECKPOINTS, training.fingerprint, ranks)
     example = stream.stand_in(found[1] if found else 0)
     rule = cut_rule(training.kind, training.section, training.engine, training.examples, example, engine)
-    return engine, load_state(training, engine, found), rule
+    first = load_state(training, engine, found)
+    if first > training.num_steps:
+        raise UserError(
+            f"{training.directory / CHECKPOINTS}: holds a checkpoint after step {first:,}, and the training has "
+            f"{training.num_steps:,}; it is not of this training: delete it"
+        )
+    return engine, first, rule
 
 
 def make_engine(training: Training, ranks: Ranks) -> TrainEngine:

@@ -1,8 +1,14 @@
 """A step of a training once more, example by example: what has its gradient, or its loss, come from?"""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from alsace_dist.errors import UserError
 from alsace_dist.ranks.group import Ranks
 from alsace_dist.training import checkpoint
 from alsace_dist.training.loop import CHECKPOINTS, TOKENS, Training, load_state, make_engine
@@ -23,8 +29,11 @@ def replay(training: Training, step: int, ranks: Ranks) -> tuple[int, list[Repla
     """Each example of a step (from 1), those that move the weights most first; and after which step the weights were
     written that it is looked at with: the newest checkpoint's, 0 for those that the training starts with. Collective.
 
-    Nothing is trained, and nothing is written but tokens that are missing.
+    Nothing is trained, and nothing is written but tokens that are missing. Raises ``UserError`` if there is no such
+    step.
     """
+    if step > training.num_steps:
+        raise UserError(f"--step={step:,}: {training.kind} has {training.num_steps:,} steps; they count from 1")
     order, section, examples = training.order, training.section, training.examples
     examples.make_ready(training.directory / TOKENS, training.fingerprint, order.shards_of(step), ranks)
     engine = make_engine(training, ranks)
@@ -44,3 +53,16 @@ def replay(training: Training, step: int, ranks: Ranks) -> tuple[int, list[Repla
     return position, sorted(
         replayed, key=lambda one: -(one.loss if math.isnan(one.gradient_norm) else one.gradient_norm)
     )
+
+
+def print_replayed(step: int, position: int, replayed: Sequence[Replayed]) -> None:
+    """Show what ``replay`` has found, as a table on stdout."""
+    begin = f"after step {position:,}" if position else "at the start"
+    table = Table(title=f"Examples of step {step:,}, with the weights {begin}", box=None, title_justify="left")
+    table.add_column("group and language")
+    for name in ("tokens", "loss", "gradient norm"):
+        table.add_column(name, justify="right")
+    for one in replayed:
+        cells = (one.where, f"{one.num_tokens:,}", f"{one.loss:.4g}", f"{one.gradient_norm:.4g}")
+        table.add_row(*map(Text, cells))
+    Console(width=120).print(table)

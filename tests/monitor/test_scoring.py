@@ -8,7 +8,7 @@ import torch
 
 from alsace_dist.method.block import block_of
 from alsace_dist.monitor.scoring import Counts, ScoringMonitor
-from alsace_dist.monitor.sinks import METRICS, read_scalars
+from alsace_dist.monitor.sinks import METRICS, Places, read_scalars
 from alsace_dist.ranks.group import Ranks, StopFlag
 
 GROUPS = {
@@ -44,13 +44,13 @@ def test_ranks_add_up() -> None:
 
 def test_the_last_line_is_of_all_ranks_and_says_that_all_is_done(tmp_path: Path) -> None:
     alone = Ranks(0, 1, 0, torch.device("cpu"), None, StopFlag())
-    monitor = ScoringMonitor(tmp_path, tmp_path / "board", alone, num_done=2, total=5)
+    monitor = ScoringMonitor(Places(tmp_path, tmp_path / "board"), alone, num_done=2, total=5)
     monitor.part(1)  # too soon after the start for a line
     monitor.finish([counts(), counts()])
     monitor.close()
     (row,) = read_scalars(tmp_path / METRICS)
     assert row["step"] == 5 and row["done_share"] == 1.0 and row["vote_agreement_of/sw"] == 0.0
-    monitor = ScoringMonitor(tmp_path, tmp_path / "board", alone, num_done=5, total=5)
+    monitor = ScoringMonitor(Places(tmp_path, tmp_path / "board"), alone, num_done=5, total=5)
     monitor.finish([Counts()])  # nothing was left to score
     monitor.close()
     assert len(read_scalars(tmp_path / METRICS)) == 1

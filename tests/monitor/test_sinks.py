@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from alsace_dist.errors import UserError
 from alsace_dist.monitor import board as board_log
-from alsace_dist.monitor.sinks import METRICS, ScalarWriter, read_scalars
+from alsace_dist.monitor.sinks import METRICS, Places, ScalarWriter, read_scalars
 
 
 def board(directory: Path) -> list[tuple[int, float]]:
@@ -24,7 +24,7 @@ def board(directory: Path) -> list[tuple[int, float]]:
 
 def test_every_step_is_there_once_after_a_start_that_goes_on(tmp_path: Path) -> None:
     for first, last in ((0, 7), (4, 10)):  # the second goes on from a checkpoint after step 4
-        writer = ScalarWriter(tmp_path, tmp_path / "board", first, is_main=True)
+        writer = ScalarWriter(Places(tmp_path, tmp_path / "board"), first, is_main=True)
         for step in range(first + 1, last):
             writer.write(step, {"loss": first + step / 100})
         writer.close()
@@ -34,7 +34,7 @@ def test_every_step_is_there_once_after_a_start_that_goes_on(tmp_path: Path) -> 
 
 
 def test_other_ranks_write_nothing(tmp_path: Path) -> None:
-    writer = ScalarWriter(tmp_path / "x", tmp_path / "board", 0, is_main=False)
+    writer = ScalarWriter(Places(tmp_path / "x", tmp_path / "board"), 0, is_main=False)
     writer.write(1, {"loss": 1.0})
     writer.close()
     assert list(tmp_path.iterdir()) == []
@@ -42,7 +42,7 @@ def test_other_ranks_write_nothing(tmp_path: Path) -> None:
 
 def test_a_scalar_that_the_table_lacks_is_a_defect(tmp_path: Path) -> None:
     with pytest.raises(KeyError, match="lost"):
-        ScalarWriter(tmp_path, tmp_path, 0, is_main=False).write(1, {"lost": 1.0})
+        ScalarWriter(Places(tmp_path, tmp_path), 0, is_main=False).write(1, {"lost": 1.0})
 
 
 def test_a_full_disk_ends_no_run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -51,7 +51,7 @@ def test_a_full_disk_ends_no_run(tmp_path: Path, capfd: pytest.CaptureFixture[st
     disk.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)], check=True)
     try:
-        writer = ScalarWriter(disk, disk / "board", 0, is_main=True)
+        writer = ScalarWriter(Places(disk, disk / "board"), 0, is_main=True)
         for step in range(1, 4000):
             writer.write(step, {"loss": 1 / step, "learning_rate": 1e-5})
         writer.close()
@@ -64,7 +64,7 @@ def test_a_full_disk_ends_no_run(tmp_path: Path, capfd: pytest.CaptureFixture[st
         num_kept = len(read_scalars(disk / METRICS))
         assert 100 < num_kept < 3999
         subprocess.run(["mount", "-o", "remount,size=1m", str(disk)], check=True)
-        writer = ScalarWriter(disk, disk / "board", num_kept, is_main=True)
+        writer = ScalarWriter(Places(disk, disk / "board"), num_kept, is_main=True)
         writer.write(num_kept + 1, {"loss": 2.0})
         writer.close()
         assert [row["step"] for row in read_scalars(disk / METRICS)] == list(range(1, num_kept + 2))
@@ -75,7 +75,7 @@ def test_a_full_disk_ends_no_run(tmp_path: Path, capfd: pytest.CaptureFixture[st
 
 def test_a_directory_that_is_gone_ends_no_run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Somebody deletes TensorBoard's logs to make room; the lines go on."""
-    writer = ScalarWriter(tmp_path, tmp_path / "board", 0, is_main=True)
+    writer = ScalarWriter(Places(tmp_path, tmp_path / "board"), 0, is_main=True)
     writer.write(1, {"loss": 1.0})
     while (tmp_path / "board").exists():  # its thread may write meanwhile
         shutil.rmtree(tmp_path / "board", ignore_errors=True)
@@ -91,7 +91,7 @@ def test_a_place_that_can_never_be_written_is_said_and_nothing_else_is_lost(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "board").write_text("a file where TensorBoard wants a directory")
-    writer = ScalarWriter(tmp_path, tmp_path / "board", 0, is_main=True)
+    writer = ScalarWriter(Places(tmp_path, tmp_path / "board"), 0, is_main=True)
     writer.write(1, {"loss": 1.0})
     writer.close()
     assert "board: cannot be written (File exists)" in capfd.readouterr().err
@@ -101,7 +101,7 @@ def test_a_place_that_can_never_be_written_is_said_and_nothing_else_is_lost(
 def test_a_file_that_no_stage_wrote_is_not_written_over(tmp_path: Path) -> None:
     (tmp_path / METRICS).write_text("somebody's notes\nand more\n")
     with pytest.raises(UserError, match="it is not what a stage writes"):
-        ScalarWriter(tmp_path, tmp_path / "board", 0, is_main=True)
+        ScalarWriter(Places(tmp_path, tmp_path / "board"), 0, is_main=True)
     assert (tmp_path / METRICS).read_text() == "somebody's notes\nand more\n"
 
 

@@ -17,11 +17,11 @@ from alsace_dist.errors import EXIT_USER_ERROR
 WRITES = """
 import sys
 from pathlib import Path
-from alsace_dist.monitor.sinks import ScalarWriter
+from alsace_dist.monitor.sinks import Places, ScalarWriter
 from alsace_dist.monitor.trackers import Tracker
-directory = Path(sys.argv[1])
+directory, tracker = Path(sys.argv[1]), Tracker("trackio", "alsace", "run/finetune")
 for first in (0, 2):  # the second goes on after step 2
-    writer = ScalarWriter(directory, directory / "board", first, True, Tracker("trackio", "alsace", "run/finetune"))
+    writer = ScalarWriter(Places(directory, directory / "board", tracker), first, is_main=True)
     for step in (first + 1, first + 2):
         writer.write(step, {"loss": 1 / step, "agreement_of/sw": 0.5})
     writer.close()

@@ -16,7 +16,7 @@ from alsace_dist.config_file import load_config
 from alsace_dist.data.rows import answers_of
 from alsace_dist.errors import heard_by
 from alsace_dist.models.family import open_model
-from alsace_dist.monitor.sinks import METRICS, read_scalars
+from alsace_dist.monitor.sinks import METRICS, Places, read_scalars
 from alsace_dist.monitor.training import TrainingMonitor
 from alsace_dist.ranks.group import Ranks
 from alsace_dist.training.losses import FrozenTargetLoss
@@ -39,10 +39,8 @@ def watched(group: Ranks, world: str, out: str, settings: dict[str, Any]) -> dic
         return loss(module)
 
     heard: list[str] = []
-    directory = Path(out)
-    monitor = TrainingMonitor(
-        "distill", directory, directory / "board", section, range(NUM_STEPS), group, trained, ("en",)
-    )
+    places = Places(Path(out), Path(out) / "board")
+    monitor = TrainingMonitor("distill", places, section, range(NUM_STEPS), group, trained, ("en",))
     tokens = sum(len(one.row.input_ids) for one in mine)
     with heard_by(heard.append), monitor:
         for step in range(NUM_STEPS):
@@ -95,8 +93,8 @@ def with_a_bad_step(group: Ranks, world: str, out: str) -> int:
     section = DistillConfig(num_steps=3, global_batch_size=10, log_every_steps=1, on_nonfinite="skip")
     mine = test_engine.examples(model)[group.rank :: group.world_size]
     loss = FrozenTargetLoss(model.collate([one.row for one in mine]), mine, group.device, Observer(("en",), 3))
-    places = Path(out), Path(out) / "board"
-    with TrainingMonitor("distill", *places, section, range(3), group, trained, ("en",)) as monitor:
+    places = Places(Path(out), Path(out) / "board")
+    with TrainingMonitor("distill", places, section, range(3), group, trained, ("en",)) as monitor:
         for step in range(3):
             factor = torch.inf if (step, group.rank) == (1, 1) else 1.0
             sums = trained.step([lambda module, by=factor: {n: v * by for n, v in loss(module).items()}], 1e-3)

@@ -1,6 +1,8 @@
-"""Accuracy on held-out labels while a model is trained, and the weights that were best on them."""
+"""What is measured on held-out groups while a model is trained, and the weights that were best on them."""
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +12,9 @@ import tiny
 import torch
 
 from alsace_dist.config_file import load_config
-from alsace_dist.data.rows import answers_of, rows_of
+from alsace_dist.data.rows import EncodedRow, answers_of, rows_of
 from alsace_dist.errors import EXIT_USER_ERROR
-from alsace_dist.files.shards import golds, open_dataset, read_shards
+from alsace_dist.files.shards import golds, open_dataset, read_shards, write_dataset
 from alsace_dist.models.family import open_model
 from alsace_dist.monitor.sinks import read_scalars
 from alsace_dist.training.evaluator import Best
@@ -37,8 +39,8 @@ def make_run(world: Path, data: Path, directory: Path, stage: int = 2, **finetun
     return tiny.write_config(directory / "c.yaml", value)
 
 
-def accuracies(config_path: Path, model_path: Path, num_groups: int) -> dict[str, float]:
-    """By language, of a model on its own."""
+def scored(config_path: Path, model_path: Path, num_groups: int) -> list[tuple[EncodedRow, np.ndarray]]:
+    """Rows of dev with their scores by a model on its own."""
     config = load_config(config_path)
     dataset = open_dataset(f"{config.data.directory}/dev")
     groups = [group for shard in read_shards(dataset) for group in shard][:num_groups]
@@ -48,10 +50,15 @@ def accuracies(config_path: Path, model_path: Path, num_groups: int) -> dict[str
     with torch.no_grad():
         for name, parameter in module.named_parameters():
             parameter.copy_(model.initial_value(name))
-        answers = module.eval()(*model.collate(rows).to(torch.device("cpu"))).argmax(-1).tolist()
+        scores = module.eval()(*model.collate(rows).to(torch.device("cpu"))).numpy()
+    return list(zip(rows, scores, strict=True))
+
+
+def accuracies(config_path: Path, model_path: Path, num_groups: int) -> dict[str, float]:
+    """By language, of a model on its own."""
     found: dict[str, list[bool]] = {}
-    for row, answer in zip(rows, answers, strict=True):
-        found.setdefault(row.language, []).append(answer in golds(row.label))
+    for row, scores in scored(config_path, model_path, num_groups):
+        found.setdefault(row.language, []).append(int(scores.argmax()) in golds(row.label))
     return {language: float(np.mean(values)) for language, values in found.items()}
 
 
@@ -118,7 +125,7 @@ def test_patience_without_labels_to_look_at_is_refused(world: Path, tmp_path: Pa
     config = make_run(world, world / "run/data", tmp_path, patience=2)
     found = tiny.alsace("finetune", str(config), check=False)
     assert found.returncode == EXIT_USER_ERROR
-    assert "patience: needs labels of a split dev" in found.stderr.splitlines()[-1]
+    assert "patience: needs a split dev" in found.stderr.splitlines()[-1]
 
 
 def test_patience_is_part_of_what_a_model_depends_on(world: Path, data: Path, tmp_path: Path) -> None:
@@ -128,6 +135,42 @@ def test_patience_is_part_of_what_a_model_depends_on(world: Path, data: Path, tm
     config = make_run(world, data, tmp_path, evaluate_every_steps=4, patience=2)
     found = tiny.alsace("finetune", str(config), check=False)
     assert found.returncode == EXIT_USER_ERROR and "stopping" in found.stderr.splitlines()[-1], found.stderr
+
+
+def agreement(config_path: Path, model_path: Path) -> float:
+    """The share of a model's answers that are their group's vote, on the whole split dev."""
+    by_group: dict[str, list[Any]] = {}
+    rows = scored(config_path, model_path, 1000)
+    for row, scores in rows:
+        by_group.setdefault(row.key, []).append(scores)
+    agreeing = 0
+    for group in by_group.values():
+        answers = [int(scores.argmax()) for scores in group]
+        summed = np.exp(group).sum(axis=0)
+        vote = max(range(len(summed)), key=lambda answer: (answers.count(answer), summed[answer]))
+        agreeing += answers.count(vote)
+    return agreeing / len(rows)
+
+
+def test_training_stops_by_votes_without_any_label(world: Path, data: Path, tmp_path: Path) -> None:
+    """The labels of dev are taken away."""
+    unlabeled = tmp_path / "data"
+    shutil.copytree(data, unlabeled)
+    dev = open_dataset(unlabeled / "dev")
+    groups = [replace(group, label=None) for shard in read_shards(dev) for group in shard]
+    shutil.rmtree(unlabeled / "dev")
+    write_dataset(unlabeled / "dev", groups, dev.labels, groups_per_shard=10, fingerprint={})
+    settings: dict[str, Any] = {"num_steps": 40, "learning_rate": 3e-2, "evaluate_every_steps": 2, "patience": 2}
+    config = make_run(world, unlabeled, tmp_path / "x", 3, best_by="vote_agreement", **settings)
+    tiny.alsace("finetune", str(config))
+    rows = [row for row in read_scalars(tmp_path / "x/run/finetune/metrics.jsonl") if "dev_vote_agreement" in row]
+    values = [row["dev_vote_agreement"] for row in rows]
+    assert len(values) - 1 - int(np.argmax(values)) == 2 and rows[-1]["step"] < 40
+    assert not any(name.startswith("accuracy") for row in rows for name in row)
+    assert max(values) == pytest.approx(agreement(config, tmp_path / "x/run/finetune/model"))
+    found = tiny.alsace("finetune", str(make_run(world, unlabeled, tmp_path / "y", **settings)), check=False)
+    assert found.returncode == EXIT_USER_ERROR
+    assert "has no labels, which patience looks at" in found.stderr.splitlines()[-1]
 
 
 def test_the_best_is_the_first_of_equals() -> None:

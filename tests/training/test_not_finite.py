@@ -161,7 +161,7 @@ def test_a_training_that_is_to_stop_says_where_and_its_examples_can_be_looked_at
         (["--step=0"], "--step=0: which step? They count from 1"),
         (["--step=2", "--stage=score"], "--stage=score: replay is for finetune and distill"),
         (["--step=2", "--stage=finetune"], "finetune: has not begun in "),
-        (["--step=2", "--round=7"], "has no such stage"),
+        (["--step=2", "--round=7"], "has no stage 'distill' with round 7"),
     ],
 )
 def test_what_cannot_be_replayed_is_said(poisoned: Path, tmp_path: Path, arguments: list[str], said: str) -> None:
