@@ -75,27 +75,31 @@ def check_loss(loss: float, step: int, kind: str, directory: object) -> None:
 # --- a training, reading by reading --------------------------------------------------------------------------------
 
 USUAL_READINGS = 5  # that many are needed to know what is usual
-SPIKE = 3.0  # times the usual loss
+SPIKE, SPIKE_NATS = 3.0, 0.1  # times the usual loss; and above it, for of small losses batches have any multiple
 SLOWDOWN = 0.5  # of the usual speed
-STRAGGLING = 1.5  # times the time of the fastest rank
+STRAGGLING, STRAGGLING_SECONDS = 1.5, 0.02  # times the time of the fastest rank; and above it, or it is noise
 LONG_WAIT = 0.3  # share of the time
 NUM_IN_A_ROW = 3  # readings that must agree, of what may be chance
 COLLAPSED, NOT_COLLAPSED = 0.98, 0.8  # shares of one answer: of the model's, and of its targets'
 ENOUGH_ANSWERS = 100  # of a language, to speak of its answers
+SETTLED = 0.2  # share of the steps after which answers count: before, a new head gives one to everything
 DRIFT = 0.1  # by which agreement with the vote may fall below its best
 
 
 class Health:
     """Looks at every reading of a training, and warns, once of each thing, with the remedy."""
 
-    def __init__(self, kind: str, ranks: Ranks) -> None:
-        """``kind``: name of the stage, which is that of its section, too."""
+    def __init__(self, kind: str, ranks: Ranks, num_steps: int, warmup_ratio: float) -> None:
+        """``kind``: name of the stage, which is that of its section, too; ``num_steps``: of the whole training;
+        ``warmup_ratio``: the share of them in which the learning rate rises."""
         self.kind, self.ranks = kind, ranks
+        self._settled = max(SETTLED, warmup_ratio) * num_steps
         self._said: set[str] = set()
         self._losses: deque[float] = deque(maxlen=20)
         self._speeds: deque[float] = deque(maxlen=20)
         self._in_a_row: dict[str, int] = {}
         self._answers: dict[str, np.ndarray] = {}
+        self._first_targets: dict[str, np.ndarray] = {}
         self._best_agreement = 0.0
 
     def __call__(
@@ -117,12 +121,14 @@ class Health:
     def _look_at_loss(self, step: int, values: Mapping[str, float]) -> None:
         if (loss := values.get("loss")) is None:  # the step was skipped
             return
-        if len(self._losses) >= USUAL_READINGS and loss > SPIKE * (usual := median(self._losses)) > 0:
-            self._warn(
-                "spike",
-                f"step {step}: the loss is {loss:.4g}, and was {usual:.4g}; if it stays there lower "
-                f"{self.kind}.learning_rate, and look at the step's examples with `alsace replay`",
-            )
+        if len(self._losses) >= USUAL_READINGS:
+            usual = median(self._losses)
+            if loss > max(SPIKE * usual, usual + SPIKE_NATS):
+                self._warn(
+                    "spike",
+                    f"step {step}: the loss is {loss:.4g}, and was {usual:.4g}; if it stays there lower "
+                    f"{self.kind}.learning_rate, and look at the step's examples with `alsace replay`",
+                )
         if math.isfinite(loss):
             self._losses.append(loss)
 
@@ -146,7 +152,7 @@ class Health:
 
     def _look_at_ranks(self, step: int, values: Mapping[str, float], forward_seconds: float) -> None:
         least, most = values["forward_seconds_least"], values["forward_seconds_most"]
-        is_far = least > 0 and most > STRAGGLING * least
+        is_far = least > 0 and most > max(STRAGGLING * least, least + STRAGGLING_SECONDS)
         if not self._is_in_a_row("straggler", is_far) or "straggler" in self._said:
             return
         found = self.ranks.gather((forward_seconds, os.uname().nodename))
@@ -158,6 +164,7 @@ class Health:
         )
 
     def _look_at_answers(self, step: int, sums: Mapping[str, np.ndarray], languages: Sequence[str]) -> None:
+        """Live teachers may collapse with those who learn: so answers are held against the first targets, too."""
         if ANSWERS not in sums:
             return
         for number, language in enumerate(languages):
@@ -165,17 +172,19 @@ class Health:
             self._answers[language] = seen = self._answers.get(language, 0) + seen
             if seen[0].sum() < ENOUGH_ANSWERS or seen.shape[1] < 2:
                 continue
+            del self._answers[language]  # the next look is at newer answers
             own, wanted = seen[0] / seen[0].sum(), seen[1] / max(1.0, seen[1].sum())
-            answer = int(own.argmax())
-            # At the start of a training that passes.
-            is_collapsed = own[answer] >= COLLAPSED and wanted[answer] <= NOT_COLLAPSED
-            if self._is_in_a_row(f"collapse in {language}", is_collapsed):
+            first, answer = self._first_targets.setdefault(language, wanted), int(own.argmax())
+            is_collapsed = own[answer] >= COLLAPSED and min(wanted[answer], first[answer]) <= NOT_COLLAPSED
+            if self._is_in_a_row(f"collapse in {language}", is_collapsed and step > self._settled):
+                targets = f"{wanted[answer]:.0%} of the targets"
+                if wanted[answer] > NOT_COLLAPSED:
+                    targets += f" ({first[answer]:.0%} at first)"
                 self._warn(
                     "collapse",
                     f"step {step}: in {language!r} {own[answer]:.0%} of the answers are candidate {answer + 1}, and "
-                    f"{wanted[answer]:.0%} of the targets; lower {self.kind}.learning_rate",
+                    f"{targets}; lower {self.kind}.learning_rate",
                 )
-            del self._answers[language]  # the next look is at newer answers
 
     def _look_at_votes(self, step: int, values: Mapping[str, float]) -> None:
         if (agreement := values.get("vote_agreement")) is None:

@@ -63,7 +63,7 @@ class TrainingMonitor:
         ``languages``: of the rows of what the loss observes."""
         self.kind, self.places, self.section, self.steps = kind, places, section, steps
         self.ranks, self.engine, self.languages = ranks, engine, languages
-        self._lead, self._health = LeadCheck(), Health(kind, ranks)
+        self._lead, self._health = LeadCheck(), Health(kind, ranks, steps.stop, section.warmup_ratio)
         self._last_step, self._step_seconds = time.monotonic(), 0.0
         self._last_saved = time.monotonic()
         self._saved: dict[str, float] = {}

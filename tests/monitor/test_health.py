@@ -82,7 +82,7 @@ STEADY = {
 def said(readings: list[dict[str, float]], sums: dict[str, Any] | None = None) -> list[str]:
     """What a training is warned of, whose readings differ so from steady ones. ``sums``: observed in each reading."""
     alone = Ranks(0, 1, 0, torch.device("cpu"), None, StopFlag())
-    check, heard = Health("distill", alone), list[str]()
+    check, heard = Health("distill", alone, num_steps=5, warmup_ratio=0.4), list[str]()
     with heard_by(heard.append):
         for step, values in enumerate(readings, start=1):
             check(step, STEADY | values, sums or {}, ["de", "en"], 0.1)
@@ -114,6 +114,17 @@ def test_what_goes_wrong_is_said_once_with_what_to_do(readings: list[dict[str, f
     assert text.startswith(expected)
 
 
+@pytest.mark.parametrize(
+    "readings",
+    [
+        [{"loss": 1e-3}] * 6 + [{"loss": 0.05}] * 3,  # of a training that is all but done
+        [{"forward_seconds_least": 0.004, "forward_seconds_most": 0.015}] * 9,  # of a tiny model
+    ],
+)
+def test_what_is_small_is_noise(readings: list[dict[str, float]]) -> None:
+    assert said(readings) == []
+
+
 def test_one_slow_reading_is_chance() -> None:
     assert said([{}] * 6 + [{"tokens_per_second": 400.0, "data_wait_share": 0.9}] * 2 + [{}] * 3) == []
 
@@ -121,6 +132,6 @@ def test_one_slow_reading_is_chance() -> None:
 def test_a_language_that_answers_one_class_is_named_if_its_targets_do_not() -> None:
     wanted = np.array([[30, 70], [50, 50]])
     (text,) = said([{}] * 5, {ANSWERS: np.array([[100, 0], [60, 40]]), TARGET_ANSWERS: wanted})
-    assert text.startswith("distill: step 3: in 'de' 100% of the answers are candidate 1, and 30% of the targets")
+    assert text.startswith("distill: step 5: in 'de' 100% of the answers are candidate 1, and 30% of the targets")
     assert said([{}] * 5, {ANSWERS: np.array([[100, 0], [60, 40]]), TARGET_ANSWERS: np.array([[95, 5], [1, 1]])}) == []
     assert said([{}] * 5, {ANSWERS: np.array([[9, 0], [6, 4]]), TARGET_ANSWERS: np.array([[3, 6], [5, 5]])}) == []
