@@ -165,8 +165,9 @@ class TrainingMonitor:
         }
         if self.ranks.is_main:
             note_position(f"step {num_done}")
-            what = f"{self.kind}: a step ({self._step_seconds:.1f} s) and a checkpoint ({seconds:.1f} s)"
-            self._lead(self._step_seconds + seconds, what)
+            # A signal that comes in the middle of a step is heard of after the next.
+            what = f"{self.kind}: two steps ({self._step_seconds:.1f} s each) and a checkpoint ({seconds:.1f} s)"
+            self._lead(2 * self._step_seconds + seconds, what)
 
     def _reset(self) -> None:
         self._start = time.monotonic()

@@ -99,13 +99,22 @@ class Ranks:
 
     def most(self, *values: float) -> list[float]:
         """The largest of any rank, of each of some values. Collective."""
+        return self.most_later(*values)()
+
+    def most_later(self, *values: float) -> Callable[[], list[float]]:
+        """The same, under way while this rank does something else: a function that waits for the result. Collective."""
         import torch
         import torch.distributed as dist
 
         tensor = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.control)
-        result: list[float] = tensor.tolist()
-        return result
+        work = dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.control, async_op=True)
+
+        def wait() -> list[float]:
+            work.wait()
+            result: list[float] = tensor.tolist()
+            return result
+
+        return wait
 
     def gather(self, value: Any) -> list[Any]:
         """A small JSON-like value of every rank, in rank order. Collective."""

@@ -135,11 +135,15 @@ def run(training: Training, ranks: Ranks) -> tuple[int, dict[str, FileEntry]]:
             if _has_enough(training, saver):
                 monitor.end_early(done)
                 break
-            watchdog.beat(f"step {step + 1}")
             parts = _enough_for_all_ranks(parts, most, training, partial(stream.stand_in, step))
             if section.dropout or (section.lora and section.lora.dropout):
                 torch.manual_seed(hash((training.seed, step, ranks.rank)))
             rate = learning_rate(section, step, num_steps)
+            # Ranks agree on what follows this step while they compute it: who is asked to stop meanwhile is heard of
+            # after the next one, and nobody waits for a round trip.
+            upcoming = following(step + 1)
+            agreed = ranks.most_later(ranks.stop.is_set, saver.is_writing, len(upcoming))
+            watchdog.beat(f"step {step + 1}")
             sums = engine.step([part.sums for part in parts], rate)
             done = step + 1
             if not engine.is_applied:
@@ -148,9 +152,8 @@ def run(training: Training, ranks: Ranks) -> tuple[int, dict[str, FileEntry]]:
             measured = _measured(training, done, engine, watchdog, monitor)
             is_best = training.best_by in measured and saver.best.see(done, measured[training.best_by])
             monitor.step(done, sums, num_tokens, rate, _flops(training, parts), measured)
-            parts = following(done)
             watchdog.beat(f"the checkpoint after step {done}")
-            stop, is_writing, most = ranks.most(ranks.stop.is_set, saver.is_writing, len(parts))
+            parts, (stop, is_writing, most) = upcoming, agreed()
             if not is_writing:
                 saver.finish()
             is_due = is_best or done % section.checkpoint_every_steps == 0
