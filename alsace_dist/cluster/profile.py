@@ -186,7 +186,7 @@ class SiteProfile(Section):
     signal: Literal["USR1", "USR2"] = "USR2"
     """What Slurm sends before the time is up, and before a preemption where the site says so."""
     lead_seconds: Annotated[int, Field(ge=0, le=65535)] = 300
-    """How long before the end it is sent: longer than a step and a checkpoint take together."""
+    """How long before the end it is sent: longer than two steps and a checkpoint take together."""
     max_requeues: Number = 20
     """How often a job goes back into the queue, at most."""
     sbatch: list[Option] = []
