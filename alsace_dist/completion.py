@@ -44,7 +44,7 @@ def _flags_of(command: Command) -> Callable[[], None]:
     def function() -> None:
         """Never called."""
 
-    flags = [*command.flags, *([SETTINGS] if command.takes_settings else [])]
+    flags = [*command.flags, *(["over", SETTINGS] if command.takes_settings else [])]
     parameters = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in flags]
     function.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     return function

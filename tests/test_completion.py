@@ -35,6 +35,7 @@ def completed(*words: str) -> list[str]:
         (("alsace", "pre"), ["prepare", "pretrain-nano"]),
         (("alsace", "run", "config.yaml", "--dry"), ["--dry-run"]),
         (("alsace", "run", "config.yaml", "--distill.learn"), ["--distill.learning_rate"]),
+        (("alsace", "run", "config.yaml", "--ov"), ["--over"]),
         (("alsace", "status", "runs/demo", "--lines", "=", "3", "--"), ["--debug", "--every", "--watch"]),
         (("alsace", "submit", "--cluster", "=", "site.yaml", "config.yaml", "--aft"), ["--after"]),
         (("alsace", "run", "conf"), []),  # of which bash makes files
