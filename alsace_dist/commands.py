@@ -189,7 +189,7 @@ def replay(
         raise UserError(f"--stage={stage}: replay is for finetune and distill")
     if step < 1:
         raise UserError(f"--step={step}: which step? They count from 1, and an error or a warning names one")
-    config, number = _of_run(run), round if stage == "distill" else 0
+    config, number = _of_run(run), round if stage == "distill" else None
     (found,) = _matching(config, pipeline.stages(config), f"{run}/config.yaml", stage, variant, number)
     wanted = replace(found, replay=step)
     if failures.in_group():

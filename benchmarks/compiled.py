@@ -64,13 +64,14 @@ def main() -> None:
         if flags.only not in (what, None):
             continue
         begin = time.perf_counter()
-        if (found := run(compiled)) is not None:
+        found = run(compiled)
+        seconds, plains, own = time.perf_counter() - begin, list[float](), list[float]()
+        if found is not None:
             difference = abs(found - run(plain)).max()
             print(f"log-probabilities differ by {difference:.2g} at most")
             torch.compiler.reset()
             again = work.log_probs(compiled, prompts, batches[::-1], device)
             print(f"with the batches in the other order {(again != found).mean():.1%} of them are other numbers")
-        seconds, plains, own = time.perf_counter() - begin, list[float](), list[float]()
         run(plain)
         for _ in range(flags.blocks):
             plains.append(timed(partial(run, plain), device))

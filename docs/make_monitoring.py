@@ -27,10 +27,10 @@ either cannot be written (a full disk, a directory that is gone), that is said o
 
 Warnings are printed, kept in `RUN/warnings.jsonl` (`time`, `stage`, `text`), and shown by `alsace status`, in the
 report and in TensorBoard. A training warns when its loss jumps to thrice the usual, when one answer takes over in a
-language while its targets differ, or did at first, when live teachers drift from the vote, when speed falls by half, when ranks wait
-for data, and of a straggler, with its rank and host. A gradient that is not finite changes nothing: the training
-stops with the state before it kept, or counts it and goes on (`on_nonfinite`); `alsace replay RUN --step=N` then
-shows what each example of a step adds to its gradient.
+language while its targets differ, or did at first, when live teachers drift from the vote, when speed falls by half,
+when ranks wait for data, and of a straggler, with its rank and host. A gradient that is not finite changes nothing:
+the training stops with the state before it kept, or counts it and goes on (`on_nonfinite`); `alsace replay RUN
+--step=N` then shows what each example of a step adds to its gradient.
 """
 
 

@@ -129,8 +129,8 @@ class TaskTrainConfig(TrainConfig):
     the end, and export the last weights."""
     best_by: Literal["accuracy", "vote_agreement"] = "accuracy"
     """What is to rise, with `patience`: the average accuracy on `dev`, which looks at labels of every language; or the
-    share of answers on `dev` that are their group's vote, which looks at none (a model that gives one answer to
-    everything has most of it, so look at the languages, too)."""
+    share of answers on `dev` that are their group's vote, which looks at none; a model that gives one answer to all but
+    everything does not count."""
 
     @model_validator(mode="after")
     def _best_with_patience(self) -> Self:

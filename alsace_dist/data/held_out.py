@@ -41,7 +41,7 @@ def watched_rows(config: Config, section: TaskTrainConfig) -> list[Row]:
 
     Raises ``UserError`` if training is to stop by accuracy and none has a label, or by votes where there are none.
     """
-    if not (languages := watched_languages(config, section)):
+    if not (languages := watched_languages(config, section)) and section.patience is None:
         return []
     dataset, groups = open_dev(config, section), list[ParallelGroup]()
     for shard in dataset.shards:

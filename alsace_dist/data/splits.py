@@ -12,7 +12,12 @@ from alsace_dist.files.shards import ParallelGroup
 
 # Splits take undivided groups in this order, so that asking for more training data leaves the test groups as they are.
 SPLITS: tuple[Split, ...] = ("test", "dev", "labeled", "unlabeled", "pretrain")
-NEED_LABELS: tuple[Split, ...] = ("test", "dev", "labeled")
+NEED_LABELS: tuple[Split, ...] = ("test", "labeled")
+
+
+def needs_labels(split: str, config: Config) -> bool:
+    """Whether every group of a split has labels: of dev unless they are withheld."""
+    return split in NEED_LABELS or (split == "dev" and split not in config.data.withhold_labels)
 
 
 class Entry(NamedTuple):

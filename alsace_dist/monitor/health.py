@@ -164,7 +164,8 @@ class Health:
         )
 
     def _look_at_answers(self, step: int, sums: Mapping[str, np.ndarray], languages: Sequence[str]) -> None:
-        """Live teachers may collapse with those who learn: so answers are held against the first targets, too."""
+        """Live teachers may collapse with those who learn: so answers are held against the first targets, too; they are
+        the first of this start, so that a collapse before a restart is not seen after it."""
         if ANSWERS not in sums:
             return
         for number, language in enumerate(languages):
@@ -175,10 +176,11 @@ class Health:
             del self._answers[language]  # the next look is at newer answers
             own, wanted = seen[0] / seen[0].sum(), seen[1] / max(1.0, seen[1].sum())
             first, answer = self._first_targets.setdefault(language, wanted), int(own.argmax())
-            is_collapsed = own[answer] >= COLLAPSED and min(wanted[answer], first[answer]) <= NOT_COLLAPSED
+            usual = first[answer] if wanted[answer] >= COLLAPSED else wanted[answer]
+            is_collapsed = own[answer] >= COLLAPSED and usual <= NOT_COLLAPSED
             if self._is_in_a_row(f"collapse in {language}", is_collapsed and step > self._settled):
                 targets = f"{wanted[answer]:.0%} of the targets"
-                if wanted[answer] > NOT_COLLAPSED:
+                if wanted[answer] >= COLLAPSED:
                     targets += f" ({first[answer]:.0%} at first)"
                 self._warn(
                     "collapse",

@@ -15,6 +15,7 @@ DASHBOARD: Mapping[str, Mapping[str, Sequence[str]]] = {
     "Is it learning?": {
         "loss": ["train/loss"],
         "agreement with the targets": ["train/target_agreement", "train/vote_agreement"],
+        "agreement with the vote on dev": ["eval/dev_vote_agreement"],
         "accuracy on dev": ["eval/accuracy", "eval/accuracy_gap", "eval/accuracy_worst"],
         "accuracy on dev by language": ["accuracy_of/.*"],
         "agreement by language": ["agreement_of/.*"],

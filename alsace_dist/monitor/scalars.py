@@ -239,10 +239,10 @@ GROUPS: dict[str, tuple[str, tuple[Scalar, ...]]] = {
             Scalar(
                 "dev_vote_agreement",
                 "",
-                "share of the answers that are the majority vote of their group's languages; looks at no label",
+                "share of the answers that are the majority vote of their group's languages; looks at no label; left "
+                "out where all but all answers are one candidate",
                 "rises, then stays",
-                "falls: languages drift apart, set `patience` and `best_by: vote_agreement`; 1 while `accuracy` falls: "
-                "the model gives one answer to everything",
+                "falls: languages drift apart, set `patience` and `best_by: vote_agreement`",
             ),
             Scalar("accuracy", "", "mean over the languages", "rises, then stays", "falls: set `patience`"),
             Scalar(

