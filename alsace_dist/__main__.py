@@ -7,7 +7,11 @@ of Python's own. So the working directory leaves the path before anything else i
 import os
 import sys
 
-if sys.path and sys.path[0] in ("", os.getcwd()):  # noqa: PTH109 (pathlib might be a person's file, too)
+try:
+    here = os.getcwd()  # noqa: PTH109 (pathlib might be a person's file, too)
+except FileNotFoundError:  # the directory has been deleted
+    here = ""
+if sys.path and sys.path[0] in ("", here):
     del sys.path[0]
 
 from alsace_dist.cli import main

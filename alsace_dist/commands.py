@@ -2,7 +2,7 @@
 
 import shlex
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -65,6 +65,7 @@ def run(config: str, *, seeds: str | None = None, dry_run: bool = False, debug: 
                 print(f"{label}{stage.state():<9} {stage.name}")
         return
     if wanted:
+        _check_sweep(loaded, wanted)
         sweep.claim(Path(loaded.run_dir), wanted)
     for label, one in runs.items():
         if label:
@@ -380,8 +381,10 @@ def submit(
     from alsace_dist import sweep
     from alsace_dist.cluster.submit import submit as submit_run
 
-    wanted = sweep.wanted(seeds, overrides)
-    submit_run(_load(config, overrides), Path(config), cluster, nodes, stages, dry_run, after, wanted, at_once)
+    loaded, wanted = _load(config, overrides), sweep.wanted(seeds, overrides)
+    if wanted:
+        _check_sweep(loaded, wanted)
+    submit_run(loaded, Path(config), cluster, nodes, stages, dry_run, after, wanted, at_once)
 
 
 def status(run: str, *, lines: int = 5, watch: bool = False, every: int = 10, debug: bool = False) -> None:
@@ -479,7 +482,25 @@ def _report_sweep(run: Path) -> None:
     from alsace_dist.files.layout import CONFIG_FILE
 
     begun = [one for one in sweep.members(run) if (one.run / CONFIG_FILE).exists()]
-    runner.report_seeds(run, {one.seed: _of_run(str(one.run)) for one in begun})
+    found = {one.seed: _of_run(str(one.run)) for one in begun}
+    for seed, config in found.items():
+        if config.seed != seed:
+            raise UserError(
+                f"{config.run_dir}/{CONFIG_FILE}: is of seed {config.seed}, not {seed}; move it out of the sweep"
+            )
+    if found:
+        sweep.check_same(list(found.values()))
+    runner.report_seeds(run, found)
+
+
+def _check_sweep(config: "Config", seeds: Sequence[int]) -> None:
+    """Raises ``UserError`` if the other seeds of a sweep have another config."""
+    from alsace_dist import sweep
+    from alsace_dist.files.layout import CONFIG_FILE
+
+    others = [one for one in sweep.members(Path(config.run_dir)) if one.seed not in seeds]
+    begun = [_of_run(str(one.run)) for one in others if (one.run / CONFIG_FILE).exists()]
+    sweep.check_same([*begun, config])
 
 
 def _of_run(run: str) -> "Config":

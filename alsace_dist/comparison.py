@@ -30,7 +30,11 @@ def compare(configs: Sequence[Config]) -> str:
         key = json.dumps(config.model_dump(mode="json", exclude=OWN_KEYS), sort_keys=True)
         by_config.setdefault(key, []).append(config)
     ways: dict[str, Pooled] = {}
-    for same in by_config.values():
+    names = [_name(same) for same in by_config.values()]
+    if len(set(names)) < len(names):
+        names = [", ".join(config.run_dir for config in same) for same in by_config.values()]
+    for title, same in zip(names, by_config.values(), strict=True):
+        _check_variants(same)
         found: dict[int, dict[str, Evaluation]] = {}
         for config in same:
             if config.seed in found:
@@ -41,8 +45,20 @@ def compare(configs: Sequence[Config]) -> str:
             if "main" not in found[config.seed]:
                 raise NotReady(f"{config.run_dir}: holds no evaluation yet; `alsace run` makes one")
         pooled = seeds.pooled(found, same[0].evaluate.alpha)
-        ways |= {f"{_name(same)}: {way}" if len(by_config) > 1 else way: one for way, one in pooled.items()}
+        ways |= {f"{title}: {way}" if len(by_config) > 1 else way: one for way, one in pooled.items()}
     return f"{TITLE}\n\n{markdown.table(seeds.seeds_table(ways))}\n\n{NOTE}"
+
+
+def _check_variants(same: Sequence[Config]) -> None:
+    """Raises ``UserError`` if a variant's name means one thing in a run and another in another."""
+    known: dict[str, tuple[str, object]] = {}
+    for config in same:
+        for name, settings in config.variants.items():
+            run, others = known.setdefault(name, (config.run_dir, settings))
+            if settings != others:
+                raise UserError(
+                    f"{config.run_dir}: its variant {name} has other settings than that of {run}; leave one out"
+                )
 
 
 def _name(same: Sequence[Config]) -> str:

@@ -12,6 +12,7 @@ from alsace_dist.files.evaluation import KIND as EVALUATION
 from alsace_dist.files.evaluation import read_evaluation
 from alsace_dist.files.layout import MODEL, Layout, data_url
 from alsace_dist.files.shards import open_dataset
+from alsace_dist.outcome import check_is_of_model
 from alsace_dist.stages.base import Output, model_after
 
 CARD = "README.md"
@@ -33,6 +34,7 @@ def export(config: Config, into: Path, variant: str = "") -> None:
     for output in (model, evaluated):
         if not output.exists:
             raise NotReady(f"{output.directory}: not complete; `alsace run` goes on with it")
+    check_is_of_model(config, variant)
     if into.exists() and (not into.is_dir() or any(into.iterdir())):
         raise UserError(f"{into}: is there already; choose another directory, or remove it")
     found = model.manifest()

@@ -33,6 +33,7 @@ from alsace_dist.reporting.tables import Row, Table, figures_after, figures_befo
 from alsace_dist.reporting.verdict import printable
 from alsace_dist.stages.base import Output, model_after
 
+LARGEST = 1e100  # no number that a training logs; NaN is not below it either
 MOST_GROUPS = 5000  # that figures are made of
 REPORT = "report"  # the log of results and figures, in TensorBoard's directory
 EVENTS = "events.out.tfevents.*"
@@ -58,13 +59,41 @@ SETTINGS = (
 
 
 def evaluations_of(config: Config) -> dict[str, Evaluation]:
-    """Variant -> its evaluation, of those that are complete; the run itself as "main"."""
+    """Variant -> its evaluation, of those that are complete; the run itself as "main".
+
+    Raises ``UserError`` for one of scores, or of a model, that has been made anew since.
+    """
     found = {}
-    for name, _ in pipeline.variants(config):
+    for name, own in pipeline.variants(config):
         output = Output(Layout(Path(config.run_dir), name).evaluation, EVALUATION)
         if output.exists:
+            check_is_of_model(own, name)
             found[name or "main"] = read_evaluation(output.directory)
     return found
+
+
+def check_is_of_model(config: Config, variant: str) -> None:
+    """Raises ``UserError`` if the evaluation of a run, or of a variant, is not one of the model that lies there.
+
+    ``config``: with the settings of the variant. Scores or a model that is gone, to save room, is no contradiction.
+    """
+    layout = Layout(Path(config.run_dir), variant)
+    evaluation = Output(layout.evaluation, EVALUATION)
+    scores = Output(layout.scores(config.rounds, "test"), SCORES)
+    model = model_after(config, layout, config.rounds)
+    if not scores.exists:
+        return
+    known = scores.manifest()
+    if evaluation.manifest().fingerprint.get("after") != known.digest:
+        raise UserError(
+            f"{evaluation.directory}: is of other scores than those in {scores.directory}; delete it, and `alsace run` "
+            "evaluates anew"
+        )
+    if model is not None and model.exists and known.fingerprint.get("model") != {model.kind: model.manifest().digest}:
+        raise UserError(
+            f"{scores.directory}: is of another model than that in {model.directory}; delete it, and `alsace run` "
+            "scores anew"
+        )
 
 
 def facts_of(config: Config) -> Facts:
@@ -85,7 +114,7 @@ def facts_of(config: Config) -> Facts:
         data=data_lines(layout),
         pictures=_pictures(config, layout, num_groups.get("test", 0), trainings),
         tables={"selection": _worth(config, layout), "data": _texts(layout)},
-        speeds=_speeds(trainings),
+        speeds=[*_ends(config, layout), *_speeds(trainings)],
         costs=read_costs(layout.run),
         warnings=read_warnings(layout.run),
         again=_again(config, layout),
@@ -157,10 +186,26 @@ def _speeds(trainings: Rows) -> list[str]:
     found = []
     for title, rows in trainings.items():
         speeds = [(row.get("sequences_per_second"), row.get("tokens_per_second")) for row in rows]
-        known = [one for one in speeds if all(isinstance(value, int | float) for value in one)]
+        known = [one for one in speeds if None not in one]
         if known:
             sequences, tokens = (median(column) for column in zip(*known, strict=True))
             found.append(f"{title}: {sequences:,.0f} examples and {tokens:,.0f} tokens a second (median)")
+    return found
+
+
+def _ends(config: Config, layout: Layout) -> list[str]:
+    """Which trainings did not end with their last step."""
+    found = []
+    for number in range(config.rounds + 1):
+        output = model_after(config, layout, number)
+        with _optional():
+            details = output.manifest().details if output else {}
+            steps, exported = details.get("num_steps"), details.get("exported_step")
+            if output and isinstance(steps, int) and isinstance(exported, int):
+                found.append(
+                    f"{output.kind} was stopped early, after {steps:,} steps: the weights after step {exported:,} were "
+                    "the best on dev, and are the result"
+                )
     return found
 
 
@@ -171,7 +216,10 @@ def _trainings(config: Config, layout: Layout) -> Rows:
         **{f"distill round {number}": layout.distill(number) for number in range(1, config.rounds + 1)},
     }.items():
         with _optional():
-            rows[title] = read_scalars(directory / METRICS)
+            rows[title] = [
+                {name: value for name, value in row.items() if isinstance(value, int | float) and abs(value) < LARGEST}
+                for row in read_scalars(directory / METRICS)
+            ]
     return rows
 
 

@@ -82,6 +82,20 @@ def check_regular(path: Path, remedy: str, most_bytes: int | None = None) -> int
     return found.st_size
 
 
+def check_file(name: str) -> None:
+    """Raises ``UserError`` if what a pattern has found is no file: left out, a language would be lost in silence."""
+    path = Path(name)
+    if not path.is_file():
+        kind = "a directory" if path.is_dir() else "a pipe or a device" if path.exists() else "a link to nothing"
+        raise UserError(f"{name}: is {kind}, no file; restore the file or correct the path")
+
+
+def check_encoding(path: Path, beginning: bytes) -> None:
+    """Raises ``UserError`` if a file begins as UTF-16."""
+    if beginning[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        raise UserError(f"{path}: is UTF-16; save it as UTF-8")
+
+
 def read_text(path: Path, remedy: str, most_bytes: int = MAX_TEXT_BYTES) -> str:
     """A UTF-8 text.
 

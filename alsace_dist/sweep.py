@@ -11,14 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from alsace_dist import pipeline
-from alsace_dist.config import Config
+from alsace_dist.config import NOT_IN_FINGERPRINT, Config
 from alsace_dist.errors import UserError
 from alsace_dist.files.layout import SEEDS_NUMBERS, SEEDS_TABLE, Layout
-from alsace_dist.files.manifest import read_json, write_json
+from alsace_dist.files.manifest import differences, read_json, write_json
 
 FILE = "sweep.json"
 MAX_SEED = 2**63 - 1
 MAX_SEEDS = 1000
+# Sections that may differ between the runs of a sweep: they change no result, or are added later.
+OF_EACH_RUN = {"seed", "run_dir", "variants", "engine", "monitor", "export", "score"}
 _PART = re.compile(r"(\d{1,19})(?:-(\d{1,19}))?", re.ASCII)
 
 
@@ -113,6 +115,25 @@ def claim(run: Path, seeds: Sequence[int]) -> list[Member]:
     if new := [seed for seed in seeds if seed not in known]:
         write_json(run / FILE, {"seeds": [*known, *new]})
     return members(run)
+
+
+def check_same(configs: Sequence[Config]) -> None:
+    """Raises ``UserError`` if runs of one sweep differ in more than their seeds and what changes no result."""
+    first, *others = configs
+    for other in others:
+        if rows := differences(_results(first), _results(other)):
+            raise UserError(
+                f"{other.run_dir}: is no seed of the same config as {first.run_dir} ({rows[0]}); a sweep has one "
+                "config, so give the other a run_dir of its own"
+            )
+
+
+def _results(config: Config) -> dict[str, Any]:
+    """What a run's results depend on, but for the seed; variants may be added later."""
+    value = config.model_dump(mode="json", exclude=OF_EACH_RUN)
+    for name in ("pretrain", "finetune", "distill"):
+        value[name] = {key: one for key, one in (value[name] or {}).items() if key not in NOT_IN_FINGERPRINT}
+    return value
 
 
 def refuse_sweep(run: Path) -> None:

@@ -2,22 +2,28 @@
 
 import json
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
 from reporting.test_report import make_evaluation
 
+from alsace_dist import exporting, sweep
 from alsace_dist.comparison import compare
 from alsace_dist.config import Config
 from alsace_dist.config_file import config_text, load_config
 from alsace_dist.errors import NotReady, UserError
 from alsace_dist.files.costs import COSTS, add_cost, read_costs
-from alsace_dist.files.evaluation import write_evaluation
-from alsace_dist.files.layout import Layout
+from alsace_dist.files.evaluation import read_evaluation, write_evaluation
+from alsace_dist.files.layout import DISTILL, Layout
+from alsace_dist.files.manifest import load_manifest, write_manifest
+from alsace_dist.files.scores import KIND as SCORES
 from alsace_dist.files.warnings import WARNINGS, add_warning, read_warnings
+from alsace_dist.outcome import evaluations_of
 from alsace_dist.reporting.facts import cost_table, duration, warning_lines
 
 BEFORE = {"en": 0.7, "de": 0.4}
@@ -56,8 +62,58 @@ def test_what_cannot_be_compared_is_said(tmp_path: Path) -> None:
         compare([one, one.model_copy(update={"seed": 3, "run_dir": str(tmp_path / "none")})])
 
 
+def test_a_variants_name_means_one_thing_and_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    one, other = run_of(tmp_path, 1, 0.5), run_of(tmp_path, 2, 0.6)
+    with pytest.raises(UserError, match=r"its variant v has other settings than that of .*seed-1-0.001; leave one out"):
+        compare(
+            [
+                config.model_copy(update={"variants": {"v": {"select": {"rule": rule}}}})
+                for config, rule in ((one, "all"), (other, "source"))
+            ]
+        )
+    away = run_of(tmp_path / "away", 1, 0.41, rate=1e-4)
+    (tmp_path / "away/seed-1-0.0001").rename(tmp_path / "away/seed-1-0.001")
+    away = away.model_copy(update={"run_dir": str(tmp_path / "away/seed-1-0.001")})
+    text = compare([one, away])
+    assert f"{one.run_dir}: before" in text and f"{away.run_dir}: before" in text
+    starts = [line for line in text.splitlines() if ": before" in line]
+    assert all(line.rstrip("| ").endswith("– | –") for line in starts)  # nothing to compare them with
+
+
+def test_runs_of_a_sweep_have_one_config(tmp_path: Path) -> None:
+    one, other = run_of(tmp_path, 1, 0.5), run_of(tmp_path, 2, 0.6, rate=1e-4)
+    with pytest.raises(UserError, match=r"is no seed of the same config as .*distill.learning_rate: 0.001 -> 0.0001"):
+        sweep.check_same([one, other])
+    faster = one.engine.model_copy(update={"zero_stage": 2})
+    distill = one.distill.model_copy(update={"checkpoint_every_steps": 7})
+    sweep.check_same([one, one.model_copy(update={"seed": 2, "engine": faster, "distill": distill})])
+
+
+def test_an_evaluation_of_another_model_is_no_result_of_this_one(tmp_path: Path) -> None:
+    """Made anew: first the scores, then the model as well."""
+    config = run_of(tmp_path, 1, 0.5)
+    layout = Layout(Path(config.run_dir))
+    assert set(evaluations_of(config)) == {"main"}  # scores and model were deleted, to save room
+
+    def make(directory: Path, kind: str, number: int = 0, **fingerprint: Any) -> str:
+        directory.mkdir(parents=True, exist_ok=True)
+        write_manifest(directory, kind, fingerprint, [], {"number": number})
+        return load_manifest(directory, kind).digest
+
+    model = make(layout.distill(1), DISTILL)
+    after = make(layout.scores(1, "test"), SCORES, model={DISTILL: model})
+    write_evaluation(layout.evaluation, read_evaluation(layout.evaluation), {"after": after}, 1000)
+    assert set(evaluations_of(config)) == {"main"}
+    make(layout.distill(1), DISTILL, 7)
+    with pytest.raises(UserError, match=r"round1/scores/test: is of another model than that in .*distill; delete it"):
+        evaluations_of(config)
+    make(layout.scores(1, "test"), SCORES, 7)
+    with pytest.raises(UserError, match=r"evaluation: is of other scores than those in .*round1/scores/test; delete"):
+        exporting.export(config, tmp_path / "out")
+
+
 def test_warnings_are_kept_once_each_with_how_often_they_were_said(tmp_path: Path) -> None:
-    for stage, text in (("score", "a"), ("distill", "slow\x1b[31m"), ("score", "a"), ("finetune", "b")):
+    for stage, text in (("score", "a"), ("distill", "slow\x1b[31m"), ("score", "a"), ("finetune", "b\u2028\x85")):
         add_warning(tmp_path, stage, text)
     with (tmp_path / WARNINGS).open("a") as file:
         file.write('{"time": "now", "sta')  # a disk was full
@@ -65,9 +121,9 @@ def test_warnings_are_kept_once_each_with_how_often_they_were_said(tmp_path: Pat
     assert [(one.stage, one.text, count) for one, count in found] == [
         ("distill", "slow\x1b[31m", 1),
         ("score", "a", 2),
-        ("finetune", "b", 1),
+        ("finetune", "b\u2028\x85", 1),
     ]
-    assert warning_lines(found) == ["finetune: b", "score: a (said 2 times)", "distill: slow\ufffd[31m"]
+    assert warning_lines(found) == ["finetune: b\ufffd\ufffd", "score: a (said 2 times)", "distill: slow\ufffd[31m"]
     add_warning(tmp_path / "gone", "score", "not lost: it was printed")
     assert read_warnings(tmp_path / "gone") == []
 
@@ -84,6 +140,23 @@ def test_costs_add_up_over_the_starts_of_a_stage(tmp_path: Path) -> None:
         ["in all", "2 h 00 min", "–", "–", "2.50"],
     ]
     assert (duration(59), duration(61), duration(3599)) == ("59 s", "1 min", "1 h 00 min")
+
+
+def test_status_sees_who_works_here_and_what_has_stopped(world: Path, tmp_path: Path) -> None:
+    data = {"inputs": [], "splits": {}, "directory": str(world / "run/data")}
+    value = tiny.make_config(world, run_dir=str(tmp_path / "run"), data=data, finetune={"num_steps": 100_000})
+    config = tiny.write_config(tmp_path / "c.yaml", value)
+
+    def line() -> str:
+        rows = tiny.alsace("status", str(tmp_path / "run")).stdout.splitlines()
+        return next(row for row in rows if row.startswith("finetune"))
+
+    with tiny.started("finetune", str(config)) as process:
+        tiny.wait_for(lambda: (tmp_path / "run/finetune/progress.json").exists())
+        assert re.search(r"running: process \d+ on \S+ +\d+/100000", line())
+        process.send_signal(signal.SIGTERM)
+        process.wait(timeout=60)
+    assert re.search(r"stopped; `alsace run` goes on with it +\d+/100000", line())
 
 
 def test_status_shows_warnings_and_goes_on_showing_them(world: Path, tmp_path: Path) -> None:

@@ -62,7 +62,7 @@ UNKNOWN = [
         "fields, id, label, language",
     ),
     ({"model": {"path": None, "nano": {"layers": 2}}}, "model.nano.layers", "d_ff, d_kv, d_model"),
-    ({"finetune": {"epochs": 2}}, "finetune.epochs", "checkpoint_every_steps"),
+    ({"finetune": {"epochs": 2}}, "finetune.epochs", "best_by, checkpoint_every_steps"),
     ({"variants": {"v": {"select": {"rul": "all"}}}}, "variants.v: select.rul", "beta, calibration"),
 ]
 
@@ -350,7 +350,9 @@ def test_a_given_length_takes_the_place_of_the_default_one(tmp_path: Path) -> No
 
 
 def test_overrides_are_checked_like_the_file(tmp_path: Path) -> None:
-    assert complaint(tmp_path, **{"distill.lr": 1}).startswith("distill.lr: unknown key; known here: checkpoint_ev")
+    assert complaint(tmp_path, **{"distill.lr": 1}).startswith(
+        "distill.lr: unknown key; known here: best_by, checkpoint_ev"
+    )
     assert complaint(tmp_path, **{"seed.x": 1}) == "seed: Input should be a valid integer, not {'x': 1}"
     assert complaint(tmp_path, **{"engine.dtype": "fp16"}).startswith("engine.dtype: fp16 overflows")
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from alsace_dist import pipeline, sweep
+from alsace_dist import pipeline, runner, sweep
 from alsace_dist.cluster import jobs, queue, scripts
 from alsace_dist.cluster.scripts import Job
 from alsace_dist.config import Config
@@ -18,6 +18,7 @@ from alsace_dist.files.progress import read_progress
 from alsace_dist.files.warnings import read_warnings
 from alsace_dist.reading import check_regular
 from alsace_dist.reporting.verdict import printable
+from alsace_dist.stages.base import Stage
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -42,7 +43,7 @@ class StageStatus:
     @property
     def is_telling(self) -> bool:
         """Whether the last lines of the log say something of it."""
-        return self.state.startswith(("running", "failed", "ending"))
+        return self.state.startswith(("running", "failed", "ending", "stopped"))
 
 
 def print_status(config: Config, num_lines: int) -> None:
@@ -161,7 +162,8 @@ def _print_warnings(console: "Console", run: Path, num_lines: int) -> None:
         console.print(f"\nLast warnings of {_relative(run)}:", soft_wrap=True)
         for one, count in found:
             times = f" (said {count} times)" if count > 1 else ""
-            console.print(f"  {one.time}  {one.stage}: {printable(one.text)}{times}", soft_wrap=True)
+            said = printable(f"{one.time}  {one.stage}: {one.text}")
+            console.print(f"  {said}{times}", soft_wrap=True)
 
 
 def _relative(path: Path) -> Path:
@@ -176,8 +178,10 @@ def _state(job: Job, run: Path, row: jobs.Submitted | None, found: queue.JobStat
     """
     if job.stage is not None and job.stage.state() == "complete":
         return "done"
+    if row is None and job.stage is not None:
+        return _without_slurm(job.stage)
     if row is None:
-        return "done" if job.stage is None and (run / "report.json").exists() else "to do"
+        return "done" if (run / "report.json").exists() else "to do"
     cause = cause_of(Path(row.script).parent, row.job_id) or _last_error(Path(row.log), row.job_id)
     if found is None:
         if job.stage is None and (run / "report.json").exists():
@@ -198,6 +202,14 @@ def _state(job: Job, run: Path, row: jobs.Submitted | None, found: queue.JobStat
             return "cancelled: the job that it was to follow has not succeeded"
         return "cancelled"
     return f"failed: {_why(found, cause)}"
+
+
+def _without_slurm(stage: Stage) -> str:
+    """A stage's state that is not done and was not submitted: others may work on it here all the same."""
+    if holder := runner.holder_of(stage.lock):
+        return f"running: {printable(holder)}"
+    begun = any(read_progress(output.directory) for output in stage.outputs)
+    return "stopped; `alsace run` goes on with it" if begun else "to do"
 
 
 def _why(found: queue.JobState, cause: str) -> str:
@@ -236,7 +248,10 @@ def cause_of(directory: Path, job_id: str) -> str:
     if not starts:
         return ""
     causes = sorted(max(starts, key=lambda path: path.stat().st_mtime).glob("cause-*"))
-    return causes[0].read_text(encoding="utf-8").strip() if causes else ""
+    try:
+        return printable(causes[0].read_text(encoding="utf-8", errors="replace").strip()) if causes else ""
+    except OSError:  # no file, or gone since
+        return ""
 
 
 def _progress(job: Job) -> str:
@@ -253,8 +268,8 @@ def tail(log: Path) -> list[str]:
     """The last lines of a log, without reading the rest of it."""
     try:
         check_regular(log, "it is no log")  # a pipe would never end
-    except (FileNotFoundError, NotADirectoryError):
+    except (UserError, OSError):
         return []
     with log.open("rb") as file:
         file.seek(max(0, file.seek(0, 2) - TAIL_BYTES))
-        return file.read().decode("utf-8", "replace").splitlines()
+        return [printable(line) for line in file.read().decode("utf-8", "replace").splitlines()]

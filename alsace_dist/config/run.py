@@ -109,8 +109,9 @@ class Config(Section):
             raise ValueError("evaluate.calibrate needs select.calibration: marginal")
         if self.task.has_own_candidates and self.finetune is not None and self.finetune.shots:
             raise ValueError("finetune.shots counts labels, and task.candidates: own has none; use num_examples")
-        if "main" in self.variants:
-            raise ValueError("variants.main: so the report calls the run itself; choose another name")
+        for name, what in (("main", "the run itself"), ("before", "the model before")):
+            if name in self.variants:
+                raise ValueError(f"variants.{name}: so the report calls {what}; choose another name")
         for name, overrides in self.variants.items():
             if extra := sorted(overrides.keys() - VARIANT_KEYS):
                 raise ValueError(

@@ -177,7 +177,7 @@ def _own_label(row: RecordRow, number: int, bad: BadRecords) -> Label:
     if row.label is None:
         return None
     several = row.label if isinstance(row.label, list | tuple) else [row.label]
-    indices = [int(one) if isinstance(one, str) and one.isdecimal() else one for one in several]
+    indices = [int(one) if isinstance(one, str) and one.isdecimal() and len(one) < 10 else one for one in several]
     is_sound = bool(indices) and all(type(one) is int and one in range(number) for one in indices)
     if not is_sound or len(set(indices)) != len(indices):
         if number:  # else the candidates are what is wrong

@@ -2,16 +2,18 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from alsace_dist.config import InputConfig, TaskConfig
-from alsace_dist.data.records import BadRecords, Place, RecordRow, key_of
+from alsace_dist.data.records import ROW_COUNT, BadRecords, Place, RecordRow, key_of
 from alsace_dist.errors import UserError
 from alsace_dist.reading import shorten
 
 Cells = dict[str, Any]
 Line = TypeVar("Line")
 ROW_NUMBER = "\0row number"  # no column has this name
+NOBODYS = "no one knows of which language this row is, and rows are joined by their position; mend it, or give rows ids"
 
 
 class FileRow(NamedTuple):
@@ -50,6 +52,10 @@ class Numbering:
         self._last[language] = (number, place)
         return number
 
+    def has(self, language: Any) -> bool:
+        """Whether any row of a language was met."""
+        return language in self._last
+
     def check(self, bad: BadRecords, kind: str) -> None:
         """Note, as ``kind``, every language that has more or fewer rows than most, at its last row."""
         counts = Counter(number for number, _ in self._last.values())
@@ -57,6 +63,13 @@ class Numbering:
         for language, (number, place) in self._last.items():
             if number != usual:
                 bad.add(place, kind, f"{language} ends here after {number:,} rows, where most languages have {usual:,}")
+
+
+def check_languages(files: Mapping[str, Path], numbering: Numbering) -> None:
+    """Raises ``UserError`` if a language has no rows. ``files``: the first file of each language that has its own."""
+    for language, path in files.items():
+        if not numbering.has(language):
+            raise UserError(f"{path}: holds no rows; restore the file, or leave {language} out (languages)")
 
 
 def wanted_columns(
@@ -90,12 +103,17 @@ def records_of(
         if cells is None:
             # A broken row keeps its place among the rows of its language, where that is known.
             number = None if language is None else numbering.next(language, place)
+            if number is None and columns.id is None and columns.language is not None:
+                bad.add(place, ROW_COUNT, NOBODYS)
             broken = key if columns.id is not None else number and str(number)
             bad.broken_keys |= {broken} if broken else set()
             continue
         named = cells.get(columns.language) if language is None and columns.language is not None else language
         if isinstance(named, (list, dict)):
             bad.add(place, "missing language", f"{columns.language} holds {shorten(repr(named))}, which names none")
+        if columns.id is None and columns.language is not None and not (isinstance(named, str) and named.strip()):
+            bad.add(place, ROW_COUNT, NOBODYS)
+        if isinstance(named, (list, dict)):
             continue
         number = numbering.next(named, place)
         key = str(number) if columns.id is None else key_of(cells.get(columns.id))
@@ -132,6 +150,8 @@ def records_of_cells(
 def _translations(value: Any) -> Mapping[str, Any] | None:
     """Language -> text of a cell that holds several languages, in either form that ``datasets`` has; None if it is
     neither."""
+    if isinstance(value, list) and all(isinstance(pair, tuple) and len(pair) == 2 for pair in value):
+        value = dict(value)  # a map of Parquet
     if not isinstance(value, dict):
         return None
     if value.keys() == {"language", "translation"}:

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from alsace_dist.config import InputConfig, TaskConfig
-from alsace_dist.data.columns import records_of_cells, wanted_columns
-from alsace_dist.data.records import BadRecords, RecordRow, input_files, key_of
-from alsace_dist.data.tables import cells_of_tables
+from alsace_dist.data.columns import Cells, records_of_cells, wanted_columns
+from alsace_dist.data.records import BadRecords, Place, RecordRow, input_files, key_of
+from alsace_dist.data.tables import UNREADABLE, cells_of_tables
 from alsace_dist.errors import UserError
 
 
@@ -53,7 +53,7 @@ def read_huggingface(one: InputConfig, task: TaskConfig, bad: BadRecords) -> Ite
         has_names = isinstance(label, datasets.ClassLabel) and set(label.names) & set(task.labels)
         names = label.names if has_names else []
         tables = dataset.select_columns(wanted).with_format("arrow").iter(1000)
-        for place, cells in cells_of_tables(tables, where):
+        for place, cells in _readable(cells_of_tables(tables, where), where):
             # Row numbers alone would collide: the splits of one dataset are different inputs.
             number = f"{name}/{one.hub_split or 'train'}/{place.number}"
             key = key_of(cells[one.columns.id]) if with_id and one.columns.id is not None else number
@@ -61,6 +61,13 @@ def read_huggingface(one: InputConfig, task: TaskConfig, bad: BadRecords) -> Ite
             if isinstance(label, datasets.ClassLabel) and one.columns.label is not None:
                 cells[one.columns.label] = _class_name(cells[one.columns.label], names)
             yield from records_of_cells(place, key, cells, one, task, named, bad)
+
+
+def _readable(rows: Iterator[tuple[Place, Cells]], where: str) -> Iterator[tuple[Place, Cells]]:
+    try:
+        yield from rows
+    except UNREADABLE as error:
+        raise UserError(f"{where}: cannot be read ({' '.join(str(error).split())}); restore the dataset") from None
 
 
 def languages_on_hub(one: InputConfig) -> list[str]:

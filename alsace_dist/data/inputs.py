@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any, cast
 
 from alsace_dist import tasks
-from alsace_dist.config import Config, InputConfig
+from alsace_dist.config import Config, InputConfig, TaskConfig
 from alsace_dist.data import hub, jsonl, published, tables
 from alsace_dist.data.columns import Numbering
-from alsace_dist.data.records import BadRecords, Place, RecordRow, input_files
+from alsace_dist.data.records import ROW_COUNT, BadRecords, Place, RecordRow, input_files
 from alsace_dist.errors import UserError
 from alsace_dist.files.manifest import digest_file, digest_json
 from alsace_dist.tasks.base import FoundProblem, Published
@@ -123,12 +123,25 @@ def _by_key(rows: Iterable[RecordRow], bad: BadRecords) -> Groups:
 
 def _read_jsonl(one: InputConfig, config: Config, bad: BadRecords) -> Groups:
     if jsonl.holds_rows(one):
-        return _by_key(jsonl.read_rows(one, config.task, bad, Numbering()), bad)
+        return _by_key(_counted(jsonl.read_rows, one, config, bad), bad)
     return jsonl.read_groups(one, bad)
 
 
 def _read_tables(one: InputConfig, config: Config, bad: BadRecords) -> Groups:
-    return _by_key(tables.read_tables(one, config.task, bad, Numbering()), bad)
+    return _by_key(_counted(tables.read_tables, one, config, bad), bad)
+
+
+def _counted(
+    read: Callable[[InputConfig, TaskConfig, BadRecords, Numbering], Iterator[RecordRow]],
+    one: InputConfig,
+    config: Config,
+    bad: BadRecords,
+) -> Iterator[RecordRow]:
+    """The rows of files; where they are joined by their position, every language must have equally many."""
+    numbering = Numbering()
+    yield from read(one, config.task, bad, numbering)
+    if one.columns.id is None:
+        numbering.check(bad, ROW_COUNT)
 
 
 def _read_hub(one: InputConfig, config: Config, bad: BadRecords) -> Groups:

@@ -1,15 +1,15 @@
 """JSONL: a group a line with all its texts, or, as in a table, a row a line under keys of any name."""
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from alsace_dist.config import ColumnsConfig, InputConfig, TaskConfig
-from alsace_dist.data.columns import FileRow, Numbering, records_of, rows_between, wanted_columns
+from alsace_dist.data.columns import FileRow, Numbering, check_languages, records_of, rows_between, wanted_columns
 from alsace_dist.data.records import (
     BLANK,
-    ROW_COUNT,
     BadRecords,
     Place,
     RecordRow,
@@ -19,7 +19,7 @@ from alsace_dist.data.records import (
     open_bytes,
 )
 from alsace_dist.errors import UserError
-from alsace_dist.reading import why_no_json
+from alsace_dist.reading import check_encoding, why_no_json
 
 
 def holds_rows(one: InputConfig) -> bool:
@@ -40,14 +40,15 @@ def read_rows(
 ) -> Iterator[RecordRow]:
     """Rows of files with one row a line: in long form, a file per language, or with mappings language -> text.
 
-    ``language``: of all rows, if neither files nor keys say it.
+    ``language``, ``numbering``: as in ``tables.read_tables``. Raises ``UserError`` if a language's files hold no rows.
     """
+    languages: dict[str, Path] = {}
     for path in input_files(one):
-        named = language or language_of_file(one.located(), path)
+        if named := language or language_of_file(one.located(), path):
+            languages.setdefault(named, path)
         rows = _checked_rows(path, one, task, named is None, bad)
         yield from records_of(rows, one, task, named, numbering, bad)
-    if one.columns.id is None:
-        numbering.check(bad, ROW_COUNT)
+    check_languages(languages, numbering)
 
 
 def _checked_rows(
@@ -55,7 +56,7 @@ def _checked_rows(
 ) -> Iterator[FileRow]:
     """Raises ``UserError`` if the first row lacks a key: then most rows will."""
     is_first = True
-    for place, record in _lines(path, bad, one.columns.id is None):
+    for place, record in _lines(path, bad, one.columns.id is None, one.columns.id):
         if record is not None and not isinstance(record, dict):
             bad.add(place, "broken JSON", "the line is not an object")
             record = None
@@ -67,10 +68,13 @@ def _checked_rows(
         yield FileRow(place, record)
 
 
-def _lines(path: Path, bad: BadRecords, by_position: bool = False) -> Iterator[tuple[Place, Any]]:
+def _lines(
+    path: Path, bad: BadRecords, by_position: bool = False, id_key: str | None = None
+) -> Iterator[tuple[Place, Any]]:
     """The values of a file's lines; None, and the reason reported, for a line that is no JSON. Blank lines are none.
 
-    ``by_position``: as in ``rows_between``.
+    ``by_position``: as in ``rows_between``; ``id_key``: under which rows have their ids, which are looked for in lines
+    that cannot be read, for their groups lack a language then.
     """
     with open_bytes(path) as file:
         numbered = enumerate(file, start=1)
@@ -94,13 +98,24 @@ def _lines(path: Path, bad: BadRecords, by_position: bool = False) -> Iterator[t
                 bad.add(place, "broken JSON", f"{error.msg} at column {error.colno}")
             except (ValueError, RecursionError) as error:
                 bad.add(place, "broken JSON", why_no_json(error))
+            if record is None and id_key is not None and (key := _id_in(line, id_key)):
+                bad.broken_keys.add(key)
             yield place, record
+
+
+def _id_in(line: bytes, id_key: str) -> str | None:
+    """The id that stands in a line which is no JSON, if one can be made out."""
+    name = re.escape(json.dumps(id_key, ensure_ascii=False))
+    match = re.search(name + r'\s*:\s*("(?:[^"\\]|\\.){1,200}"|-?[0-9]{1,20}\b)', line.decode("utf-8", "replace"))
+    try:
+        return key_of(json.loads(match[1])) if match else None
+    except ValueError:
+        return None
 
 
 def _check_first_line(path: Path, line: bytes) -> None:
     """Raises ``UserError`` for the ways in which JSON is no JSONL as a whole."""
-    if line[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        raise UserError(f"{path}: is UTF-16; save it as UTF-8")
+    check_encoding(path, line)
     first = line.strip().removeprefix(b"\xef\xbb\xbf")
     if first[:1] == b"[":
         raise UserError(f"{path}: is one JSON array; JSONL has one object a line (jq -c '.[]' makes that of it)")
@@ -128,9 +143,17 @@ def rows_of_record(record: Any, place: Place, bad: BadRecords) -> Iterator[list[
         bad.add(place, "no texts", "`texts` must map at least one language to its fields")
         return
     key, unit = key_of(record.get("id")), key_of(record.get("unit"))
-    candidates, apart, category = record.get("candidates"), record.get("apart"), record.get("category")
+    candidates, apart, category = record.get("candidates"), record.get("apart"), key_of(record.get("category"))
     own = candidates if isinstance(candidates, dict) else {}
-    others = apart if isinstance(apart, dict) else {}
+    others = {} if apart is None else apart
+    if not (isinstance(others, dict) and others.keys() <= texts.keys()):
+        detail = f"`apart` must map languages of the group ({', '.join(map(str, texts))}) to their labels"
+        bad.add(place, "conflicting candidates", detail)
+        return
+    for name, value in (("unit", unit), ("category", category)):
+        if value is None and record.get(name) not in (None, ""):
+            bad.add(place, "missing field", f"`{name}` must be a text or a whole number")
+            return
     yield [
         RecordRow(
             place,
@@ -141,7 +164,7 @@ def rows_of_record(record: Any, place: Place, bad: BadRecords) -> Iterator[list[
             unit,
             candidates=own.get(language),
             is_apart=language in others,
-            category=category if isinstance(category, str) else "",
+            category=category or "",
         )
         for language, fields in texts.items()
     ]

@@ -16,9 +16,16 @@ from typing import Any
 from alsace_dist.config import ColumnsConfig, InputConfig, TaskConfig
 from alsace_dist.data import hub, jsonl, tables
 from alsace_dist.data.columns import Numbering
-from alsace_dist.data.records import MISSING_ROWS, BadRecords, RecordRow, input_files, open_bytes
+from alsace_dist.data.records import (
+    MISSING_ROWS,
+    ROW_COUNT,
+    BadRecords,
+    RecordRow,
+    input_files,
+    open_bytes,
+)
 from alsace_dist.errors import UserError
-from alsace_dist.reading import shorten
+from alsace_dist.reading import check_encoding, check_file, shorten
 from alsace_dist.tasks.base import Layout, Published
 
 SETTINGS = frozenset({"path", "also", "name", "languages", "hub_split", "revision"})
@@ -44,20 +51,22 @@ def read_rows(dataset: Published, one: InputConfig, task: TaskConfig, bad: BadRe
     """
     _check_task(dataset, one, task)
     broken: set[str] = set()
+    numberings: dict[tuple[str, str], Numbering] = {}  # of the files of one part, whatever their form and place
     for found in locate(dataset, one):
-        numbering = Numbering()
+        # Parts of a translated training half lack rows, which ids tell.
+        kind = ROW_COUNT if found.input.columns.id is None else "" if found.part == "train" else MISSING_ROWS
+        numbering = numberings.setdefault((found.part, kind), Numbering())
         for row in _read(found, task, bad, numbering):
             # Where the hub has no ids, those of other hub datasets would hold its name.
             number = row.key.rpartition("/")[2] if row.key and found.input.columns.id is None else row.key
             label = None if row.label is None else dataset.spellings.get(str(row.label), row.label)
             yield row._replace(key=number and f"{found.part}/{number}", label=label)
-        if (
-            found.input.columns.id is not None and found.part != "train"
-        ):  # parts of a translated training half lack rows
-            numbering.check(bad, MISSING_ROWS)
         broken |= {f"{found.part}/{key}" for key in bad.broken_keys}
         bad.broken_keys = set()
     bad.broken_keys = broken
+    for (_, kind), numbering in numberings.items():
+        if kind:
+            numbering.check(bad, kind)
 
 
 def agreed(dataset: Published, rows: list[RecordRow], bad: BadRecords) -> list[RecordRow]:
@@ -102,9 +111,17 @@ def files_of(found: Found) -> list[Path]:
 
 def _read(found: Found, task: TaskConfig, bad: BadRecords, numbering: Numbering) -> Iterator[RecordRow]:
     if found.reader == "hub":
-        return hub.read_huggingface(found.input, task, bad)
+        return _counted(hub.read_huggingface(found.input, task, bad), found, numbering)
     read = tables.read_tables if found.reader == "table" else jsonl.read_rows
     return read(found.input, task, bad, numbering, found.language)
+
+
+def _counted(rows: Iterator[RecordRow], found: Found, numbering: Numbering) -> Iterator[RecordRow]:
+    """The rows of datasets of a language each; of one with all languages in a row there is nothing to count."""
+    for row in rows:
+        if found.input.subsets:
+            numbering.next(row.language, row.place)
+        yield row
 
 
 def _check_task(dataset: Published, one: InputConfig, task: TaskConfig) -> None:
@@ -220,7 +237,8 @@ def _bases(
         names = glob.escape(str(root)) + "/" + "*/" * depth + pattern.replace("{language}", "*")
         for name in sorted(glob.glob(names)):  # noqa: PTH207 (may be absolute)
             match = matcher.fullmatch(Path(name).relative_to(root).as_posix())
-            if match and Path(name).is_file():
+            if match:
+                check_file(name)
                 below = found.setdefault(str(root / match["base"]), {}).setdefault(pattern, {})
                 below.setdefault(match.groupdict().get("language") or "", Path(name))
     return found
@@ -339,7 +357,10 @@ def _columns_of(path: Path) -> list[str]:
             raise UserError(f"{path}: cannot be read as Parquet ({reason}); restore the file") from None
     with open_bytes(path) as file:
         line = next((line for line in file if line.strip()), b"")
+    check_encoding(path, line)
     text = line.decode("utf-8-sig", "replace").rstrip("\r\n")
+    if not text:
+        raise UserError(f"{path}: holds nothing; restore the file")
     if path.name.removesuffix(".gz").endswith(".jsonl"):
         try:
             record = json.loads(text)

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, cast
 from alsace_dist.config import InputConfig
 from alsace_dist.errors import UserError
 from alsace_dist.files.manifest import write_text
-from alsace_dist.reading import is_unicode
+from alsace_dist.reading import check_file, is_unicode
 
 BAD_RECORDS = "bad-records.txt"
 MAX_PRINTED = 50
@@ -82,7 +82,9 @@ class BadRecords:
     def add(self, place: Place, kind: str, detail: str) -> None:
         """Note a problem: where, of which kind, and what exactly."""
         assert kind in KINDS_OF_BAD, kind
-        self.problems.append((place, kind, detail))
+        # A terminal would obey what a text may hold.
+        shown = "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in detail)
+        self.problems.append((place, kind, shown))
 
     def counts(self) -> dict[str, int]:
         """Kind -> number of bad records (lines, or rows of a table) of that kind."""
@@ -138,8 +140,8 @@ def input_files(one: InputConfig) -> list[Path]:
     pattern = located.replace("{language}", "*")
     names = [located] if path.exists() else sorted(glob.glob(pattern, recursive=True))  # noqa: PTH207 (may be absolute)
     for name in names:
-        if Path(name).exists() and not (Path(name).is_file() or Path(name).is_dir()):
-            raise UserError(f"data.inputs.path: {name}: is a pipe or a device, no file; correct the path")
+        if "{language}" in located or not Path(name).is_dir():  # a folder has no language: a pattern passes over it
+            check_file(name)
     if files := [Path(name) for name in names if Path(name).is_file()]:
         if broken := [str(file) for file in files if not is_unicode(str(file))]:
             raise UserError(f"data.inputs.path: {broken[0]!a}: the file's name is not UTF-8; rename it")

@@ -8,7 +8,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from alsace_dist.config import InputConfig, TaskConfig
-from alsace_dist.data.columns import Cells, FileRow, Numbering, records_of, rows_between, wanted_columns
+from alsace_dist.data.columns import (
+    Cells,
+    FileRow,
+    Numbering,
+    check_languages,
+    records_of,
+    rows_between,
+    wanted_columns,
+)
 from alsace_dist.data.records import (
     BLANK,
     OPEN_QUOTE,
@@ -32,11 +40,15 @@ def read_tables(
     """Rows of Parquet, CSV and TSV files; the rows of a group may stand in several files of one input.
 
     A path with ``{language}`` in it names a file per language, which then needs no column for it. Rows without ids are
-    numbered through the files of each language, all of which must have equally many. ``language``: of all rows, if
-    neither files nor columns say it.
+    numbered through the files of each language. ``language``: of all rows, if neither files nor columns say it.
+    ``numbering``: counts them; whoever gives it compares the languages.
+
+    Raises ``UserError`` if a language's files hold no rows.
     """
+    languages: dict[str, Path] = {}
     for path in input_files(one):
-        named = language or language_of_file(one.located(), path)
+        if named := language or language_of_file(one.located(), path):
+            languages.setdefault(named, path)
         name = path.name.lower().removesuffix(".gz")
         if name.endswith(".parquet"):
             rows = _read_parquet(path, one, task, named is None)
@@ -47,11 +59,16 @@ def read_tables(
                 f"{path}: kind table reads .parquet, .csv and .tsv (.gz, too); convert it or correct the path"
             )
         yield from records_of(rows, one, task, named, numbering, bad)
-    if one.columns.id is None:
-        numbering.check(bad, ROW_COUNT)
+    check_languages(languages, numbering)
 
 
 # --- CSV and TSV ---------------------------------------------------------------------------------------------------
+
+
+UNREADABLE = (ValueError, OverflowError)  # what Arrow raises of values: dates beyond Python's, text that is no UTF-8
+
+
+LONE_CR = "ends with a lone carriage return where others do not, or they do: is it a row, or within a text?"
 
 
 class _Line(NamedTuple):
@@ -84,8 +101,11 @@ def _read_csv(
     for line in lines:
         if problem := _problem(line, header, delimiter, one, task.labels):
             bad.add(line.place, *problem)
-            known = id_at is not None and id_at < len(line.values)
-            yield FileRow(line.place, None, key_of(whole(line.values[id_at])) if known and id_at is not None else None)
+            # Of a row over several lines, each may be the row of another group, which has lost a language with it.
+            swallowed = [text.rstrip("\r\n").split(delimiter) for text in line.lines[1:]]
+            for values in [line.values, *(swallowed if id_at is not None else [])]:
+                known = id_at is not None and id_at < len(values)
+                yield FileRow(line.place, None, key_of(whole(values[id_at])) if known and id_at is not None else None)
             continue
         cells: Cells = dict(zip(header, line.values, strict=True))
         if one.columns.id is not None:
@@ -103,21 +123,28 @@ def _problem(
         return "broken row", BLANK
     if "unexpected end" in line.problem:
         return OPEN_QUOTE, f"never closed; it takes in all that follows{hint}"
+    if line.problem == LONE_CR and one.columns.id is None:
+        return ROW_COUNT, LONE_CR
     if line.problem:
         return "broken row", line.problem.replace("\t", "\\t") + hint
-    if any(_looks_like_a_row(text, header, delimiter, one, labels) for text in line.lines[1:-1] or line.lines[1:]):
-        return OPEN_QUOTE, f"takes in {len(line.lines) - 1} lines that look like rows; double it or remove it{hint}"
+    inner = line.lines[1:-1] or line.lines[1:]
+    if any(_looks_like_a_row(text, line.values, header, delimiter, one, labels) for text in inner):
+        return OPEN_QUOTE, f"takes in lines that look like rows; double it or remove it{hint}"
     if len(line.values) != len(header):
         return "broken row", f"{len(line.values)} cells under {len(header)} columns"
     return None
 
 
 def _looks_like_a_row(
-    text: str, header: Sequence[str], delimiter: str, one: InputConfig, labels: Sequence[str]
+    text: str, values: Sequence[str], header: Sequence[str], delimiter: str, one: InputConfig, labels: Sequence[str]
 ) -> bool:
-    """Whether a line within a quoted cell has a cell for every column, and a label where labels stand."""
+    """Whether a line within a quoted cell has a cell for every column, a label where labels stand, and a number for an
+    id where the row has one. ``values``: of the row."""
     cells = text.rstrip("\r\n").split(delimiter)
     if not len(cells) == len(header) > 1:
+        return False
+    id_at = header.index(one.columns.id) if one.columns.id in header else len(values)
+    if id_at < len(values) and values[id_at].strip().isdecimal() and not cells[id_at].strip().isdecimal():
         return False
     return one.columns.label not in header or cells[header.index(one.columns.label)].strip() in ("", *labels)
 
@@ -126,6 +153,7 @@ def _quoted_lines(path: Path, delimiter: str) -> Iterator[_Line]:
     """Rows whose cells may be enclosed in quotes and then hold anything; a blank line has no values."""
     csv.field_size_limit(2**31 - 1)  # the default refuses texts of over 131,072 characters
     lines: list[str] = []  # the lines that the current row was read from
+    end = ""  # of the first row
     with open_bytes(path) as file:
         # Bytes that are not UTF-8 become lone surrogates, which the checks of texts report with their line.
         text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
@@ -146,7 +174,9 @@ def _quoted_lines(path: Path, delimiter: str) -> Iterator[_Line]:
             except csv.Error as error:
                 yield _Line(place, next(csv.reader(lines, delimiter=delimiter), []), tuple(lines), str(error))
                 continue
-            yield _Line(place, values, tuple(lines))
+            own = next((mark for mark in ("\r\n", "\n", "\r") if lines[-1].endswith(mark)), end)
+            end = end or own
+            yield _Line(place, values, tuple(lines), LONE_CR if (own == "\r") != (end == "\r") else "")
 
 
 def _plain_lines(path: Path, delimiter: str) -> Iterator[_Line]:
@@ -180,6 +210,8 @@ def _check_header(path: Path, header: Sequence[str], delimiter: str) -> None:
     """Raises ``UserError`` if the cells are separated by something else, or the file is no UTF-8."""
     if any("\0" in name or "\ufffd" in name or not is_unicode(name) for name in header):
         raise UserError(f"{path}: is no UTF-8 text (UTF-16, as spreadsheets write it?); save it as UTF-8")
+    if any("\r" in name for name in header):
+        raise UserError(f"{path}: its lines end with carriage returns alone; save it with line feeds")
     other = {";": "semicolons", "\t": "tabs", ",": "commas"}
     if len(header) == 1 and (found := next((mark for mark in other if mark != delimiter and mark in header[0]), None)):
         ending = "a name that ends in .tsv" if found == "\t" else "commas, as .csv, or with tabs, as .tsv"
@@ -202,7 +234,7 @@ def _read_parquet(path: Path, one: InputConfig, task: TaskConfig, with_language:
                 if one.columns.label is not None and set(names) & set(task.labels):
                     cells[one.columns.label] = _class_name(cells[one.columns.label], names)
                 yield FileRow(place, cells)
-    except (OSError, ValueError, OverflowError, pyarrow.ArrowException) as error:  # dates beyond Python's, names twice
+    except (*UNREADABLE, OSError, pyarrow.ArrowException) as error:
         raise UserError(
             f"{path}: cannot be read as Parquet ({' '.join(str(error).split())}); restore the file"
         ) from None

@@ -21,9 +21,9 @@ class Cost(Section):
 
     time: str
     stage: str
-    seconds: Annotated[float, Field(ge=0)]
-    num_ranks: Annotated[int, Field(ge=1)]
-    num_nodes: Annotated[int, Field(ge=1)]
+    seconds: Annotated[float, Field(ge=0, le=1e10)]
+    num_ranks: Annotated[int, Field(ge=1, le=10**7)]
+    num_nodes: Annotated[int, Field(ge=1, le=10**7)]
     is_done: bool
 
 
@@ -41,7 +41,7 @@ def read_costs(run: Path) -> list[Cost]:
     """All of a run, in their order. Lines that nobody can read are left out."""
     path, found = run / COSTS, list[Cost]()
     with suppress(UserError, OSError):
-        for line in read_text(path, "remove it").splitlines() if path.exists() else ():
+        for line in read_text(path, "remove it").split("\n") if path.exists() else ():
             with suppress(UserError):
                 found.append(validate(Cost, parse_json(line, f"{path}: ", "remove it"), f"{path}: "))
     return found

@@ -37,7 +37,7 @@ def read_warnings(run: Path) -> list[tuple[Warned, int]]:
     that nobody can read, such as one that a full disk has cut off, are left out."""
     path, found = run / WARNINGS, dict[tuple[str, str], tuple[Warned, int]]()
     with suppress(UserError, OSError):
-        for line in read_text(path, "remove it").splitlines() if path.exists() else ():
+        for line in read_text(path, "remove it").split("\n") if path.exists() else ():
             with suppress(UserError):
                 one = validate(Warned, parse_json(line, f"{path}: ", "remove it"), f"{path}: ")
                 _, count = found.pop((one.stage, one.text), (one, 0))

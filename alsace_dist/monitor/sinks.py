@@ -145,7 +145,7 @@ def read_scalars(path: Path) -> list[dict[str, Any]]:
     """The rows of a ``metrics.jsonl``; a last line that a killed process left unfinished is not a row."""
     rows: list[dict[str, Any]] = []
     remedy = "it is not what a stage writes: move it away"
-    lines = read_text(path, remedy).splitlines() if path.exists() else []
+    lines = read_text(path, remedy).removesuffix("\n").split("\n") if path.exists() else []
     for number, line in enumerate(lines, start=1):
         place = f"{path}:{number}: "
         try:
@@ -154,7 +154,7 @@ def read_scalars(path: Path) -> list[dict[str, Any]]:
             if number < len(lines):
                 raise
             break
-        if not isinstance(row, dict) or type(row.get("step")) is not int:
+        if not isinstance(row, dict) or type(row.get("step")) is not int or not 0 <= row["step"] < 2**53:
             raise UserError(f"{place}is no line of scalars; {remedy}")
         rows.append(row)
     return rows

@@ -19,12 +19,14 @@ BySeed = Mapping[int, Mapping[str, Evaluation]]  # seed -> variant -> its evalua
 
 @dataclass(frozen=True)
 class Pooled:
-    """One variant over its seeds. ``better``, ``worse``: languages that changed significantly over all of them."""
+    """One variant over its seeds. ``better``, ``worse``: languages that changed significantly over all of them;
+    ``is_start``: whether it is what they are compared with."""
 
     seeds: tuple[int, ...]
     figures: tuple[Figures, ...]
     better: tuple[str, ...]
     worse: tuple[str, ...]
+    is_start: bool = False
 
 
 def pooled(found: BySeed, alpha: float) -> dict[str, Pooled]:
@@ -32,7 +34,7 @@ def pooled(found: BySeed, alpha: float) -> dict[str, Pooled]:
     names = dict.fromkeys(name for variants in found.values() for name in variants)
     starts = [variants["main"] for variants in found.values() if "main" in variants]
     seeds = tuple(seed for seed, variants in found.items() if "main" in variants)
-    ways = {"before": Pooled(seeds, tuple(map(figures_before, starts)), (), ())} if starts else {}
+    ways = {"before": Pooled(seeds, tuple(map(figures_before, starts)), (), (), is_start=True)} if starts else {}
     for name in names:
         own = {seed: variants[name] for seed, variants in found.items() if name in variants}
         better, worse = _changed(list(own.values()), alpha)
@@ -64,7 +66,7 @@ def seeds_table(ways: Mapping[str, Pooled]) -> Table:
             [figures.source for figures in one.figures],
             [figures.worst.accuracy for figures in one.figures],
         ]
-        changed = [UNDEFINED, UNDEFINED] if name == "before" else [str(len(one.better)), str(len(one.worse))]
+        changed = [UNDEFINED, UNDEFINED] if one.is_start else [str(len(one.better)), str(len(one.worse))]
         cells = [printable(name), str(len(one.seeds)), *map(_spread, columns), *changed]
         rows.append(Row(cells, "strong" if name == "main" else ""))
     return Table(header, rows, frozenset({0}))

@@ -81,12 +81,12 @@ def run_training(
     if isinstance(section, TaskTrainConfig):
         evaluator = make_evaluator(config, section, unwrapped, training.num_steps, ranks)
         training = replace(training, evaluator=evaluator)
-    num_steps, weights = loop.run(training, ranks)
+    details, weights = loop.run(training, ranks)
 
     def complete() -> None:
         files = loop.other_files(output.directory, weights)
         entries = {f"{MODEL}/{name}": entry for name, entry in weights.items()}
-        manifest.write_manifest(output.directory, output.kind, fingerprint, files, {"num_steps": num_steps}, entries)
+        manifest.write_manifest(output.directory, output.kind, fingerprint, files, details, entries)
         loop.drop_passing(output.directory)
 
     ranks.main_first(complete)

@@ -8,6 +8,7 @@ whose candidates correspond to nobody's stands apart.
 concept and country are a unit. Ids are CONCEPT-COUNTRY-NUMBER, 0 for the prompt, 1 to 4 for its paraphrases.
 """
 
+import os
 from collections import Counter
 from collections.abc import Generator, Iterator, Sequence
 from functools import cache
@@ -18,7 +19,7 @@ import yaml
 
 from alsace_dist.config import InputConfig
 from alsace_dist.errors import UserError
-from alsace_dist.reading import check_regular
+from alsace_dist.reading import check_encoding, check_file, check_regular
 from alsace_dist.tasks.base import FoundProblem, FoundRow
 
 SETTINGS = frozenset({"path", "languages", "hub_split"})
@@ -74,7 +75,7 @@ def _found(one: InputConfig) -> dict[str, tuple[Path, Path | None]]:
     root, wanted = Path(one.path), one.hub_split != "prompts"
     for folder in (root, root / "data"):
         pairs = {name: (folder / f"gd_prompt_{name}.tsv", folder / f"gd_prompt_{name}_aug.tsv") for name in LANGUAGES}
-        there = {name: pair for name, pair in pairs.items() if pair[0].is_file()}
+        there = {name: pair for name, pair in pairs.items() if os.path.lexists(pair[0])}
         if there:
             break
     else:
@@ -83,6 +84,8 @@ def _found(one: InputConfig) -> dict[str, tuple[Path, Path | None]]:
     if not asked:
         has, wants = ", ".join(there), ", ".join(one.languages or ())
         raise UserError(f"data.inputs.path: {one.path}: GeoMLAMA is here in {has}, and not in {wants}")
+    for path, _ in asked.values():
+        check_file(str(path))
     lacking = [further for _, further in asked.values() if wanted and not further.is_file()]
     if lacking:
         raise UserError(f"{lacking[0]}: no such file; restore it, or set hub_split: prompts")
@@ -96,6 +99,7 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """The lines that are not blank, with their numbers: a line ends with a line feed, and nothing else ends one."""
     check_regular(path, "restore the file", MAX_BYTES)
     data = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
+    check_encoding(path, data)
     for number, line in enumerate(data.split(b"\n"), start=1):
         line = line.removesuffix(b"\r")
         if line.strip():
@@ -173,7 +177,12 @@ def _unit(concept: int, country: int) -> str:
 
 
 def _other_counts(read: dict[Path, list[_Prompt]]) -> Iterator[FoundProblem]:
-    """Rows are joined by their place, so that a file with more or fewer of them than most fits to none."""
+    """Rows are joined by their place, so that a file with more or fewer of them than most fits to none; and all tell
+    by their place which concept and country they are of."""
+    for path, prompts in read.items():
+        if len(prompts) % len(COUNTRIES):
+            detail = f"{len(prompts):,} rows, which are not {len(COUNTRIES)} countries of each concept: one is missing"
+            yield FoundProblem(path, prompts[-1].line, "row count", detail)
     counts = Counter(map(len, read.values()))
     usual = max(counts, key=lambda number: (counts[number], number), default=0)
     for path, prompts in read.items():

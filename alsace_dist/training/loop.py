@@ -104,9 +104,10 @@ def learning_rate(section: TrainConfig, step: int, num_steps: int) -> float:
     return section.learning_rate
 
 
-def run(training: Training, ranks: Ranks) -> tuple[int, dict[str, FileEntry]]:
-    """Train to the end, or until a stop is agreed; the result is ``directory/model``. Returns the number of steps and,
-    on rank 0, the model's files of weights.
+def run(training: Training, ranks: Ranks) -> tuple[dict[str, int], dict[str, FileEntry]]:
+    """Train to the end, or until a stop is agreed; the result is ``directory/model``. Returns what a manifest says of
+    it, the number of steps and, if it is not the last one, that whose weights were exported; and on rank 0 the model's
+    files of weights.
 
     Goes on from the newest checkpoint that verifies. Raises ``Stopped`` after a checkpoint if a rank was asked to stop.
     """
@@ -162,9 +163,11 @@ def run(training: Training, ranks: Ranks) -> tuple[int, dict[str, FileEntry]]:
                 saver.finish()
                 raise Stopped(f"{training.kind}: stopped after step {done} of {num_steps}; a checkpoint is written")
         saver.finish()
+    details = {"num_steps": done}
     if saver.best.step not in (0, done):
         _load_best(training, engine, saver.best, done)
-    return done, _export(training, engine)
+        details["exported_step"] = saver.best.step
+    return details, _export(training, engine)
 
 
 def _saver(training: Training, engine: TrainEngine, first: int, watchdog: Watchdog, monitor: TrainingMonitor) -> Saver:
@@ -224,9 +227,9 @@ def _not_finite(training: Training, step: int, first: int, saver: Saver, monitor
     saver.engine.ranks.main_first(lambda: write_keys(training, step))
     look = f", and `{training.replay} --step={step}` shows its examples" if training.replay else ""
     what = "gradients are no finite numbers, step after step" if is_lasting else "the gradient is no finite number"
-    remedy = f"lower {training.kind}.learning_rate"
+    remedy = f"a lower {training.kind}.learning_rate means to start over: delete {training.directory}"
     if training.section.on_nonfinite == "stop":
-        remedy += f", or set {training.kind}.on_nonfinite: skip"
+        remedy = f"set {training.kind}.on_nonfinite: skip to go on from there; {remedy}"
     raise UserError(
         f"{training.kind}: {what}, at step {step} (listed in {training.directory / NOT_FINITE}); the state before it "
         f"is kept{look}; {remedy}"
