@@ -203,7 +203,14 @@ def _saved(dataset: Published, one: InputConfig, path: Path) -> list[Found]:
     """What ``save_to_disk`` wrote: a dataset with all languages in a row, or one in each of its folders."""
     if (path / "dataset_dict.json").exists():
         return [_hub_input(dataset, one, _part_of(dataset, one), {}, {**dataset.hub_columns, "language": None})]
-    folders = [file.parent.name for file in path.glob("*/dataset_dict.json") if dataset.has_language(file.parent.name)]
+    folders = sorted(
+        file.parent.name for file in path.glob("*/dataset_dict.json") if dataset.has_language(file.parent.name)
+    )
+    others = [one for one in path.iterdir() if one.is_dir() and dataset.has_language(one.name)] if folders else []
+    if lacking := sorted(one for one in others if one.name not in folders):
+        raise UserError(
+            f"{lacking[0]}: holds no dataset_dict.json, as {folders[0]} does; restore it, or remove the folder"
+        )
     wanted = {name: name for name in sorted(folders) if one.languages is None or name in one.languages}
     return [_hub_input(dataset, one, _part_of(dataset, one), wanted, dataset.hub_columns)] if wanted else []
 

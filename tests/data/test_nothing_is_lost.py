@@ -144,6 +144,9 @@ def test_rows_of_saved_datasets_are_counted() -> None:
     refused_or_listed = {"kind": "pawsx", "path": "set", "hub_split": "test", "split": "unlabeled"}
     with pytest.raises(UserError, match="1 missing rows"):
         prepare(make_config([refused_or_listed], PARAPHRASES), RUN)
+    Path("set/fr/dataset_dict.json").unlink()
+    with pytest.raises(UserError, match=r"^set/fr: holds no dataset_dict.json, as de does"):
+        prepare(make_config([refused_or_listed], PARAPHRASES), RUN)
 
 
 def test_geomlama_lacks_no_row_in_every_language() -> None:
