@@ -82,12 +82,15 @@ def check_regular(path: Path, remedy: str, most_bytes: int | None = None) -> int
     return found.st_size
 
 
-def check_file(name: str) -> None:
-    """Raises ``UserError`` if what a pattern has found is no file: left out, a language would be lost in silence."""
+def check_file(name: str, option: str) -> None:
+    """Raises ``UserError`` if what a pattern has found is no file: left out, a language would be lost in silence.
+
+    ``option``: of the config, that names the pattern.
+    """
     path = Path(name)
     if not path.is_file():
         kind = "a directory" if path.is_dir() else "a pipe or a device" if path.exists() else "a link to nothing"
-        raise UserError(f"{name}: is {kind}, no file; restore the file or correct the path")
+        raise UserError(f"{option}: {name}: is {kind}, no file; restore the file or correct the path")
 
 
 def check_encoding(path: Path, beginning: bytes) -> None:

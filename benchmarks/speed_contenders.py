@@ -19,6 +19,7 @@ from alsace_dist.data.rows import EncodedRow, answers_of, rows_of
 from alsace_dist.data.stream import CanonicalOrder, TrainStream
 from alsace_dist.files.layout import Layout, data_url
 from alsace_dist.files.shards import ShardInfo, open_dataset, read_shard
+from alsace_dist.monitor.sinks import Places
 from alsace_dist.ranks.group import Ranks, StopFlag
 from alsace_dist.stages import distill
 from alsace_dist.stages.base import Stage
@@ -72,7 +73,7 @@ class Contender:
 
 
 class Turn(StopFlag):
-    """Our loops ask after every step and before every shard whether to stop: there they wait for their turn."""
+    """Our scoring asks before every shard whether to stop: there it waits for its turn."""
 
     def __init__(self, pause: Callable[[], None]) -> None:
         self._pause = pause
@@ -100,6 +101,30 @@ class InTurns(Ranks):
             return next(own)
 
         return draw_own
+
+
+class InSteps(Ranks):
+    """The ranks as our training sees them while it takes turns: it pauses where, after a step, it hears what all have
+    agreed on meanwhile."""
+
+    pause: Callable[[], None]
+
+    @override
+    def most(self, *values: float) -> list[float]:
+        """As in ``Ranks``: no step ends where this is asked."""
+        return super().most_later(*values)()
+
+    @override
+    def most_later(self, *values: float) -> Callable[[], list[float]]:
+        """As in ``Ranks``, and whoever waits for it waits for its turn."""
+        wait = super().most_later(*values)
+
+        def wait_for_turn() -> list[float]:
+            found = wait()
+            self.pause()
+            return found
+
+        return wait_for_turn
 
 
 def in_turns(ranks: Ranks, pause: Callable[[], None]) -> Ranks:
@@ -142,8 +167,8 @@ def ours_scoring(
     model.check_weights()
     module = inference_module(load_module(model, 0.0, config.engine, turns), config.engine, turns)
     for output in outputs:
-        tensorboard = Layout(Path(config.run_dir)).tensorboard(output)
-        work = WholeShards(config, dataset, output, {}, tensorboard)
+        places = Places(output, Layout(Path(config.run_dir)).tensorboard(output))
+        work = WholeShards(config, dataset, places, {})
         work.run(model, module, turns, turns if is_sharded(config.engine) else None)
 
 
@@ -154,7 +179,7 @@ def ours_training(ranks: Ranks, config: Config, begun: "list[Training]", pause: 
 
     run = loop.run
 
-    def leave(training: loop.Training, turns: Ranks) -> int:
+    def leave(training: loop.Training, turns: Ranks) -> Any:
         loop.run = run
         tokenise(training, training.directory / loop.TOKENS, ranks)
         begun.append(training)
@@ -162,7 +187,9 @@ def ours_training(ranks: Ranks, config: Config, begun: "list[Training]", pause: 
         return run(training, turns)
 
     loop.run = leave
-    Stage(distill, "distill", config, round=1).run(in_turns(ranks, pause))
+    turns = InSteps(ranks.rank, ranks.world_size, ranks.local_rank, ranks.device, ranks.control)
+    turns.pause = pause
+    Stage(distill, "distill", config, round=1).run(turns)
 
 
 def tokenise(training: "Training", directory: Path, ranks: Ranks) -> None:

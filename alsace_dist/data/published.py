@@ -245,7 +245,7 @@ def _bases(
         for name in sorted(glob.glob(names)):  # noqa: PTH207 (may be absolute)
             match = matcher.fullmatch(Path(name).relative_to(root).as_posix())
             if match:
-                check_file(name)
+                check_file(name, "data.inputs.path")
                 below = found.setdefault(str(root / match["base"]), {}).setdefault(pattern, {})
                 below.setdefault(match.groupdict().get("language") or "", Path(name))
     return found

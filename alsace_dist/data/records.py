@@ -141,7 +141,7 @@ def input_files(one: InputConfig) -> list[Path]:
     names = [located] if path.exists() else sorted(glob.glob(pattern, recursive=True))  # noqa: PTH207 (may be absolute)
     for name in names:
         if "{language}" in located or not Path(name).is_dir():  # a folder has no language: a pattern passes over it
-            check_file(name)
+            check_file(name, "data.inputs.path")
     if files := [Path(name) for name in names if Path(name).is_file()]:
         if broken := [str(file) for file in files if not is_unicode(str(file))]:
             raise UserError(f"data.inputs.path: {broken[0]!a}: the file's name is not UTF-8; rename it")

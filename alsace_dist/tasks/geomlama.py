@@ -85,7 +85,7 @@ def _found(one: InputConfig) -> dict[str, tuple[Path, Path | None]]:
         has, wants = ", ".join(there), ", ".join(one.languages or ())
         raise UserError(f"data.inputs.path: {one.path}: GeoMLAMA is here in {has}, and not in {wants}")
     for path, _ in asked.values():
-        check_file(str(path))
+        check_file(str(path), "data.inputs.path")
     lacking = [further for _, further in asked.values() if wanted and not further.is_file()]
     if lacking:
         raise UserError(f"{lacking[0]}: no such file; restore it, or set hub_split: prompts")

@@ -188,7 +188,7 @@ def test_gradient_checkpointing_computes_twice_and_changes_nothing(
             assert (plain["num_calls"], checkpointed["num_calls"]) == (3 * 2, 3 * 2 * 2), stage
             for name, values in plain["state"].items():
                 if NOISE not in name:
-                    assert checkpointed["state"][name] == pytest.approx(values, rel=1e-6, abs=1e-9), (stage, name)
+                    assert checkpointed["state"][name] == pytest.approx(values, rel=1e-5, abs=1e-9), (stage, name)
             for result in (plain, checkpointed):
                 assert result["state"].keys() == result["moved"].keys() - frozen, stage
                 assert {name for name, distance in result["moved"].items() if distance == 0} == frozen | CONSTANT_OF[

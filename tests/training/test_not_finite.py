@@ -136,8 +136,9 @@ def test_a_training_that_is_to_stop_says_where_and_its_examples_can_be_looked_at
         said = re.fullmatch(
             r"error: finetune: the gradient is no finite number, at step (\d+) \(listed in "
             rf"{re.escape(str(run))}/finetune/not-finite\.json\); the state before it is kept, and `alsace replay "
-            rf"{re.escape(str(run))} --stage=finetune --step=(\d+)` shows its examples; lower finetune\.learning_rate, "
-            r"or set finetune\.on_nonfinite: skip",
+            rf"{re.escape(str(run))} --stage=finetune --step=(\d+)` shows its examples; "
+            r"set finetune\.on_nonfinite: skip to go on from there; a lower finetune\.learning_rate means to start "
+            r"over: delete \S+/finetune",
             line,
         )
         assert said and said[1] == said[2]
