@@ -117,13 +117,14 @@ def test_warnings_are_kept_once_each_with_how_often_they_were_said(tmp_path: Pat
         add_warning(tmp_path, stage, text)
     with (tmp_path / WARNINGS).open("a") as file:
         file.write('{"time": "now", "sta')  # a disk was full
+    add_warning(tmp_path, "score", "a")
     found = read_warnings(tmp_path)
     assert [(one.stage, one.text, count) for one, count in found] == [
         ("distill", "slow\x1b[31m", 1),
-        ("score", "a", 2),
         ("finetune", "b\u2028\x85", 1),
+        ("score", "a", 3),
     ]
-    assert warning_lines(found) == ["finetune: b\ufffd\ufffd", "score: a (said 2 times)", "distill: slow\ufffd[31m"]
+    assert warning_lines(found) == ["score: a (said 3 times)", "finetune: b\ufffd\ufffd", "distill: slow\ufffd[31m"]
     add_warning(tmp_path / "gone", "score", "not lost: it was printed")
     assert read_warnings(tmp_path / "gone") == []
 

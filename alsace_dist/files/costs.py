@@ -1,6 +1,5 @@
 """``costs.jsonl``: how long each start of a stage took, and on how many ranks and nodes. Lines are only added."""
 
-import json
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -11,6 +10,7 @@ from pydantic import Field
 from alsace_dist.config import Section
 from alsace_dist.config_file import validate
 from alsace_dist.errors import UserError
+from alsace_dist.files.manifest import append_line
 from alsace_dist.reading import parse_json, read_text
 
 COSTS = "costs.jsonl"
@@ -33,8 +33,8 @@ def add_cost(run: Path, stage: str, seconds: float, num_ranks: int, num_nodes: i
     cost = Cost(
         time=now, stage=stage, seconds=round(seconds, 1), num_ranks=num_ranks, num_nodes=num_nodes, is_done=is_done
     )
-    with suppress(OSError), (run / COSTS).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(cost.model_dump(), ensure_ascii=False) + "\n")
+    with suppress(OSError):
+        append_line(run / COSTS, cost.model_dump())
 
 
 def read_costs(run: Path) -> list[Cost]:

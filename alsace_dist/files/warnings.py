@@ -3,7 +3,6 @@
 One object a line: when (UTC), by which stage, and the text. Lines are only added.
 """
 
-import json
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 from alsace_dist.config import Section
 from alsace_dist.config_file import validate
 from alsace_dist.errors import UserError
+from alsace_dist.files.manifest import append_line
 from alsace_dist.reading import parse_json, read_text
 
 WARNINGS = "warnings.jsonl"
@@ -27,9 +27,8 @@ class Warned(Section):
 def add_warning(run: Path, stage: str, text: str) -> None:
     """Keep a warning. A disk that is full, or gone, is told by what the disk is needed for, not by this."""
     now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    line = json.dumps(Warned(time=now, stage=stage, text=text).model_dump(), ensure_ascii=False)
-    with suppress(OSError), (run / WARNINGS).open("a", encoding="utf-8") as file:
-        file.write(line + "\n")
+    with suppress(OSError):
+        append_line(run / WARNINGS, Warned(time=now, stage=stage, text=text).model_dump())
 
 
 def read_warnings(run: Path) -> list[tuple[Warned, int]]:
