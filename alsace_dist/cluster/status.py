@@ -113,7 +113,7 @@ def print_sweep(run: Path, num_lines: int) -> None:
 
 def _short(row: StageStatus) -> str:
     """For a cell of a table: the state's first word, and how far it is."""
-    word = "to do" if row.state.startswith("to do") else re.split(r"[ :]", row.state)[0]
+    word = "to do" if row.state.startswith("to do") else re.split(r"[ :;]", row.state)[0]
     return f"{word} {row.progress.partition(',')[0]}".rstrip()
 
 

@@ -8,7 +8,7 @@ import glob
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,14 +16,7 @@ from typing import Any
 from alsace_dist.config import ColumnsConfig, InputConfig, TaskConfig
 from alsace_dist.data import hub, jsonl, tables
 from alsace_dist.data.columns import Numbering
-from alsace_dist.data.records import (
-    MISSING_ROWS,
-    ROW_COUNT,
-    BadRecords,
-    RecordRow,
-    input_files,
-    open_bytes,
-)
+from alsace_dist.data.records import MISSING_ROWS, ROW_COUNT, BadRecords, RecordRow, input_files, open_bytes
 from alsace_dist.errors import UserError
 from alsace_dist.reading import check_encoding, check_file, shorten
 from alsace_dist.tasks.base import Layout, Published
@@ -220,7 +213,7 @@ def _in_folder(dataset: Published, one: InputConfig, root: Path) -> list[Found]:
     others: list[str] = []  # files that have the names of a layout, and other columns
     for depth in range(MAX_DEPTH + 1):
         for layout in dataset.layouts:
-            bases = _bases(dataset, layout, root, part, depth)
+            bases = _bases(dataset, layout, root, part, depth, one.languages)
             fitting = {base: names for base, names in bases.items() if _fits(dataset, layout, _first(names), others)}
             if len(fitting) > 1:
                 several = ", ".join(sorted(fitting))
@@ -234,20 +227,24 @@ def _in_folder(dataset: Published, one: InputConfig, root: Path) -> list[Found]:
 
 
 def _bases(
-    dataset: Published, layout: Layout, root: Path, part: str, depth: int
+    dataset: Published, layout: Layout, root: Path, part: str, depth: int, languages: Collection[str] | None
 ) -> dict[str, dict[str, dict[str, Path]]]:
     """Folder -> pattern -> language -> a file of that pattern below the folder; the language is empty if files have
-    none."""
+    none. Raises ``UserError`` for one of ``languages`` (None: all) that is no file."""
     found: dict[str, dict[str, dict[str, Path]]] = {}
     for pattern in _patterns(layout, part):
         matcher = re.compile(f"(?P<base>(?:[^/]+/){{{depth}}})" + _regex(dataset, pattern))
         names = glob.escape(str(root)) + "/" + "*/" * depth + pattern.replace("{language}", "*")
         for name in sorted(glob.glob(names)):  # noqa: PTH207 (may be absolute)
             match = matcher.fullmatch(Path(name).relative_to(root).as_posix())
-            if match:
+            if match is None:
+                continue
+            language = match.groupdict().get("language") or ""
+            if languages is None or language in ("", *languages):  # of others nobody misses a file
                 check_file(name, "data.inputs.path")
+            if Path(name).is_file():
                 below = found.setdefault(str(root / match["base"]), {}).setdefault(pattern, {})
-                below.setdefault(match.groupdict().get("language") or "", Path(name))
+                below.setdefault(language, Path(name))
     return found
 
 

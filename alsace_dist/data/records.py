@@ -140,6 +140,9 @@ def input_files(one: InputConfig) -> list[Path]:
     pattern = located.replace("{language}", "*")
     names = [located] if path.exists() else sorted(glob.glob(pattern, recursive=True))  # noqa: PTH207 (may be absolute)
     for name in names:
+        language = language_of_file(located, Path(name))
+        if language and one.languages is not None and language not in one.languages:
+            continue  # nobody misses it
         if "{language}" in located or not Path(name).is_dir():  # a folder has no language: a pattern passes over it
             check_file(name, "data.inputs.path")
     if files := [Path(name) for name in names if Path(name).is_file()]:

@@ -123,6 +123,9 @@ def test_a_language_that_is_no_file_is_named(make: Callable[[Path], None], what:
         parsed = InputConfig.model_validate(one)
         kind_of(parsed).files(parsed)
     assert str(broken) in str(caught.value) and what in str(caught.value)
+    parsed = InputConfig.model_validate(one | {"languages": [good]})
+    if kind != "xcopa":  # whose good file is no XCOPA; the others are not looked into here
+        assert len(kind_of(parsed).files(parsed)) == 1  # and of a language that nobody asks for it is passed over
 
 
 def test_rows_are_counted_over_all_forms_of_a_sets_files() -> None:
