@@ -1,8 +1,8 @@
-"""What watching costs a training: of its steps, the share that is neither data, passes nor update; and by itself.
+"""What watching costs a training: the share of its steps that is none of their parts; and by itself.
 
     python benchmarks/monitor_cost.py RUN [RUN ...]
 
-Of every training in a run's directory: from its metrics.jsonl the share of a step outside its four parts, median over
+Of every training in a run's directory: from its metrics.jsonl the share of a step outside its parts, median over
 the readings. All that the monitor does is in there but what losses observe, and so are the exchange of flags between
 ranks and what checkpoints make a step wait: an upper bound. Beside it, in milliseconds, medians of 200: what a loss of
 64 rows of 24 languages observes, and a reading of as many languages, written to metrics.jsonl and TensorBoard.
@@ -16,8 +16,9 @@ from pathlib import Path
 from statistics import median
 
 from alsace_dist.monitor.sinks import METRICS, Places, ScalarWriter, read_scalars
+from alsace_dist.monitor.training import PHASES
 
-PARTS = ("data_seconds", "forward_seconds", "backward_seconds", "optimizer_seconds")
+PARTS = tuple(f"{name}_seconds" for name in PHASES)
 NUM_TIMES, NUM_LANGUAGES, NUM_ROWS, NUM_ANSWERS = 200, 24, 64, 7
 
 

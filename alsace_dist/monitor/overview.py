@@ -25,7 +25,7 @@ DASHBOARD: Mapping[str, Mapping[str, Sequence[str]]] = {
     },
     "Is it fast?": {
         "tokens a second": ["speed/tokens_per_second"],
-        "a step's parts, in seconds": ["speed/(data|forward|backward|optimizer)_seconds"],
+        "a step's parts, in seconds": ["speed/(data|forward|backward|optimizer|communication)_seconds"],
         "slowest and fastest rank": ["speed/forward_seconds_(most|least)"],
         "padding and waiting": ["speed/padding_share", "speed/data_wait_share"],
         "memory, in GB": ["memory/.*"],

@@ -149,24 +149,32 @@ GROUPS: dict[str, tuple[str, tuple[Scalar, ...]]] = {
             Scalar(
                 "forward_seconds",
                 "s",
-                "of a step, forward passes; mean over the ranks. Communication of ZeRO-3 is in it",
+                "of a step, forward passes without communication; mean over the ranks",
                 "a quarter to a third of a step",
-                "more under ZeRO-3: the weights come too slowly; lower the stage, or `--over=hpz`",
+                "more: micro-batches are too small to fill the device; raise `tokens_per_micro_batch`",
             ),
             Scalar(
                 "backward_seconds",
                 "s",
-                "of a step, backward passes; mean over the ranks. Reducing gradients and waiting for slower ranks "
-                "is in it",
+                "of a step, backward passes without communication; mean over the ranks",
                 "twice the forward passes, thrice with gradient checkpointing",
-                "more: communication dominates; larger micro-batches, fewer of them",
+                "more: as for `forward_seconds`",
             ),
             Scalar(
                 "optimizer_seconds",
                 "s",
-                "of a step, the update and its communication; mean over the ranks",
+                "of a step, the update without communication; mean over the ranks",
                 "below a tenth of a step",
                 "more: raise `global_batch_size`; offloaded Adam wants more CPU cores per rank",
+            ),
+            Scalar(
+                "communication_seconds",
+                "s",
+                "of a step, in collectives and waiting for them, for numbers and for ranks that come late; mean over "
+                "the ranks. What goes on behind the computing is not in it",
+                "below a quarter of a step",
+                "more: larger micro-batches, a lower ZeRO stage, or `--over=hpz`; near `forward_seconds_most`: a "
+                "straggler",
             ),
             Scalar(
                 "forward_seconds_least",
@@ -178,8 +186,7 @@ GROUPS: dict[str, tuple[str, tuple[Scalar, ...]]] = {
             Scalar(
                 "forward_seconds_most",
                 "s",
-                "`forward_seconds` of the rank that needs most. Under ZeRO-3 ranks wait for each other in every layer, "
-                "and a slow one shows in nobody's time",
+                "`forward_seconds` of the rank that needs most",
                 "near `forward_seconds_least`",
                 "half as much again: a straggler, which a warning names; look at its GPU's clock and its node's load",
             ),

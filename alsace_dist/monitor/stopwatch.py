@@ -1,46 +1,127 @@
 """Where the time of a step goes, without waiting for the device."""
 
 import time
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
 
+COMMUNICATION = "communication"
+COLLECTIVES = (  # of torch.distributed.ProcessGroup, as any version calls them
+    "_allgather_base",
+    "_reduce_scatter_base",
+    "all_gather_single",
+    "all_gather_single_coalesced",
+    "all_to_all_single",
+    "allgather",
+    "allgather_coalesced",
+    "allgather_into_tensor_coalesced",
+    "allreduce",
+    "allreduce_coalesced",
+    "alltoall",
+    "alltoall_base",
+    "broadcast",
+    "reduce",
+    "reduce_scatter",
+    "reduce_scatter_single",
+    "reduce_scatter_single_coalesced",
+    "reduce_scatter_tensor_coalesced",
+)
+MOST_SPANS = 10_000  # between two looks at what is over
+
 
 class Stopwatch:
-    """Seconds by phase: of the host, or where there is a GPU of the device, whose work the host only launches.
+    """Seconds by phase, and apart from them those of communication: of the host, or where there is a GPU of the device,
+    whose work the host only launches.
 
-    On a GPU a phase is two events in its stream; only ``read`` waits for them.
+    Communication is what a phase spends in collectives and waiting for them: for the numbers, and for ranks that come
+    late. What goes on behind the computing costs nothing, and counts as nothing. On a GPU a span of time is two events
+    in the stream that computes; only ``read`` waits for them.
     """
 
     def __init__(self, device: "torch.device") -> None:
         self._on_gpu = device.type == "cuda"
-        self._seconds: dict[str, float] = {}
-        self._events: list[tuple[str, Any, Any]] = []
+        self._stream: Any = None  # that computes
+        self._seconds: dict[str, float] = defaultdict(float)
+        self._spans: list[tuple[str, str, Any, Any]] = []  # name, what it is no part of, begin, end
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Within it, time is that of this phase; several add up."""
-        if not self._on_gpu:
-            begin = time.perf_counter()
+        """Within it, time is that of this phase, but for communication; several of one name add up."""
+        if len(self._spans) > MOST_SPANS:
+            self._add_up(lambda end: not self._on_gpu or end.query())
+        self._stream = self._current_stream()
+        begin = self._now()
+        with self._communication_apart(name):
             yield
-            self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - begin
-            return
-        import torch
-
-        first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        first.record()
-        yield
-        last.record()
-        self._events.append((name, first, last))
+        self._spans.append((name, "", begin, self._now()))
 
     def read(self) -> dict[str, float]:
         """Seconds of each phase since the last reading; waits for the device to have done them."""
-        if self._events:
-            self._events[-1][-1].synchronize()
-        for name, first, last in self._events:
-            self._seconds[name] = self._seconds.get(name, 0.0) + first.elapsed_time(last) / 1000
-        found, self._seconds, self._events = self._seconds, {}, []
+        if self._spans and self._on_gpu:
+            self._spans[-1][-1].synchronize()
+        self._add_up(lambda end: True)
+        found = dict(self._seconds)
+        self._seconds.clear()
         return found
+
+    def _add_up(self, is_over: Callable[[Any], bool]) -> None:
+        """Spans up to the first that is not over become seconds."""
+        num_over = 0
+        for name, apart_from, begin, end in self._spans:
+            if not is_over(end):
+                break
+            seconds = begin.elapsed_time(end) / 1000 if self._on_gpu else end - begin
+            self._seconds[name] += seconds
+            if apart_from:
+                self._seconds[apart_from] -= seconds
+            num_over += 1
+        del self._spans[:num_over]
+
+    def _now(self) -> Any:
+        """A moment: on the host a number of seconds, on a GPU an event in the current stream."""
+        if not self._on_gpu:
+            return time.perf_counter()
+        import torch
+
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _current_stream(self) -> Any:
+        if not self._on_gpu:
+            return None
+        import torch
+
+        return torch.cuda.current_stream()
+
+    @contextmanager
+    def _communication_apart(self, phase: str) -> Iterator[None]:
+        """Within it, collectives are timed, whoever calls them: all start in a method of torch's process group, and all
+        results are waited for in one of its handles."""
+        import torch.distributed as dist
+
+        known = vars(dist.ProcessGroup)
+        methods = [(dist.ProcessGroup, name) for name in COLLECTIVES if name in known] + [(dist.Work, "wait")]
+        original = [vars(owner)[name] for owner, name in methods]  # what getattr gives would no longer bind
+        for (owner, name), method in zip(methods, original, strict=True):
+            setattr(owner, name, self._timed(method, phase))
+        try:
+            yield
+        finally:
+            for (owner, name), method in zip(methods, original, strict=True):
+                setattr(owner, name, method)
+
+    def _timed(self, method: Callable[..., Any], phase: str) -> Callable[..., Any]:
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            if self._current_stream() != self._stream:  # it is hidden behind what is computed
+                return method(*args, **kwargs)
+            begin = self._now()
+            found = method(*args, **kwargs)
+            self._spans.append((COMMUNICATION, phase, begin, self._now()))
+            return found
+
+        return timed

@@ -16,7 +16,7 @@ from alsace_dist.monitor.hardware import GIGABYTE, memory_of, peak_of
 from alsace_dist.monitor.health import Health, LeadCheck, check_loss
 from alsace_dist.monitor.progress import progress
 from alsace_dist.monitor.sinks import Places, ScalarWriter
-from alsace_dist.monitor.stopwatch import Stopwatch
+from alsace_dist.monitor.stopwatch import COMMUNICATION, Stopwatch
 from alsace_dist.ranks.group import Ranks
 from alsace_dist.ranks.job import note_position
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MOST_SKIPPED = 10  # steps in a row
-PHASES = ("data", "forward", "backward", "optimizer")
+PHASES = ("data", "forward", "backward", "optimizer", COMMUNICATION)
 
 
 class Engine(Protocol):
@@ -186,8 +186,9 @@ class TrainingMonitor:
         most = self.ranks.most(forward, -forward, *memory.values())
         seconds, num_ranks = time.monotonic() - self._start, self.ranks.world_size
         total_loss, tokens, padded, flops = totals[:4]
-        by_phase = dict(zip(PHASES, totals[4:8], strict=True))
-        found = _like(sums, totals[8:])
+        rest = 4 + len(PHASES)
+        by_phase = dict(zip(PHASES, totals[4:rest], strict=True))
+        found = _like(sums, totals[rest:])
         per_step = 1 / self._num_steps
         values = {
             "loss": total_loss / self.section.global_batch_size,

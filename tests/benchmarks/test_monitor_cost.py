@@ -9,7 +9,8 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_the_share_outside_a_steps_parts_is_what_is_left(tmp_path: Path) -> None:
-    parts = {"data_seconds": 0.01, "forward_seconds": 0.2, "backward_seconds": 0.5, "optimizer_seconds": 0.1}
+    parts = {"data_seconds": 0.01, "forward_seconds": 0.2, "backward_seconds": 0.5, "optimizer_seconds": 0.06}
+    parts["communication_seconds"] = 0.04
     rows = [{"step": step, "step_seconds": 0.9, **parts} for step in (1, 2, 3)]
     (tmp_path / "run/finetune").mkdir(parents=True)
     (tmp_path / "run/finetune/metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
