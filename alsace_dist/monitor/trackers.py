@@ -14,6 +14,18 @@ from alsace_dist.config import TrackerKind
 from alsace_dist.errors import UserError
 from alsace_dist.monitor.scalars import tag_of
 
+# What a run logs is scalars: no console output, and nothing of the machine, its paths, its packages or git.
+WANDB_SETTINGS = {
+    "console": "off",
+    "disable_git": True,
+    "host": "",
+    "save_code": False,
+    "x_disable_machine_info": True,
+    "x_disable_meta": True,
+    "x_disable_stats": True,
+    "x_save_requirements": False,
+}
+
 
 @dataclass(frozen=True)
 class Tracker:
@@ -55,9 +67,8 @@ class _Logger:
         self._module = module
         more: dict[str, Any] = {}
         if tracker.kind == "wandb":
-            # No console output, no metadata of the machine or of git: what a run logs is scalars.
             more["id"] = "".join(one if one.isalnum() else "-" for one in tracker.name)[-100:]
-            more["settings"] = module.Settings(console="off", disable_git=True, silent=True)
+            more["settings"] = module.Settings(silent=True, **WANDB_SETTINGS)
         with _quiet():
             module.init(project=tracker.project, name=tracker.name, resume="allow", **more)
 
