@@ -2,6 +2,7 @@
 
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,16 +14,17 @@ from training import test_engine
 
 from alsace_dist.config import DistillConfig
 from alsace_dist.config_file import load_config
-from alsace_dist.data.rows import answers_of
+from alsace_dist.data.rows import Row, answers_of
 from alsace_dist.errors import heard_by
 from alsace_dist.models.family import open_model
 from alsace_dist.monitor.sinks import METRICS, Places, read_scalars
 from alsace_dist.monitor.training import PHASES, TrainingMonitor
 from alsace_dist.ranks.group import Ranks
-from alsace_dist.training.losses import FrozenTargetLoss
+from alsace_dist.training.examples import GroupExamples
+from alsace_dist.training.losses import Divergence, FrozenTargetLoss
 from alsace_dist.training.observer import Observer
 
-NUM_STEPS, SLOW_SECONDS = 6, 0.3
+NUM_STEPS, SLOW_SECONDS, LATE_SECONDS = 6, 0.3, 0.2
 
 
 def watched(group: Ranks, world: str, out: str, settings: dict[str, Any]) -> dict[str, Any]:
@@ -87,6 +89,46 @@ def test_sums_over_unequal_ranks_are_right_and_the_straggler_is_named(world: Pat
         assert row["step"] == 2 or sum(row[f"{part}_seconds"] for part in PHASES) <= row["step_seconds"] * 1.01
         assert 0.05 < row["host_memory_gb"] < 20
         assert row["checkpoint_age_seconds"] >= 0
+
+
+def coming_apart(group: Ranks, world: str, out: str) -> list[str]:
+    """Live teachers that agree, and from the fifth step on know less and less, on ranks whose data come late; what
+    people are warned of."""
+    trained, model = test_engine.load(group, world, "mt5", {"zero_stage": 0, "dtype": "fp32"})
+    words, answers = tiny.WORDS, model.answers.fixed["en"]
+    groups = [
+        [Row(f"g{number}", name, None, test_engine.prompt_of(words[name][number:], model), answers) for name in words]
+        for number in range(8)
+    ]
+    tokens: Any = SimpleNamespace(languages=tuple(words))  # nothing is read
+    divergence = Divergence("forward", teacher_gradient=False, temperature=1.0)
+    examples = GroupExamples(tokens, [8], {"en": 1.0}, {}, "ensemble", 3.0, divergence, model, group.device)
+    part = examples.collate([model.encode(rows) for rows in groups[group.rank :: group.world_size]])
+    section = DistillConfig(num_steps=12, global_batch_size=8, log_every_steps=1)
+    heard: list[str] = []
+    places = Places(Path(out), Path(out) / "board")
+    monitor = TrainingMonitor("distill", places, section, range(12), group, trained, sorted(words))
+    generator = torch.Generator().manual_seed(7)  # the same on all ranks
+    with heard_by(heard.append), monitor:
+        for step in range(12):
+            with monitor.waiting():
+                time.sleep(LATE_SECONDS)
+            sums = trained.step([part.sums], 0.3 if step < 4 else 0.0)
+            monitor.step(step + 1, sums, (part.num_tokens, part.num_padded_tokens), 0.0)
+            with torch.no_grad():
+                for weight in trained.engine.module.parameters() if step >= 4 else ():
+                    weight += torch.randn(weight.shape, generator=generator)
+    return heard
+
+
+def test_teachers_that_come_apart_and_data_that_come_late_are_said_once(world: Path, tmp_path: Path) -> None:
+    heard, other = tiny.run_ranks(coming_apart, 2, world=str(world), out=str(tmp_path))
+    agreement = [row["vote_agreement"] for row in read_scalars(tmp_path / METRICS)]
+    assert min(agreement[3:5]) > 0.9 and max(agreement[7:]) < 0.9
+    assert [text for text in heard if "the teachers drift" in text] == [text for text in heard if "were: " in text]
+    late, drifting = (next(text for text in heard if what in text) for what in ("wait for data", "the teachers drift"))
+    assert late.startswith("distill: step 3: ranks wait for data ") and "take distill.teachers: frozen" in drifting
+    assert len(heard) == len(set(heard)) and other == []
 
 
 def with_a_bad_step(group: Ranks, world: str, out: str) -> int:
