@@ -24,7 +24,8 @@ The same numbers are in `metrics.jsonl` of every training and scoring pass, one 
 by the name below (`loss`, `agreement_of/sw`), without the group that TensorBoard puts before it (`train/loss`). Where
 either cannot be written (a full disk, a directory that is gone), that is said once, and the run goes on.
 `monitor.tracker` sends them to Weights & Biases, MLflow or trackio as well, if that is installed, and nothing else: no
-console output, and nothing of the machine. Each is set up by its own means, such as `WANDB_MODE` or `MLFLOW_TRACKING_URI`.
+console output, and nothing of the machine. Each is set up by its own means, such as `WANDB_MODE` or
+`MLFLOW_TRACKING_URI`.
 
 Warnings are printed, kept in `RUN/warnings.jsonl` (`time`, `stage`, `text`), and shown by `alsace status`, in the
 report and in TensorBoard. A training warns when its loss jumps to thrice the usual, when one answer takes over in a
