@@ -39,7 +39,8 @@ class Stopwatch:
 
     Communication is what a phase spends in collectives and waiting for them: for the numbers, and for ranks that come
     late. What goes on behind the computing costs nothing, and counts as nothing. On a GPU a span of time is two events
-    in the stream that computes; only ``read`` waits for them.
+    in the stream that computes; only ``read`` waits for them. DeepSpeed's other streams communicate, so that to wait
+    for one of them is to wait for a collective.
     """
 
     def __init__(self, device: "torch.device") -> None:
@@ -101,26 +102,31 @@ class Stopwatch:
     @contextmanager
     def _communication_apart(self, phase: str) -> Iterator[None]:
         """Within it, collectives are timed, whoever calls them: all start in a method of torch's process group, and all
-        results are waited for in one of its handles."""
+        results are waited for in one of its handles, or on a GPU by its stream, too."""
+        import torch
         import torch.distributed as dist
 
-        known = vars(dist.ProcessGroup)
-        methods = [(dist.ProcessGroup, name) for name in COLLECTIVES if name in known] + [(dist.Work, "wait")]
+        methods: list[tuple[type, str]] = [(dist.Work, "wait")]
+        methods += [(dist.ProcessGroup, name) for name in COLLECTIVES if name in vars(dist.ProcessGroup)]
+        if self._on_gpu:
+            methods += [(torch.cuda.Stream, "synchronize"), (torch.cuda.Stream, "wait_event")]
         original = [vars(owner)[name] for owner, name in methods]  # what getattr gives would no longer bind
         for (owner, name), method in zip(methods, original, strict=True):
-            setattr(owner, name, self._timed(method, phase))
+            setattr(owner, name, self._timed(method, phase, is_of_stream=name == "wait_event"))
         try:
             yield
         finally:
             for (owner, name), method in zip(methods, original, strict=True):
                 setattr(owner, name, method)
 
-    def _timed(self, method: Callable[..., Any], phase: str) -> Callable[..., Any]:
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            if self._current_stream() != self._stream:  # it is hidden behind what is computed
-                return method(*args, **kwargs)
+    def _timed(self, method: Callable[..., Any], phase: str, is_of_stream: bool) -> Callable[..., Any]:
+        """``is_of_stream``: whether it makes a stream wait, which may be another than the one that computes."""
+
+        def timed(this: Any, *args: Any, **kwargs: Any) -> Any:
+            if self._current_stream() != self._stream or (is_of_stream and this != self._stream):
+                return method(this, *args, **kwargs)  # it is hidden behind what is computed
             begin = self._now()
-            found = method(*args, **kwargs)
+            found = method(this, *args, **kwargs)
             self._spans.append((COMMUNICATION, phase, begin, self._now()))
             return found
 

@@ -22,8 +22,9 @@ JOIN_SECONDS = 10.0  # time for a message to the store to come back
 WAIT_SECONDS = 15.0  # time for the other ranks to say where they are
 # A C timer kills a rank whose main thread holds the GIL, so that the watching thread never runs; this much later.
 GRACE_SECONDS = 60.0
-# Files of functions that wait for other ranks; beside them the results that ranks.group hands out wait for them.
-COLLECTIVES = ("torch/distributed/distributed_c10d.py", "deepspeed/comm/comm.py")
+# Files of functions that wait for other ranks; beside them the results that ranks.group hands out wait for them. The
+# stopwatch is around whatever a step waits for, from wherever in DeepSpeed.
+COLLECTIVES = ("torch/distributed/distributed_c10d.py", "deepspeed/comm/comm.py", "alsace_dist/monitor/stopwatch.py")
 _LEFT = re.compile(r"rank\d{5,}\.(stacks|place|collectives\.json)")
 
 

@@ -84,6 +84,56 @@ def test_a_phase_that_fails_puts_torch_back() -> None:
     assert methods() == before
 
 
+class Moment:
+    """Stands in for an event of a GPU: the bookkeeping of streams needs none."""
+
+    def __init__(self, enable_timing: bool = False) -> None:
+        self.seconds = 0.0
+
+    def record(self, stream: Any = None) -> None:
+        self.seconds = time.perf_counter()
+
+    def wait(self, stream: Any) -> None:
+        time.sleep(LATE_SECONDS / 4)
+
+    def elapsed_time(self, later: "Moment") -> float:
+        return 1000 * (later.seconds - self.seconds)
+
+    def query(self) -> bool:
+        return True
+
+    def synchronize(self) -> None:
+        pass
+
+
+def test_on_a_gpu_only_what_the_computing_stream_waits_for_is_communication(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Stream:
+        """With the one method of torch's that says what a stream waits for."""
+
+        def wait_event(self, event: Moment) -> None:
+            event.wait(self)
+
+        def synchronize(self) -> None:
+            time.sleep(LATE_SECONDS / 4)
+
+    computing, other = Stream(), Stream()
+    current = [computing]
+    monkeypatch.setattr(torch.cuda, "Event", Moment)
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: current[0])
+    watch = Stopwatch(torch.device("cuda"))
+    with watch.phase("forward"):
+        computing.wait_event(Moment())  # timed
+        other.wait_event(Moment())
+        other.synchronize()  # timed
+        current[0] = other
+        computing.wait_event(Moment())
+        current[0] = computing
+    found = watch.read()
+    assert found.keys() == {"forward", COMMUNICATION}
+    assert min(found.values()) >= LATE_SECONDS / 2 and max(found.values()) < LATE_SECONDS * 0.8
+
+
 def test_many_spans_between_two_readings_are_added_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("alsace_dist.monitor.stopwatch.MOST_SPANS", 3)
     watch = Stopwatch(torch.device("cpu"))

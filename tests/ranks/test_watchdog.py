@@ -4,13 +4,17 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
+import torch
+import torch.distributed as dist
 
 from alsace_dist.errors import EXIT_USER_ERROR
+from alsace_dist.monitor.stopwatch import Stopwatch
 from alsace_dist.ranks import watchdog
 from alsace_dist.ranks.group import Ranks
 
@@ -60,10 +64,18 @@ def test_a_rank_that_is_done_may_wait_as_long_as_others_work(tmp_path: Path) -> 
     assert tiny.run_ranks(beat_while_another_waits, 2, directory=str(tmp_path)) == ["well", "well"]
 
 
+def in_a_step(group: Ranks) -> None:
+    """As DeepSpeed waits for what it has asked for earlier."""
+    handle = dist.all_reduce(torch.ones(1), group=group.control, async_op=True)
+    with Stopwatch(group.device).phase("forward"):
+        handle.wait()
+
+
 def who_waits(group: Ranks, directory: str) -> list[bool]:
     """Rank 1 is late; whether rank 0 is said to wait meanwhile, in each of the ways to wait, and rank 1 not."""
     dog, found = watchdog.Watchdog(group, Path(directory), seconds=None), list[bool]()
-    for collective in (group.barrier, lambda: group.most(1.0), lambda: group.most_later(1.0)(), lambda: group.sum(1.0)):
+    ways: list[Callable[[], object]] = [group.barrier, lambda: group.most(1.0), lambda: group.most_later(1.0)()]
+    for collective in (*ways, lambda: group.sum(1.0), lambda: in_a_step(group)):
         group.barrier()
         look = threading.Timer(0.3, lambda: found.append(dog._is_waiting()))
         look.start()
@@ -74,7 +86,7 @@ def who_waits(group: Ranks, directory: str) -> list[bool]:
 
 
 def test_a_rank_that_waits_for_a_late_one_is_not_taken_for_it(tmp_path: Path) -> None:
-    assert tiny.run_ranks(who_waits, 2, directory=str(tmp_path)) == [[True] * 4, [False] * 4]
+    assert tiny.run_ranks(who_waits, 2, directory=str(tmp_path)) == [[True] * 5, [False] * 5]
 
 
 def place(beats: int, is_done: bool = False, is_waiting: bool = False) -> dict[str, Any]:
