@@ -15,16 +15,17 @@ from typing import Any, Self, TextIO
 
 from alsace_dist.errors import RankFailed
 from alsace_dist.files.manifest import HANG, remove_own, write_text
-from alsace_dist.ranks import failures, group, job
+from alsace_dist.ranks import failures, job
 from alsace_dist.ranks.group import Ranks
 
 JOIN_SECONDS = 10.0  # time for a message to the store to come back
 WAIT_SECONDS = 15.0  # time for the other ranks to say where they are
 # A C timer kills a rank whose main thread holds the GIL, so that the watching thread never runs; this much later.
 GRACE_SECONDS = 60.0
-# Files of functions that wait for other ranks; beside them the results that ranks.group hands out wait for them. The
-# stopwatch is around whatever a step waits for, from wherever in DeepSpeed.
+# Files of functions that wait for other ranks; in a step the stopwatch is around whatever is waited for. And files
+# whose functions called wait do, for what was asked for earlier.
 COLLECTIVES = ("torch/distributed/distributed_c10d.py", "deepspeed/comm/comm.py", "alsace_dist/monitor/stopwatch.py")
+HANDLES = ("alsace_dist/ranks/group.py", "deepspeed/runtime/zero/partition_parameters.py")
 _LEFT = re.compile(r"rank\d{5,}\.(stacks|place|collectives\.json)")
 
 
@@ -136,7 +137,7 @@ class Watchdog:
         frame = sys._current_frames().get(self._main_thread)
         while frame is not None:
             file, function = frame.f_code.co_filename, frame.f_code.co_name
-            if file.endswith(COLLECTIVES) or (file == group.__file__ and function == "wait"):
+            if file.endswith(COLLECTIVES) or (file.endswith(HANDLES) and function == "wait"):
                 return True
             frame = frame.f_back
         return False

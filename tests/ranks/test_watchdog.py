@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from alsace_dist.errors import EXIT_USER_ERROR
 from alsace_dist.monitor.stopwatch import Stopwatch
 from alsace_dist.ranks import watchdog
 from alsace_dist.ranks.group import Ranks
+from alsace_dist.training.engine import import_deepspeed
 
 
 @pytest.mark.parametrize("command", ["finetune", "score"])
@@ -71,11 +73,21 @@ def in_a_step(group: Ranks) -> None:
         handle.wait()
 
 
+def in_a_pass(group: Ranks) -> None:
+    """As a pass under ZeRO-3 waits for weights, in scoring."""
+    from deepspeed.runtime.zero.partition_parameters import AllGatherHandle, ZeroParamStatus
+
+    handle = dist.all_reduce(torch.ones(1), group=group.control, async_op=True)
+    AllGatherHandle(handle, SimpleNamespace(ds_status=ZeroParamStatus.INFLIGHT)).wait()
+
+
 def who_waits(group: Ranks, directory: str) -> list[bool]:
     """Rank 1 is late; whether rank 0 is said to wait meanwhile, in each of the ways to wait, and rank 1 not."""
+    import_deepspeed()  # once
     dog, found = watchdog.Watchdog(group, Path(directory), seconds=None), list[bool]()
     ways: list[Callable[[], object]] = [group.barrier, lambda: group.most(1.0), lambda: group.most_later(1.0)()]
-    for collective in (*ways, lambda: group.sum(1.0), lambda: in_a_step(group)):
+    ways += [lambda: group.sum(1.0), lambda: in_a_step(group), lambda: in_a_pass(group)]
+    for collective in ways:
         group.barrier()
         look = threading.Timer(0.3, lambda: found.append(dog._is_waiting()))
         look.start()
@@ -86,7 +98,7 @@ def who_waits(group: Ranks, directory: str) -> list[bool]:
 
 
 def test_a_rank_that_waits_for_a_late_one_is_not_taken_for_it(tmp_path: Path) -> None:
-    assert tiny.run_ranks(who_waits, 2, directory=str(tmp_path)) == [[True] * 5, [False] * 5]
+    assert tiny.run_ranks(who_waits, 2, directory=str(tmp_path)) == [[True] * 6, [False] * 6]
 
 
 def place(beats: int, is_done: bool = False, is_waiting: bool = False) -> dict[str, Any]:
