@@ -194,7 +194,7 @@ def _speeds(trainings: Rows) -> list[str]:
 
 
 def _ends(config: Config, layout: Layout) -> list[str]:
-    """Which trainings did not end with their last step."""
+    """Which trainings have a result that is not of their last step."""
     found = []
     for number in range(config.rounds + 1):
         output = model_after(config, layout, number)
@@ -203,8 +203,8 @@ def _ends(config: Config, layout: Layout) -> list[str]:
             steps, exported = details.get("num_steps"), details.get("exported_step")
             if output and isinstance(steps, int) and isinstance(exported, int):
                 found.append(
-                    f"{output.kind} was stopped early, after {steps:,} steps: the weights after step {exported:,} were "
-                    "the best on dev, and are the result"
+                    f"{output.kind}: of {steps:,} steps, the weights after step {exported:,} were the best on dev, and "
+                    "are the result"
                 )
     return found
 

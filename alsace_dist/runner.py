@@ -16,7 +16,7 @@ from typing import TextIO
 from alsace_dist.config import Config
 from alsace_dist.config_file import variant as variant_of
 from alsace_dist.errors import NotReady, RankFailed, UserError, heard_by
-from alsace_dist.files.costs import add_cost
+from alsace_dist.files.costs import Start
 from alsace_dist.files.layout import SEEDS_NUMBERS, SEEDS_TABLE, Layout
 from alsace_dist.files.manifest import write_json, write_text
 from alsace_dist.files.scores import read_scores
@@ -99,20 +99,25 @@ def _kept(stage: Stage, num_ranks: int) -> Iterator[None]:
     if not stage.layout.config.exists():
         yield
         return
-    run, begin, is_done = stage.layout.run, time.monotonic(), False
-    try:
-        with heard_by(partial(add_warning, run, stage.name)):
+    run, is_done = stage.layout.run, False
+    with heard_by(partial(add_warning, run, stage.name)):
+        if stage.replay is not None:
             yield
-        is_done = stage.replay is None
-    finally:
-        if stage.replay is None:
-            add_cost(run, stage.name, time.monotonic() - begin, num_ranks, job.num_nodes(), is_done)
+            return
+        mark = stage.lock.with_name(f"{stage.lock.name}.begun")
+        directories = [output.directory for output in stage.outputs]
+        start = Start(run, stage.name, mark, directories, num_ranks, job.num_nodes())
+        try:
+            yield
+            is_done = True
+        finally:
+            start.end(is_done)
 
 
 def report(config: Config) -> None:
     """Write the report of a run from the evaluations that are complete, and print its summary.
 
-    Raises ``NotReady`` if there is none.
+    Raises ``NotReady`` if the run itself has none.
     """
     from rich.console import Console
 
@@ -120,8 +125,8 @@ def report(config: Config) -> None:
     from alsace_dist.reporting.report import pictures_of, print_summary, write_report
 
     evaluations = outcome.evaluations_of(config)
-    if not evaluations:
-        raise NotReady(f"{config.run_dir}: holds no evaluation yet; `alsace run` makes one")
+    if "main" not in evaluations:  # of variants alone a report would pass one off as the run
+        raise NotReady(f"{config.run_dir}: holds no evaluation of its own yet; `alsace run` makes one")
     facts, numbers = outcome.facts_of(config), Path(config.run_dir) / "report.json"
     before = numbers.read_bytes() if numbers.exists() else b""
     write_report(Path(config.run_dir), evaluations, facts, config.evaluate)

@@ -1,6 +1,7 @@
 """Several runs in one table, and what a run says of itself later: warnings, costs."""
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -12,14 +13,15 @@ import pytest
 import tiny
 from reporting.test_report import make_evaluation
 
-from alsace_dist import exporting, sweep
+from alsace_dist import exporting, runner, sweep
 from alsace_dist.comparison import compare
 from alsace_dist.config import Config
 from alsace_dist.config_file import config_text, load_config
 from alsace_dist.errors import NotReady, UserError
-from alsace_dist.files.costs import COSTS, add_cost, read_costs
+from alsace_dist.files.costs import COSTS, Cost, read_costs
 from alsace_dist.files.evaluation import read_evaluation, write_evaluation
 from alsace_dist.files.layout import DISTILL, Layout
+from alsace_dist.files.lines import append_line
 from alsace_dist.files.manifest import load_manifest, write_manifest
 from alsace_dist.files.scores import KIND as SCORES
 from alsace_dist.files.warnings import WARNINGS, add_warning, read_warnings
@@ -112,28 +114,51 @@ def test_an_evaluation_of_another_model_is_no_result_of_this_one(tmp_path: Path)
         exporting.export(config, tmp_path / "out")
 
 
+def test_a_report_is_of_the_run_and_never_of_a_variant_alone(tmp_path: Path) -> None:
+    config = run_of(tmp_path, 1, 0.5)
+    variant = config.model_copy(update={"variants": {"v": {"select": {"rule": "source"}}}})
+    of_run, of_variant = (Layout(Path(config.run_dir), name).evaluation for name in ("", "v"))
+    of_variant.parent.mkdir(parents=True)
+    of_run.rename(of_variant)
+    assert set(evaluations_of(variant)) == {"v"}
+    with pytest.raises(NotReady, match="holds no evaluation of its own yet"):
+        runner.report(variant)
+    assert not (Path(config.run_dir) / "report.json").exists()
+
+
 def test_warnings_are_kept_once_each_with_how_often_they_were_said(tmp_path: Path) -> None:
     for stage, text in (("score", "a"), ("distill", "slow\x1b[31m"), ("score", "a"), ("finetune", "b\u2028\x85")):
         add_warning(tmp_path, stage, text)
-    with (tmp_path / WARNINGS).open("a") as file:
-        file.write('{"time": "now", "sta')  # a disk was full
+    add_warning(tmp_path, "distill round 1 (v)", "distill: step 9: it is slow")
+    with (tmp_path / WARNINGS).open("ab") as file:
+        file.write(b'{"time": "now", "stage": "caf\xc3')  # a disk was full
     add_warning(tmp_path, "score", "a")
     found = read_warnings(tmp_path)
     assert [(one.stage, one.text, count) for one, count in found] == [
         ("distill", "slow\x1b[31m", 1),
         ("finetune", "b\u2028\x85", 1),
+        ("distill round 1 (v)", "step 9: it is slow", 1),
         ("score", "a", 3),
     ]
-    assert warning_lines(found) == ["score: a (said 3 times)", "finetune: b\ufffd\ufffd", "distill: slow\ufffd[31m"]
+    assert warning_lines(found) == [
+        "score: a (said 3 times)",
+        "distill round 1 (v): step 9: it is slow",
+        "finetune: b\ufffd\ufffd",
+        "distill: slow\ufffd[31m",
+    ]
     add_warning(tmp_path / "gone", "score", "not lost: it was printed")
     assert read_warnings(tmp_path / "gone") == []
 
 
 def test_costs_add_up_over_the_starts_of_a_stage(tmp_path: Path) -> None:
-    add_cost(tmp_path, "distill round 1", 1800.04, 16, 2, False)
-    add_cost(tmp_path, "distill round 1", 5400.0, 8, 1, True)
-    add_cost(tmp_path, "evaluate", 2.0, 1, 1, True)
-    assert json.loads((tmp_path / COSTS).read_text().splitlines()[0])["seconds"] == 1800.0
+    costs = [("distill round 1", 1800.0, 16, 2), ("distill round 1", 5400.0, 8, 1), ("evaluate", 2.0, 1, 1)]
+    for stage, seconds, num_ranks, num_nodes in costs:
+        cost = Cost(
+            time="now", stage=stage, seconds=seconds, num_ranks=num_ranks, num_nodes=num_nodes, is_done=seconds > 5000
+        )
+        append_line(tmp_path / COSTS, cost.model_dump())
+    with (tmp_path / COSTS).open("ab") as file:
+        file.write(b'{"time": "now", "stage": "caf\xc3')  # a disk was full
     table = cost_table(read_costs(tmp_path))
     assert [row.cells for row in table.rows] == [
         ["distill round 1", "2 h 00 min", "2", "8 to 16", "2.50"],
@@ -157,7 +182,27 @@ def test_status_sees_who_works_here_and_what_has_stopped(world: Path, tmp_path: 
         assert re.search(r"running: process \d+ on \S+ +\d+/100000", line())
         process.send_signal(signal.SIGTERM)
         process.wait(timeout=60)
-    assert re.search(r"stopped; `alsace run` goes on with it +\d+/100000", line())
+    assert re.search(r"stopped; `alsace run` goes on with it +\d+/100000 *$", line())
+
+
+def test_a_start_that_is_killed_is_among_the_costs(world: Path, tmp_path: Path) -> None:
+    data = {"inputs": [], "splits": {}, "directory": str(world / "run/data")}
+    section = {"num_steps": 100_000, "checkpoint_every_steps": 20}
+    value = tiny.make_config(world, run_dir=str(tmp_path / "run"), data=data, finetune=section)
+    config = tiny.write_config(tmp_path / "c.yaml", value)
+    progress = tmp_path / "run/finetune/progress.json"
+    for number in (signal.SIGKILL, signal.SIGTERM):
+        done = json.loads(progress.read_text())["done"] if progress.exists() else 0
+        with tiny.started("finetune", str(config)) as process:
+            tiny.wait_for(lambda least=done: progress.exists() and json.loads(progress.read_text())["done"] > least)
+            for rank in tiny.ranks_of(process) if number == signal.SIGKILL else ():
+                os.kill(rank, number)
+            process.send_signal(number)
+            process.wait(timeout=60)
+    killed, stopped = read_costs(tmp_path / "run")
+    assert 1 < killed.seconds < 60 and killed.num_ranks == 2 and not killed.is_done
+    assert stopped.seconds > 1 and not stopped.is_done
+    assert not list((tmp_path / "run/.locks").glob("*.begun"))
 
 
 def test_status_shows_warnings_and_goes_on_showing_them(world: Path, tmp_path: Path) -> None:

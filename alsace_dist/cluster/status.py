@@ -4,6 +4,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -68,13 +69,14 @@ def print_status(config: Config, num_lines: int) -> None:
 
 def watch(show: Callable[[], None], seconds: float) -> None:
     """Show it again and again, until Ctrl-C; on a terminal in the place of what was shown before."""
-    while True:
-        if sys.stdout.isatty():
-            print("\x1b[H\x1b[2J", end="")
-        print(time.strftime("%H:%M:%S"))
-        show()
-        sys.stdout.flush()
-        time.sleep(seconds)
+    with suppress(KeyboardInterrupt):
+        while True:
+            if sys.stdout.isatty():
+                print("\x1b[H\x1b[2J", end="")
+            print(time.strftime("%H:%M:%S"))
+            show()
+            sys.stdout.flush()
+            time.sleep(seconds)
 
 
 def print_sweep(run: Path, num_lines: int) -> None:
@@ -130,7 +132,7 @@ def _statuses(config: Config, known: Sequence[jobs.Submitted], states: _States) 
         blocker = blocker or ("" if state == "done" else job.name)
         log = Path(row.log) if row else Layout(run).slurm / "logs" / f"{job.file_name}.log"
         one = StageStatus(job.name, row.job_id if row else "", state, "", found.num_restarts if found else 0, log)
-        yield replace(one, progress=_progress(job)) if one.is_telling else one
+        yield replace(one, progress=_progress(job, state.startswith("running"))) if one.is_telling else one
 
 
 def _table(*columns: str) -> "Table":
@@ -254,13 +256,13 @@ def cause_of(directory: Path, job_id: str) -> str:
         return ""
 
 
-def _progress(job: Job) -> str:
+def _progress(job: Job, is_running: bool) -> str:
     """How far a stage says it is, in short: the first of its directories that is being written."""
     outputs = job.stage.outputs if job.stage else []
     progress = next((found for output in outputs if (found := read_progress(output.directory))), None)
     if progress is None:
         return ""
-    eta = f", eta {progress.eta_seconds:.0f} s" if progress.eta_seconds is not None else ""
+    eta = f", eta {progress.eta_seconds:.0f} s" if is_running and progress.eta_seconds is not None else ""
     return f"{progress.done}/{progress.total}{eta}"
 
 

@@ -1,6 +1,10 @@
-"""``costs.jsonl``: how long each start of a stage took, and on how many ranks and nodes. Lines are only added."""
+"""``costs.jsonl``: how long each start of a stage took, and on how many ranks and nodes. Lines are only added.
+
+A start that is killed adds none itself: it leaves a mark beside its stage's lock, from which the next start does.
+"""
 
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
@@ -10,10 +14,12 @@ from pydantic import Field
 from alsace_dist.config import Section
 from alsace_dist.config_file import validate
 from alsace_dist.errors import UserError
-from alsace_dist.files.manifest import append_line
-from alsace_dist.reading import parse_json, read_text
+from alsace_dist.files.lines import append_line, readable_lines
+from alsace_dist.files.manifest import read_json, write_json
+from alsace_dist.files.progress import PROGRESS
 
 COSTS = "costs.jsonl"
+Count = Annotated[int, Field(ge=1, le=10**7)]
 
 
 class Cost(Section):
@@ -22,26 +28,65 @@ class Cost(Section):
     time: str
     stage: str
     seconds: Annotated[float, Field(ge=0, le=1e10)]
-    num_ranks: Annotated[int, Field(ge=1, le=10**7)]
-    num_nodes: Annotated[int, Field(ge=1, le=10**7)]
+    num_ranks: Count
+    num_nodes: Count
     is_done: bool
 
 
-def add_cost(run: Path, stage: str, seconds: float, num_ranks: int, num_nodes: int, is_done: bool) -> None:
-    """Keep what a start has taken. A full disk is told by what the disk is needed for, not by this."""
-    now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    cost = Cost(
-        time=now, stage=stage, seconds=round(seconds, 1), num_ranks=num_ranks, num_nodes=num_nodes, is_done=is_done
-    )
-    with suppress(OSError):
-        append_line(run / COSTS, cost.model_dump())
+class Begun(Section):
+    """The mark of a start. Since when it runs is the time at which the disk has it."""
+
+    num_ranks: Count
+    num_nodes: Count
+
+
+class Start:
+    """A start of a stage, from its beginning on; whoever makes it holds the stage's lock.
+
+    A full disk is told by what the disk is needed for, not by this.
+    """
+
+    def __init__(
+        self, run: Path, stage: str, mark: Path, directories: Sequence[Path], num_ranks: int, num_nodes: int
+    ) -> None:
+        """``mark``: a file that only this stage's starts write; ``directories``: in which the stage says how far it
+        is."""
+        self.run, self.stage, self.mark = run, stage, mark
+        self.num_ranks, self.num_nodes, self._begin = num_ranks, num_nodes, time.monotonic()
+        with suppress(UserError, OSError):
+            self._add_killed(directories)
+        with suppress(OSError):
+            write_json(mark, Begun(num_ranks=num_ranks, num_nodes=num_nodes).model_dump())
+
+    def end(self, is_done: bool) -> None:
+        """However it ends: keep what it has taken. ``is_done``: whether the stage is complete."""
+        self._add(time.time(), time.monotonic() - self._begin, self.num_ranks, self.num_nodes, is_done)
+        with suppress(OSError):
+            self.mark.unlink(missing_ok=True)
+
+    def _add_killed(self, directories: Sequence[Path]) -> None:
+        """A start that was killed has taken until it last said how far it is, as far as anybody knows."""
+        if not self.mark.exists():
+            return
+        begun = validate(Begun, read_json(self.mark), f"{self.mark}: ")
+        signs = [path for directory in directories if (path := directory / PROGRESS).exists()]
+        begin = self.mark.stat().st_mtime
+        end = max([begin, *(path.stat().st_mtime for path in signs)])
+        self._add(end, end - begin, begun.num_ranks, begun.num_nodes, is_done=False)
+
+    def _add(self, end: float, seconds: float, num_ranks: int, num_nodes: int, is_done: bool) -> None:
+        cost = Cost(
+            time=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(end)),
+            stage=self.stage,
+            seconds=round(seconds, 1),
+            num_ranks=num_ranks,
+            num_nodes=num_nodes,
+            is_done=is_done,
+        )
+        with suppress(OSError):
+            append_line(self.run / COSTS, cost.model_dump())
 
 
 def read_costs(run: Path) -> list[Cost]:
     """All of a run, in their order. Lines that nobody can read are left out."""
-    path, found = run / COSTS, list[Cost]()
-    with suppress(UserError, OSError):
-        for line in read_text(path, "remove it").split("\n") if path.exists() else ():
-            with suppress(UserError):
-                found.append(validate(Cost, parse_json(line, f"{path}: ", "remove it"), f"{path}: "))
-    return found
+    return list(readable_lines(run / COSTS, Cost))

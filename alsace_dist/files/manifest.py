@@ -220,15 +220,6 @@ class OtherSettings(UserError):
 MISSING = object()  # None will not do: it is a value that JSON has
 
 
-def append_line(path: Path, value: dict[str, Any]) -> None:
-    """Add an object to a file of one a line; a line that a full disk has cut off is ended first. Raises ``OSError``."""
-    line = json.dumps(value, ensure_ascii=False).encode("utf-8", "replace") + b"\n"  # of names that are no UTF-8
-    with path.open("ab+") as file:  # what is written goes to the end, whatever was read
-        size = file.seek(0, 2)
-        file.seek(max(0, size - 1))
-        file.write(line if size == 0 or file.read(1) == b"\n" else b"\n" + line)
-
-
 def differences(old: Any, new: Any, name: str = "") -> list[str]:
     """Dotted names at which two JSON values differ, each with both values, for people to read.
 

@@ -30,9 +30,10 @@ def progress(name: str, directory: Path, total: int, done: int, enabled: bool) -
             show(count, note)
             counter.add(count)
 
-        yield advance
-        if counter.done >= total:
-            clear_progress(directory)
+        try:
+            yield advance
+        finally:
+            counter.end()
 
 
 class _Counter:
@@ -49,6 +50,13 @@ class _Counter:
         if now - self.last >= EVERY_SECONDS / 5 and self.done > self.first:
             self.last = now
             self._write(_eta(now - self.start, self.done - self.first, self.total - self.done))
+
+    def end(self) -> None:
+        """Nobody goes on now: what is left, if anything, takes an unknown time."""
+        if self.done >= self.total:
+            clear_progress(self.directory)
+        else:
+            self._write(None)
 
     def _write(self, eta_seconds: float | None) -> None:
         write_progress(self.directory, Progress(done=self.done, total=self.total, eta_seconds=eta_seconds))
@@ -106,7 +114,7 @@ class _Lines:
     def __call__(self, count: int, note: str) -> None:
         self.done += count
         now = time.monotonic()
-        if now - self.last >= EVERY_SECONDS or self.done >= self.total:
+        if now - self.last >= EVERY_SECONDS or (count and self.done >= self.total):
             self.last = now
             self._print(note)
 

@@ -310,11 +310,11 @@ GROUPS: dict[str, tuple[str, tuple[Scalar, ...]]] = {
     "score": (
         "How scoring goes: its steps are shards, or parts of them.",
         (
-            Scalar("done_share", "", "share of the groups that are scored", "rises evenly", "see `speed`"),
+            Scalar("done_share", "", "share of the parts of the data that are scored", "rises evenly", "see `speed`"),
             Scalar(
                 "confidence_of",
                 "",
-                "mean probability of the best candidate, in the language",
+                "mean probability of the best candidate, in the language, of what this start has scored",
                 "above that of a guess; highest in the source language",
                 "near that of a guess in every language: is it the right model, template and labels? "
                 "`alsace prepare --show` shows a prompt",

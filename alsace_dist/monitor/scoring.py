@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -19,8 +19,7 @@ NUM_COLUMNS = 4
 
 @dataclass
 class Counts:
-    """What a rank has scored since it started: rows, encoder tokens without and with padding, and by language the
-    columns above."""
+    """What a rank has scored: rows, encoder tokens without and with padding, and by language the columns above."""
 
     num_rows: int = 0
     num_tokens: int = 0
@@ -47,13 +46,19 @@ class Counts:
         numbers = (self.num_rows + other.num_rows, self.num_tokens + other.num_tokens)
         return Counts(*numbers, self.num_padded + other.num_padded, by_language)
 
-    def scalars(self, seconds: float, num_ranks: int) -> dict[str, float]:
-        """As means. ``num_ranks``: that work like the one, or ones, that has counted."""
-        found = {
-            "sequences_per_second": self.num_rows / seconds * num_ranks,
-            "tokens_per_second": self.num_tokens / seconds * num_ranks,
-            "padding_share": 1 - self.num_tokens / max(1, self.num_padded),
+    def rates(self, since: "Counts", seconds: float, num_ranks: int) -> dict[str, float]:
+        """As scalars. ``since``: what was counted before these seconds; ``num_ranks``: that work like the one, or ones,
+        that has counted."""
+        tokens = self.num_tokens - since.num_tokens
+        return {
+            "sequences_per_second": (self.num_rows - since.num_rows) / seconds * num_ranks,
+            "tokens_per_second": tokens / seconds * num_ranks,
+            "padding_share": 1 - tokens / max(1, self.num_padded - since.num_padded),
         }
+
+    def answers(self) -> dict[str, float]:
+        """What languages answer, as scalars."""
+        found = {}
         for language, (rows, confidence, whole, agreeing) in sorted(self.by_language.items()):
             if rows:
                 found[f"confidence_of/{language}"] = confidence / rows
@@ -63,12 +68,16 @@ class Counts:
 
 
 class ScoringMonitor:
-    """Scalars of one scoring pass: now and then what rank 0 has seen, as if all were like it, in the end all of it."""
+    """Scalars of one scoring pass: now and then what rank 0 has seen, as if all were like it, in the end all of it.
+
+    Rates are since the last reading, and in the end over this whole start; what languages answer is always of all that
+    this start has scored.
+    """
 
     def __init__(self, places: Places, ranks: Ranks, num_done: int, total: int) -> None:
         """``num_done``: of ``total`` parts, those that an earlier start has done."""
         self.ranks, self.num_done, self.total = ranks, num_done, total
-        self.counts = Counts()
+        self.counts, self._seen = Counts(), Counts()
         self._start = self._last = time.monotonic()
         self._last_step = num_done
         self._writer = ScalarWriter(places, num_done, ranks.is_main)
@@ -77,15 +86,16 @@ class ScoringMonitor:
         """A part is done; ``num_drawn``: how many this start's ranks have begun."""
         now, step = time.monotonic(), self.num_done + num_drawn
         if self.ranks.is_main and now - self._last >= EVERY_SECONDS and self._last_step < step < self.total:
-            self._last, self._last_step = now, step
-            values = self.counts.scalars(now - self._start, self.ranks.world_size)
-            self._writer.write(step, values | {"done_share": step / self.total})
+            rates = self.counts.rates(self._seen, now - self._last, self.ranks.world_size)
+            self._last, self._last_step, self._seen = now, step, replace(self.counts)
+            self._writer.write(step, rates | self.counts.answers() | {"done_share": step / self.total})
 
     def finish(self, of_ranks: Sequence[Counts]) -> None:
         """All parts are done; what each rank has counted."""
         whole = sum(of_ranks, Counts())
         if whole.num_rows:  # else this start had nothing to score
-            self._writer.write(self.total, whole.scalars(time.monotonic() - self._start, 1) | {"done_share": 1.0})
+            rates = whole.rates(Counts(), time.monotonic() - self._start, 1)
+            self._writer.write(self.total, rates | whole.answers() | {"done_share": 1.0})
 
     def close(self) -> None:
         """Write what is left."""

@@ -5,6 +5,7 @@ A place that cannot be written ends no run.
 
 import json
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -49,10 +50,11 @@ class LinesSink:
     def __init__(self, path: Path, first_step: int) -> None:
         kept = [row for row in read_scalars(path) if row["step"] <= first_step]
         write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
-        self._file = path.open("a", encoding="utf-8")
+        self._path, self._file = path, path.open("a", encoding="utf-8")
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """As in ``Sink``."""
+        self._path.stat()  # a file that was removed could be written on, for nobody
         self._file.write(json.dumps({"step": step} | dict(values)) + "\n")
         self._file.flush()
 
@@ -84,6 +86,19 @@ class BoardSink:
         self._board.close()
 
 
+class FurtherSink:
+    """A tracker, which keeps what it was told: steps that a killed start had told already are not told again."""
+
+    def __init__(self, sink: Sink, last_step: int) -> None:
+        self._sink, self._last_step = sink, last_step
+        self.text, self.close = sink.text, sink.close
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """As in ``Sink``."""
+        if step > self._last_step:
+            self._sink.write(step, values)
+
+
 class ScalarWriter:
     """Scalars by step, into ``metrics.jsonl`` and TensorBoard. Writes nothing on ranks other than 0.
 
@@ -97,10 +112,13 @@ class ScalarWriter:
         self._sinks: dict[Path, Sink] = {}
         if is_main:
             path = places.directory / METRICS
+            last_step = -1
+            with suppress(OSError):  # which is said below
+                last_step = max((row["step"] for row in read_scalars(path)), default=-1)
             self._begin(path, lambda: LinesSink(path, first_step))
             self._begin(places.tensorboard, lambda: BoardSink(places.tensorboard, first_step))
             if (tracker := places.tracker) is not None:
-                self._begin(Path(tracker.kind), lambda: open_tracker(tracker))
+                self._begin(Path(tracker.kind), lambda: FurtherSink(open_tracker(tracker), last_step))
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Log values of one step. Raises ``KeyError`` for a name that the table of scalars lacks."""

@@ -44,10 +44,11 @@ def explanation(config: Config, selection: Selection, scores: Scores) -> list[tu
     """Tables with their titles: languages, agreement between languages and, where all groups have labels, what the
     targets are worth.
 
-    ``scores``: those that the selection was made of.
+    ``scores``: those that the selection was made of, or some of them.
     """
     calibrated = [calibrate(group, selection.bias_rows()) for group in scores.groups().values()]
     names = sorted(selection.scores, key=lambda name: (-selection.scores[name], name))
+    names = [name for name in names if any(name in group for group in calibrated)]
     known = list(scores.golds().values())
     labels = known if all(known) else None
     rates = accuracies(calibrated, labels) if labels else {}
@@ -70,7 +71,9 @@ def explanation(config: Config, selection: Selection, scores: Scores) -> list[tu
         ("Share of groups in which two languages give the same answer", Table(["", *names], matrix, frozenset({0})))
     )
     if labels:
-        title = f"What labels say (rank correlation of score and accuracy: {_spearman(selection, rates):.2f})"
+        title, correlation = "What labels say", _spearman(selection, rates)
+        if not np.isnan(correlation):  # one language, or equal scores, have no order
+            title += f" (rank correlation of score and accuracy: {correlation:.2f})"
         found.append((title, _worth_table(config, selection, calibrated, labels)))
     return found
 
@@ -203,5 +206,6 @@ def _worth_table(
         f"targets: {mode}": worth(config.distill.model_copy(update={"targets": mode}), selection, groups, labels)
         for mode in modes
     } | {f"{printable(source)} alone": worth_of_language(source, groups, labels)}
-    rows = [Row([name, percent(one.accuracy), f"{one.log_loss:.3f}"]) for name, one in ways.items()]
+    known = {name: one for name, one in ways.items() if not np.isnan(one.accuracy)}
+    rows = [Row([name, percent(one.accuracy), f"{one.log_loss:.3f}"]) for name, one in known.items()]
     return Table(["What languages learn from", "Accuracy", "Log-loss"], rows, frozenset({0}))

@@ -93,6 +93,14 @@ def test_the_report_opens_from_disk_at_any_width(
         assert (back == "rgb(255, 255, 255)") == (scheme == "light")
 
 
+def test_long_words_are_broken_on_a_phone(run: Path, browser: Browser) -> None:
+    with page_of(browser, 360) as (page, _, _):
+        page.goto((run / "report.html").as_uri())
+        text = f"finetune: /{'scratch_of_a_project/' * 4}tensorboard: cannot be written; {'x' * 90}"
+        page.evaluate("text => document.querySelectorAll('p, li, figcaption').forEach(one => one.append(text))", text)
+        assert page.evaluate("document.documentElement.scrollWidth") <= 360
+
+
 def test_the_report_can_be_printed(run: Path, browser: Browser) -> None:
     with page_of(browser, 800, "dark") as (page, _, _):
         page.goto((run / "report.html").as_uri())

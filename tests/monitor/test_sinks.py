@@ -87,6 +87,16 @@ def test_a_directory_that_is_gone_ends_no_run(tmp_path: Path, capfd: pytest.Capt
     assert [row["step"] for row in read_scalars(tmp_path / METRICS)] == [1, 2, 3]
 
 
+def test_a_file_that_was_removed_is_said_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    writer = ScalarWriter(Places(tmp_path, tmp_path / "board"), 0, is_main=True)
+    writer.write(1, {"loss": 0.5})
+    (tmp_path / METRICS).unlink()
+    for step in (2, 3):
+        writer.write(step, {"loss": 0.5})
+    writer.close()
+    assert capfd.readouterr().err.count(f"warning: {tmp_path / METRICS}: cannot be written (No such file") == 1
+
+
 def test_a_place_that_can_never_be_written_is_said_and_nothing_else_is_lost(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -19,9 +19,10 @@ from pathlib import Path
 from alsace_dist.monitor.sinks import Places, ScalarWriter
 from alsace_dist.monitor.trackers import Tracker
 directory, tracker = Path(sys.argv[1]), Tracker(sys.argv[2], "alsace", "run/finetune")
-for first in (0, 2):  # the second goes on after step 2
+last = {0: 3, 2: 4}
+for first in (0, 2):  # the first is killed after step 3, the second goes on after step 2
     writer = ScalarWriter(Places(directory, directory / "board", tracker), first, is_main=True)
-    for step in (first + 1, first + 2):
+    for step in range(first + 1, last[first] + 1):
         writer.write(step, {"loss": 1 / step, "agreement_of/sw": 0.5})
     writer.close()
 """

@@ -40,6 +40,18 @@ def scores_of(directory: Path, with_labels: bool, groups: dict[str, tuple[dict[s
     return read_scores(directory)
 
 
+def test_a_language_that_some_of_the_groups_lack_altogether_is_left_out(tmp_path: Path) -> None:
+    """A report reads no more than some thousand groups, and what one alone has is in no order."""
+    config, scores = config_of(), scores_of(tmp_path / "all", True)
+    selection = make_selection(config, tmp_path / "all")
+    alone = {key: ({"en": group["en"]}, label) for key, (group, label) in GROUPS.items()}
+    (title, languages), *_, (said, worth) = explanation(config, selection, scores_of(tmp_path / "some", True, alone))
+    assert len(scores.groups()) == 4 and "2 teachers" in title
+    assert [row.cells[0] for row in languages.rows] == ["en"]
+    assert said == "What labels say"
+    assert all("nan" not in cell for row in worth.rows for cell in row.cells)
+
+
 @pytest.mark.parametrize("with_labels", [True, False])
 def test_a_selection_language_by_language(tmp_path: Path, with_labels: bool) -> None:
     config, scores = config_of(), scores_of(tmp_path, with_labels)
