@@ -21,6 +21,7 @@ from alsace_dist.files.layout import Layout, data_url
 from alsace_dist.files.shards import ShardInfo, open_dataset, read_shard
 from alsace_dist.monitor.sinks import Places
 from alsace_dist.ranks.group import Ranks, StopFlag
+from alsace_dist.ranks.watchdog import Watchdog
 from alsace_dist.stages import distill
 from alsace_dist.stages.base import Stage
 from alsace_dist.stages.score import ScoringPass
@@ -195,7 +196,7 @@ def ours_training(ranks: Ranks, config: Config, begun: "list[Training]", pause: 
 def tokenise(training: "Training", directory: Path, ranks: Ranks) -> None:
     """Tokenise all that a training may read. Collective."""
     shards = [shard for shard, count in enumerate(training.examples.counts) if count]
-    training.examples.make_ready(directory, training.fingerprint, shards, ranks)
+    training.examples.make_ready(directory, training.fingerprint, shards, Watchdog(ranks, directory, None))
 
 
 def own_stream(training: "Training", ranks: Ranks) -> TrainStream[Any]:

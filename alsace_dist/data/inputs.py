@@ -73,11 +73,11 @@ def check_inputs(config: Config) -> None:
 
 def read_groups(one: InputConfig, config: Config, bad: BadRecords) -> Groups:
     """The groups of one input, each as its rows (at least one). Raises ``UserError`` if it holds none."""
-    num_before, is_empty = len(bad.problems), True
-    for rows in kind_of(one).read(in_languages(one, config), config, bad):
+    num_before, is_empty, asked = len(bad.problems), True, in_languages(one, config)
+    for rows in kind_of(one).read(asked, config, bad):
         is_empty = False
-        if one.languages is not None:  # whatever holds them: files, a column, the keys of a group
-            rows = [row for row in rows if row.language in one.languages or not isinstance(row.language, str)]
+        if asked.languages is not None:  # whatever holds them: files, a column, the keys of a group
+            rows = [row for row in rows if row.language in asked.languages or not isinstance(row.language, str)]
         named = [row._replace(key=f"{one.name}/{row.key}") if one.name and row.key else row for row in rows]
         if named:
             yield named

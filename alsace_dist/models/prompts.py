@@ -117,7 +117,9 @@ def cut(tokenizer: Any, parts: Sequence[Part], encoding: Any, max_tokens: int) -
         cap = _cap(list(lengths.values()), room)
         for index, tokens in ends.items():
             if len(tokens) > cap:
-                contents[index] = contents[index][: tokens[cap - 1]]
+                # Several tokens may be of one character (℃, or bytes), at whose end nothing would be cut off.
+                kept = max((end for end in tokens[:cap] if end < tokens[-1]), default=0)
+                contents[index] = contents[index][:kept]
         encoding = tokenizer("".join(contents)).encodings[0]
         # Pieces may merge otherwise at a cut; then a little more goes.
         excess = len(encoding.ids) - max_tokens

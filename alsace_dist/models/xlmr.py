@@ -293,7 +293,8 @@ class XLMR(Family):
                 )
             return []
         misfit, labels = self._head_misfit, ", ".join(self.answers.labels)
-        if misfit and sorted(self._labels_of_head) == sorted(map(str.casefold, self.answers.labels)):
+        is_of_labels = self.head_kind is CLASSIFICATION
+        if misfit and is_of_labels and sorted(self._labels_of_head) == sorted(map(str.casefold, self.answers.labels)):
             raise UserError(f"task.labels: {labels}; {self.directory} {misfit}: give task.labels in that order")
         if misfit and not may_be_new:
             raise UserError(
@@ -301,7 +302,7 @@ class XLMR(Family):
                 f"config), or write {MASK} into the template to ask the masked language model"
             )
         is_replaced = self._has_head and misfit
-        for_what = f" for {labels}" * (self.head_kind is CLASSIFICATION)
+        for_what = f" for {labels}" * is_of_labels
         return [f"{self.directory}: {misfit}; finetuning starts with a new one{for_what}"] if is_replaced else []
 
     # --- the classification head -----------------------------------------------------------------------------------

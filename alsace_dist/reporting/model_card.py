@@ -38,13 +38,26 @@ def model_card(config: Config, variant: str, evaluation: Evaluation, fingerprint
         table(language_table(evaluation, config.evaluate.alpha)),
         table(overall_table(evaluation)),
         "## How it is asked",
-        _fenced(config.task.model_dump(mode="json", exclude_defaults=True)),
+        _fenced(config.task.model_dump(mode="json", exclude_defaults=True) | _scoring(config)),
+        *([MEAN_POOLING] if config.model.pooling == "mean" else []),
         "## What it was made from",
         "\n".join(f"- {escape(printable(name))}: `{digest}`" for name, digest in fingerprints.items()),
         "## Settings",
         _fenced({name: config.model_dump(mode="json")[name] for name in ("seed", "method", "rounds", *SECTIONS)}),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+MEAN_POOLING = (
+    "The head reads the mean of all tokens (`pooling: mean`). Its weights load in transformers, whose class reads the "
+    "first token, so that answers differ there."
+)
+
+
+def _scoring(config: Config) -> dict[str, dict[str, object]]:
+    """How the model is asked, where that is not the default."""
+    found = config.model.model_dump(mode="json", include={"mode", "masks", "pooling"}, exclude_defaults=True)
+    return {"model": found} if found else {}
 
 
 SECTIONS = ("finetune", "select", "distill")

@@ -11,7 +11,7 @@ from typing import Any
 
 from alsace_dist.files.evaluation import Evaluation
 from alsace_dist.reporting.statistics import holm, mcnemar_of_counts
-from alsace_dist.reporting.tables import Figures, Row, Table, figures_after, figures_before
+from alsace_dist.reporting.tables import USES_LABELS, Figures, Row, Table, figures_after, figures_before
 from alsace_dist.reporting.verdict import UNDEFINED, percent, printable
 
 BySeed = Mapping[int, Mapping[str, Evaluation]]  # seed -> variant -> its evaluation, the run itself as "main"
@@ -20,13 +20,14 @@ BySeed = Mapping[int, Mapping[str, Evaluation]]  # seed -> variant -> its evalua
 @dataclass(frozen=True)
 class Pooled:
     """One variant over its seeds. ``better``, ``worse``: languages that changed significantly over all of them;
-    ``is_start``: whether it is what they are compared with."""
+    ``is_start``: whether it is what they are compared with; ``uses_labels``: as in ``Evaluation``."""
 
     seeds: tuple[int, ...]
     figures: tuple[Figures, ...]
     better: tuple[str, ...]
     worse: tuple[str, ...]
     is_start: bool = False
+    uses_labels: bool = False
 
 
 def pooled(found: BySeed, alpha: float) -> dict[str, Pooled]:
@@ -38,7 +39,9 @@ def pooled(found: BySeed, alpha: float) -> dict[str, Pooled]:
     for name in names:
         own = {seed: variants[name] for seed, variants in found.items() if name in variants}
         better, worse = _changed(list(own.values()), alpha)
-        ways[name] = Pooled(tuple(own), tuple(map(figures_after, own.values())), better, worse)
+        uses_labels = any(evaluation.uses_labels for evaluation in own.values())
+        figures = tuple(map(figures_after, own.values()))
+        ways[name] = Pooled(tuple(own), figures, better, worse, uses_labels=uses_labels)
     return ways
 
 
@@ -57,17 +60,19 @@ def _changed(evaluations: Sequence[Evaluation], alpha: float) -> tuple[tuple[str
 
 def seeds_table(ways: Mapping[str, Pooled]) -> Table:
     """A row for each variant: mean ± standard deviation over its seeds."""
-    header = ["Variant", "Seeds", "Average", "Gap", "Source", "Worst language", "Better", "Worse"]
+    header = ["Variant", "Seeds", "Average", "Gap", "Paired gap", "Source", "Worst language", "Better", "Worse"]
     rows = []
     for name, one in ways.items():
         columns: list[list[float | None]] = [
             [figures.average for figures in one.figures],
             [figures.gap for figures in one.figures],
+            [figures.paired_gap for figures in one.figures],
             [figures.source for figures in one.figures],
             [figures.worst.accuracy for figures in one.figures],
         ]
         changed = [UNDEFINED, UNDEFINED] if one.is_start else [str(len(one.better)), str(len(one.worse))]
-        cells = [printable(name), str(len(one.seeds)), *map(_spread, columns), *changed]
+        shown = printable(name) + USES_LABELS * one.uses_labels
+        cells = [shown, str(len(one.seeds)), *map(_spread, columns), *changed]
         rows.append(Row(cells, "strong" if name == "main" else ""))
     return Table(header, rows, frozenset({0}))
 
@@ -86,10 +91,12 @@ def as_json(ways: Mapping[str, Pooled]) -> dict[str, Any]:
             "seeds": list(one.seeds),
             "average": [figures.average for figures in one.figures],
             "gap": [figures.gap for figures in one.figures],
+            "paired_gap": [figures.paired_gap for figures in one.figures],
             "source": [figures.source for figures in one.figures],
             "worst": [figures.worst.accuracy for figures in one.figures],
             "better": list(one.better),
             "worse": list(one.worse),
+            "uses_labels": one.uses_labels,
         }
         for name, one in ways.items()
     }

@@ -112,6 +112,9 @@ def _score_in(one: Round, language: str) -> str:
     return f"[{shown}]" if language in one.teachers else shown
 
 
+USES_LABELS = " (uses labels)"  # behind the name of what is an analysis
+
+
 def variant_table(evaluations: Mapping[str, Evaluation], alpha: float = 0.05) -> Table:
     """One row per variant, after a row of the model that all variants start from."""
     main = next(iter(evaluations.values()))
@@ -120,7 +123,7 @@ def variant_table(evaluations: Mapping[str, Evaluation], alpha: float = 0.05) ->
     for number, (name, evaluation) in enumerate(evaluations.items()):
         counts = [str(len(languages_by(evaluation, wanted, alpha))) for wanted in ("better", "worse")]
         holds = "yes" if all(one.holds for one in conditions(evaluation, alpha)) else "no"
-        shown = printable(name) + " (uses labels)" * evaluation.uses_labels
+        shown = printable(name) + USES_LABELS * evaluation.uses_labels
         cells = [shown, *_variant_cells(figures_after(evaluation)), *counts, holds]
         rows.append(Row(cells, "strong" if number == 0 else ""))
     return Table(header, rows, frozenset({0, 7}), frozenset({3, 4, 5, 6}))
@@ -131,6 +134,7 @@ class Figures(NamedTuple):
 
     average: float
     gap: float | None
+    paired_gap: float | None
     source: float | None
     worst: WorstLanguage
 
@@ -138,15 +142,15 @@ class Figures(NamedTuple):
 def figures_before(evaluation: Evaluation) -> Figures:
     """Of the model that a run starts from."""
     source = evaluation.languages.get(evaluation.source_language)
-    gap, worst = evaluation.gap.before, evaluation.worst.before
-    return Figures(evaluation.average.before, gap, source.before if source else None, worst)
+    gap, paired, worst = evaluation.gap.before, evaluation.paired_gap.before, evaluation.worst.before
+    return Figures(evaluation.average.before, gap, paired, source.before if source else None, worst)
 
 
 def figures_after(evaluation: Evaluation) -> Figures:
     """Of the distilled model."""
     source = evaluation.languages.get(evaluation.source_language)
-    gap, worst = evaluation.gap.after, evaluation.worst.after
-    return Figures(evaluation.average.after, gap, source.after if source else None, worst)
+    gap, paired, worst = evaluation.gap.after, evaluation.paired_gap.after, evaluation.worst.after
+    return Figures(evaluation.average.after, gap, paired, source.after if source else None, worst)
 
 
 def _variant_cells(figures: Figures) -> list[str]:

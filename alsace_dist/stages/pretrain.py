@@ -19,6 +19,7 @@ from alsace_dist.files import manifest
 from alsace_dist.files.layout import PRETRAIN, data_url
 from alsace_dist.files.shards import Dataset, ParallelGroup, open_dataset, open_split, read_shard, read_shards
 from alsace_dist.ranks.group import Ranks
+from alsace_dist.ranks.watchdog import Watchdog
 from alsace_dist.stages.base import Output, Stage, data_inputs, only
 from alsace_dist.stages.train import run_training
 
@@ -140,7 +141,9 @@ class SpanExamples:
         """Rows of each shard."""
         return most_examples(self.dataset)
 
-    def make_ready(self, directory: Path, fingerprint: dict[str, Any], shards: Collection[int], ranks: Ranks) -> None:
+    def make_ready(
+        self, directory: Path, fingerprint: dict[str, Any], shards: Collection[int], watchdog: Watchdog
+    ) -> None:
         """Nothing: a nano model's texts are tokenised as they come."""
 
     def expect(self, shards: Iterable[int]) -> None:

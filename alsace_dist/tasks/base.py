@@ -109,7 +109,8 @@ def for_language(values: Mapping[str, Value], language: str, name: str) -> Value
         return values[language]
     if "default" in values:
         return values["default"]
-    raise UserError(f"task.{name}: has nothing for language {language!r} and no default; add one")
+    other = ", or take template: english" if name == "template" else ""
+    raise UserError(f"task.{name}: has nothing for language {language!r} and no default; add one{other}")
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from alsace_dist.data.rows import EncodedRow, Example
 from alsace_dist.data.tokens import TokenRows
 from alsace_dist.method.targets import lessons
 from alsace_dist.models.family import Family
-from alsace_dist.ranks.group import Ranks
+from alsace_dist.ranks.watchdog import Watchdog
 from alsace_dist.training.losses import Divergence, FrozenTargetLoss, LiveTeacherLoss, MicroBatch, Pairs, Watched
 from alsace_dist.training.observer import Observer
 from alsace_dist.training.tokens import Tokens
@@ -30,10 +30,13 @@ class Examples(Protocol):
     def observer(self) -> Observer | None:
         """What observes how near the model is to its targets; None: there are no answers to look at."""
 
-    def make_ready(self, directory: Path, fingerprint: dict[str, Any], shards: Collection[int], ranks: Ranks) -> None:
+    def make_ready(
+        self, directory: Path, fingerprint: dict[str, Any], shards: Collection[int], watchdog: Watchdog
+    ) -> None:
         """Before any of these shards is loaded: do what loading them needs once. Collective.
 
-        ``directory``: a place for it; ``fingerprint``: everything that the examples depend on.
+        ``directory``: a place for it; ``fingerprint``: everything that the examples depend on; ``watchdog``: entered,
+        it hears of progress.
         """
 
     def expect(self, shards: Iterable[int]) -> None:
@@ -87,9 +90,11 @@ class TargetExamples:
         """By the languages of the rows."""
         return Observer(sorted(self.tokens.languages), self.model.answers.num_candidates)
 
-    def make_ready(self, directory: Path, fingerprint: dict[str, Any], shards: Collection[int], ranks: Ranks) -> None:
+    def make_ready(
+        self, directory: Path, fingerprint: dict[str, Any], shards: Collection[int], watchdog: Watchdog
+    ) -> None:
         """Tokenise the shards."""
-        self.tokens.make(directory, fingerprint, shards, ranks)
+        self.tokens.make(directory, fingerprint, shards, watchdog)
 
     def expect(self, shards: Iterable[int]) -> None:
         """Their tokens are on the disk."""
@@ -149,9 +154,11 @@ class GroupExamples:
         """By the languages of the rows."""
         return Observer(sorted(self.tokens.languages), self.model.answers.num_candidates)
 
-    def make_ready(self, directory: Path, fingerprint: dict[str, Any], shards: Collection[int], ranks: Ranks) -> None:
+    def make_ready(
+        self, directory: Path, fingerprint: dict[str, Any], shards: Collection[int], watchdog: Watchdog
+    ) -> None:
         """Tokenise the shards."""
-        self.tokens.make(directory, fingerprint, shards, ranks)
+        self.tokens.make(directory, fingerprint, shards, watchdog)
 
     def expect(self, shards: Iterable[int]) -> None:
         """Their tokens are on the disk."""

@@ -114,7 +114,7 @@ def run(training: Training, ranks: Ranks) -> tuple[dict[str, int], dict[str, Fil
     section, examples, num_steps = training.section, training.examples, training.num_steps
     stream = training.stream(ranks.rank, ranks.world_size)
     shards = training.order.shards_of(num_steps)
-    examples.make_ready(training.directory / TOKENS, training.fingerprint, shards, ranks)
+    make_ready(training, shards, ranks)
     engine, first, rule = _start(training, stream, ranks)
     keep_memory(ranks, weight_bytes(training.model, training.engine.dtype))
     steps, done = range(first, num_steps), first
@@ -168,6 +168,12 @@ def run(training: Training, ranks: Ranks) -> tuple[dict[str, int], dict[str, Fil
         _load_best(training, engine, saver.best, done)
         details["exported_step"] = saver.best.step
     return details, _export(training, engine)
+
+
+def make_ready(training: Training, shards: Collection[int], ranks: Ranks) -> None:
+    """Do what loading these shards needs once. Collective."""
+    with Watchdog(ranks, training.directory, training.engine.hang_limit()) as watchdog:
+        training.examples.make_ready(training.directory / TOKENS, training.fingerprint, shards, watchdog)
 
 
 def _saver(training: Training, engine: TrainEngine, first: int, watchdog: Watchdog, monitor: TrainingMonitor) -> Saver:

@@ -11,7 +11,7 @@ from rich.text import Text
 from alsace_dist.errors import UserError
 from alsace_dist.ranks.group import Ranks
 from alsace_dist.training import checkpoint
-from alsace_dist.training.loop import CHECKPOINTS, TOKENS, Training, load_state, make_engine
+from alsace_dist.training.loop import CHECKPOINTS, Training, load_state, make_engine, make_ready
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ def replay(training: Training, step: int, ranks: Ranks) -> tuple[int, list[Repla
     if step > training.num_steps:
         raise UserError(f"--step={step:,}: {training.kind} has {training.num_steps:,} steps; they count from 1")
     order, section, examples = training.order, training.section, training.examples
-    examples.make_ready(training.directory / TOKENS, training.fingerprint, order.shards_of(step), ranks)
+    make_ready(training, order.shards_of(step), ranks)
     engine = make_engine(training, ranks)
     found = checkpoint.newest(training.directory / CHECKPOINTS, training.fingerprint, ranks)
     position = load_state(training, engine, found)

@@ -1,6 +1,7 @@
 """The encoded rows that a training reads: made once by all ranks together, checked, and opened shard by shard."""
 
 from collections.abc import Collection, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,8 @@ from alsace_dist.files.manifest import FileEntry, Manifest
 from alsace_dist.files.shards import Dataset, read_shard
 from alsace_dist.models.family import Family
 from alsace_dist.monitor.progress import progress
-from alsace_dist.ranks.group import Ranks
 from alsace_dist.ranks.job import note_position
+from alsace_dist.ranks.watchdog import Watchdog
 
 KIND = "tokens"
 MANY_ROWS = 50_000  # a core tokenises them in some seconds: fewer need no progress
@@ -33,13 +34,13 @@ class Tokens:
     _listed: Manifest | None = None
     _verified: set[str] = field(default_factory=set)
 
-    def make(self, directory: Path, fingerprint: dict[str, Any], shards: Collection[int], ranks: Ranks) -> None:
+    def make(self, directory: Path, fingerprint: dict[str, Any], shards: Collection[int], watchdog: Watchdog) -> None:
         """Write the files of these shards, each rank its share, but for those that are there. Collective.
 
-        ``fingerprint``: everything that the rows depend on. Raises ``Stopped`` if a stop was agreed (finished files are
-        kept), and as ``read_shard`` and ``Family.encode``.
+        ``fingerprint``: everything that the rows depend on; ``watchdog``: hears of each file. Raises
+        ``Stopped`` if a stop was agreed (finished files are kept), and as ``read_shard`` and ``Family.encode``.
         """
-        self._directory = directory
+        self._directory, ranks = directory, watchdog.ranks
         wanted = {"training": manifest.digest_json(fingerprint)}
         names = {self._name(shard) for shard in shards}
         found: list[Manifest | None] = [None]
@@ -49,7 +50,7 @@ class Tokens:
 
         ranks.main_first(look)
         if not ranks.any_rank(found[0] is not None)[0]:
-            found[0] = self._make(wanted, sorted(shards), ranks)
+            found[0] = self._make(wanted, sorted(shards), watchdog)
         # By message: the disk may show a file to other machines later.
         listed = ranks.from_main(found[0].model_dump() if found[0] else None)
         self._listed = Manifest.model_validate(listed)
@@ -83,8 +84,9 @@ class Tokens:
         (self._directory / manifest.MANIFEST).unlink(missing_ok=True)
         return None
 
-    def _make(self, wanted: dict[str, str], shards: list[int], ranks: Ranks) -> Manifest | None:
+    def _make(self, wanted: dict[str, str], shards: list[int], watchdog: Watchdog) -> Manifest | None:
         """Write what is missing; rank 0's manifest of it."""
+        ranks = watchdog.ranks
         own = shards[ranks.rank :: ranks.world_size]
         entries: dict[str, FileEntry] = {}
         written: list[Manifest] = []
@@ -97,16 +99,19 @@ class Tokens:
             # In the stage's own directory, where people look how far it is.
             with progress("tokenise", self._directory.parent, len(own), 0, is_shown) as advance:
                 for shard in own:
+                    watchdog.beat("the tokens of the next shard")
                     if ranks.stop.is_set:
-                        return
+                        break
                     path = self._directory / self._name(shard)
                     about = wanted | {"shard": self.dataset.shards[shard].sha256}
                     if read_metadata(path) != about:
                         write_tokens(path, self._encoded(shard), bool(self.model.answers.fixed), about)
                     entries[path.name] = manifest.file_entry(path)
                     advance()
+            stack.enter_context(watchdog.waiting_for_others())
 
-        ranks.each(make_own)
+        with ExitStack() as stack:
+            ranks.each(make_own)
         num_stopped, num_done = ranks.sum(ranks.stop.is_set, len(entries))
         if num_stopped:
             if ranks.is_main:

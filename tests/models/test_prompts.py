@@ -2,9 +2,10 @@
 
 import re
 import unicodedata
+from typing import Any
 
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from alsace_dist.data.rows import Part
@@ -101,6 +102,42 @@ def test_texts_are_cut_and_the_template_behind_them_stays_whole(tokenizer: PreTr
     assert len(ids) <= most
     assert ids[-2:] == [tokenizer.convert_tokens_to_ids("▁<extra_id_0>"), END]
     assert tokenizer.convert_tokens_to_ids("▁word") in ids
+
+
+class Counting:
+    """A tokenizer that will not be asked for ever."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        self.tokenizer, self.num_left = tokenizer, 200
+
+    def __call__(self, text: str) -> Any:
+        self.num_left -= 1
+        assert self.num_left > 0, "it does not end"
+        return self.tokenizer(text)
+
+
+@pytest.fixture(scope="module")
+def splitting() -> PreTrainedTokenizerFast:
+    """Characters of several tokens: some are normalised to more characters, others are spelt in bytes."""
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -20.0), ("▁", -3.0), ("▁<extra_id_0>", -1.0)]
+    pieces += [(letter, -6.0) for letter in "abcdefghijklmnopqrstuvwxyz<>_0°Cm2/"]
+    pieces += [(f"<0x{byte:02X}>", -9.0) for byte in range(256)]
+    raw = Tokenizer(models.Unigram(pieces, unk_id=2, byte_fallback=True))
+    raw.normalizer = normalizers.NFKC()
+    raw.pre_tokenizer = pre_tokenizers.Metaspace()
+    raw.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", END)])
+    return PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+
+
+@pytest.mark.parametrize("text", ["℃", " ℃", "a㎡ ", "🏳", "é字", "ﷺ", "½ ", "a🏳‍🌈 b"])
+def test_characters_of_several_tokens_are_cut_whole(splitting: PreTrainedTokenizerFast, text: str) -> None:
+    gap = splitting.convert_tokens_to_ids("▁<extra_id_0>")
+    for times, other in ((1, 9), (30, 1), (30, 9)):
+        parts = [Part(text * times, True), Part(" <extra_id_0> ", False), Part("b" * other, True)]
+        whole = splitting("".join(part.content for part in parts)).encodings[0]
+        for most in range(5, len(whole.ids)):
+            found = prompts.cut(Counting(splitting), parts, whole, most)
+            assert len(found.ids) <= most and gap in found.ids and found.ids[-1] == END
 
 
 def test_the_longest_text_is_cut_first(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -25,12 +25,16 @@ def test_means_spread_and_significance_over_all_seeds() -> None:
     assert mcnemar_of_counts(5, 0) == pytest.approx(2 / 2**5) and mcnemar_of_counts(15, 0) == pytest.approx(2 / 2**15)
     found = {seed: {"main": changed(0.005, 0.0)} for seed in (1, 2, 3)}
     found[3]["paper"] = changed(0.0, -0.1)
+    found[3]["oracle"] = found[3]["main"].model_copy(update={"uses_labels": True})
     ways = pooled(found, 0.05)
-    assert list(ways) == ["before", "main", "paper"]
+    assert list(ways) == ["before", "main", "paper", "oracle"]
     assert (ways["main"].better, ways["main"].worse) == (("de",), ())
     assert (ways["paper"].seeds, ways["paper"].better, ways["paper"].worse) == ((3,), (), ("sw",))
     rows = {row.cells[0]: row.cells[1:] for row in seeds_table(ways).rows}
-    assert rows["before"] == ["3", "50.0 ± 0.0", "30.0 ± 0.0", "70.0 ± 0.0", "30.0 ± 0.0", "–", "–"]
+    assert rows["before"] == ["3", "50.0 ± 0.0", "30.0 ± 0.0", "30.0 ± 0.0", "70.0 ± 0.0", "30.0 ± 0.0", "–", "–"]
+    assert "oracle (uses labels)" in rows and [as_json(ways)[name]["uses_labels"] for name in ways] == [False] * 3 + [
+        True
+    ]
     assert rows["main"][:2] == ["3", "50.2 ± 0.0"] and rows["main"][-2:] == ["1", "0"]
     assert rows["paper"][:2] == ["1", "46.7"] and rows["paper"][-2:] == ["0", "1"]
 

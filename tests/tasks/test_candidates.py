@@ -169,12 +169,14 @@ def own_config(world: Path, directory: Path, scorer: str = "mt5", **sections: An
     value["data"]["splits"] = {"labeled": 20, "unlabeled": 20, "test": 20}
     value["model"] = tiny.of_scorer(world, scorer)["model"]
     value["model"] |= {"masks": "left_to_right"} if scorer == "cloze" else {}
-    score = {"candidate_score": "mean_pmi", "context_free_template": "{bare}"}
-    value["task"] = OWN | {"fields": ["text", "bare"], "max_tokens": 48} | score
+    score = {"fields": ["text", "bare"], "candidate_score": "mean_pmi", "context_free_template": "{bare}"}
+    if scorer == "new head":  # which gives a candidate one number
+        value["model"]["mode"], score = "head", {"fields": ["text"]}
+    value["task"] = OWN | {"max_tokens": 48} | score
     return tiny.write_config(directory / "c.yaml", value)
 
 
-@pytest.mark.parametrize("scorer", ["mt5", "cloze", "t5gemma2"])
+@pytest.mark.parametrize("scorer", ["mt5", "cloze", "new head", "t5gemma2"])
 def test_own_candidates_from_the_data_to_the_report(world: Path, tmp_path: Path, scorer: str) -> None:
     path = own_config(world, tmp_path, scorer, engine={"zero_stage": 3})
     tiny.run_all(path)

@@ -115,7 +115,10 @@ def test_they_are_shown_for_every_language(name: str) -> None:
 def test_a_language_without_native_prompts_is_named() -> None:
     publishing.SIB200["files"]("set")
     one = {"kind": "sib200", "path": "set", "hub_split": "dev", "split": "test"}
-    with pytest.raises(UserError, match=r"task\.template: has nothing for language 'nqo_Nkoo' and no default; add one"):
+    with pytest.raises(
+        UserError,
+        match=r"task\.template: has nothing for language 'nqo_Nkoo' and no default; add one, or take template: english",
+    ):
         prepare(config_of([one], {"template": "native"}, source_language="eng_Latn"), RUN)
     task = {"template": "native", "verbalizers": ["a", "b", "c", "d", "e", "f", "g"]}
     with pytest.raises(UserError, match="'nqo_Nkoo'"):

@@ -62,6 +62,14 @@ def test_xnli(layout: str) -> None:
 
 
 @pytest.mark.parametrize("layout", publishing.XNLI)
+def test_labels_are_read_in_the_source_language_alone(layout: str) -> None:
+    """Whether a file holds it or all languages."""
+    publishing.XNLI[layout]("xnli")
+    prepare(make_config([{"kind": "xnli", "path": "xnli", "hub_split": "dev", "split": "labeled"}], NLI), RUN)
+    assert set(texts_by_language("labeled")) == {"en"}
+
+
+@pytest.mark.parametrize("layout", publishing.XNLI)
 def test_rows_of_one_premise_are_never_in_two_splits(layout: str) -> None:
     publishing.XNLI[layout]("xnli")
     source = {"kind": "xnli", "path": "xnli", "hub_split": "dev"}

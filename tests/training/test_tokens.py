@@ -14,6 +14,7 @@ from alsace_dist.errors import Stopped, UserError
 from alsace_dist.files.shards import open_dataset, read_shard
 from alsace_dist.models.family import Options, open_model
 from alsace_dist.ranks.group import Ranks
+from alsace_dist.ranks.watchdog import Watchdog
 from alsace_dist.training.tokens import Tokens, drop
 
 LANGUAGES = ("de", "en", "ru")
@@ -32,7 +33,7 @@ def made(group: Ranks, world: str, scorer: str, out: str, fingerprint: Any = 1, 
     tokens = tokens_of(world, scorer)
     group.stop.is_set = stop and group.rank == 1
     try:
-        tokens.make(Path(out), {"of": fingerprint}, range(len(tokens.dataset.shards)), group)
+        tokens.make(Path(out), {"of": fingerprint}, range(len(tokens.dataset.shards)), Watchdog(group, Path(out), None))
     except Stopped as stopped:
         return str(stopped)
     finally:
@@ -48,7 +49,7 @@ def made(group: Ranks, world: str, scorer: str, out: str, fingerprint: Any = 1, 
 
 def num_rows(group: Ranks, world: str, data: str, out: str) -> list[int]:
     tokens = tokens_of(world, "mt5", data)
-    tokens.make(Path(out), {}, [0, 2], group)
+    tokens.make(Path(out), {}, [0, 2], Watchdog(group, Path(out), None))
     return [len(tokens.open(shard)) for shard in (0, 2)]
 
 
