@@ -73,11 +73,11 @@ def check_inputs(config: Config) -> None:
 
 def read_groups(one: InputConfig, config: Config, bad: BadRecords) -> Groups:
     """The groups of one input, each as its rows (at least one). Raises ``UserError`` if it holds none."""
-    num_before, is_empty, asked = len(bad.problems), True, in_languages(one, config)
-    for rows in kind_of(one).read(asked, config, bad):
+    num_before, is_empty, asked = len(bad.problems), True, _asked(one, config)
+    for rows in kind_of(one).read(in_languages(one, config), config, bad):
         is_empty = False
-        if asked.languages is not None:  # whatever holds them: files, a column, the keys of a group
-            rows = [row for row in rows if row.language in asked.languages or not isinstance(row.language, str)]
+        if asked is not None:  # whatever holds them: files, a column, the keys of a group
+            rows = [row for row in rows if row.language in asked or not isinstance(row.language, str)]
         named = [row._replace(key=f"{one.name}/{row.key}") if one.name and row.key else row for row in rows]
         if named:
             yield named
@@ -94,14 +94,19 @@ def contents(config: Config) -> dict[str, Any]:
 
 
 def in_languages(one: InputConfig, config: Config) -> InputConfig:
-    """The input with the languages made explicit in which it is read; None still means all of them.
+    """The input with the languages made explicit in which it is read; None still means all of them."""
+    asked = _asked(one, config)
+    return one.model_copy(update={"languages": config.data.languages if asked is None else asked})
+
+
+def _asked(one: InputConfig, config: Config) -> list[str] | None:
+    """The languages that are asked for of this input, whatever the run's are; None: no others than those.
 
     Of a published dataset, labeled groups are read in the source language alone: more would not be used.
     """
-    languages = config.data.languages if one.languages is None else one.languages
     if one.languages is None and one.split == "labeled" and one.kind in tasks.published():
-        languages = [config.data.source_language]
-    return one.model_copy(update={"languages": languages})
+        return [config.data.source_language]
+    return one.languages
 
 
 def _hashed(files: Iterable[Path]) -> dict[str, Any]:
