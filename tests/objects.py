@@ -104,7 +104,8 @@ class Proxy:
     """A server in front of another that fails as it is told: one request a connection, whatever the protocol above.
 
     ``faults``: for the next requests that are GETs, one each: ``503``, ``403``, ``cut`` (half of the answer, then the
-    connection is closed), ``stall`` (half of the answer, then silence), ``alter`` (the last byte is another), ``""``.
+    connection is closed), ``stall`` (half of the answer, then silence), ``alter`` (the last byte is another),
+    ``garble`` (no answer of HTTP), an address (to which it redirects), ``""``.
     ``always``: the fault of all requests after these. ``seen``: method and path of each request.
     """
 
@@ -153,6 +154,12 @@ class Proxy:
             fault = self.faults.pop(0) if self.faults and method == "GET" else self.always
             if fault.isdigit():
                 end.sendall(f"HTTP/1.1 {fault} No\r\nContent-Length: 0\r\nConnection: close\r\n\r\n".encode())
+                return
+            if fault == "garble":
+                end.sendall(b"HTTP what? no\r\n\r\n")
+                return
+            if "://" in fault:
+                end.sendall(f"HTTP/1.1 302 Found\r\nLocation: {fault}\r\nContent-Length: 0\r\n\r\n".encode())
                 return
             answer = self._ask(head)
             if fault == "alter":

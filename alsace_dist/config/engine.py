@@ -39,7 +39,6 @@ class ZeroOptimization(RawSection):
     allgather_partitions: bool | None = None
     allgather_bucket_size: Count | None = None
     overlap_comm: bool | None = None
-    round_robin_gradients: bool | None = None
     sub_group_size: Count | None = None
     offload_param: OffloadParam | None = None
     stage3_prefetch_bucket_size: Size | None = None

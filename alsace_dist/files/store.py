@@ -134,7 +134,8 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 def _status(error: Exception) -> int | None:
     """The HTTP status of an answer, as the libraries keep it: aiohttp, Azure's, Google's, botocore."""
-    if isinstance(error, _network_errors()):  # of half an answer aiohttp says 400, which is nobody's answer
+    kinds = _network_errors()
+    if any(isinstance(one, kinds) for one in _chain(error)):  # of half an answer aiohttp says 400, which is nobody's
         return None
     for one in _chain(error):
         response = getattr(one, "response", None)
@@ -153,7 +154,8 @@ def _may_pass(error: Exception) -> bool:
     status = _status(error)
     if status is not None:
         return status >= 500 or status in (408, 425, 429)
-    return isinstance(error, (OSError, EOFError, *_network_errors()))
+    kinds: tuple[type[BaseException], ...] = (OSError, EOFError, *_network_errors())
+    return any(isinstance(one, kinds) for one in _chain(error))
 
 
 def _network_errors() -> tuple[type[Exception], ...]:
@@ -170,6 +172,7 @@ def _network_errors() -> tuple[type[Exception], ...]:
         import aiohttp
 
         kinds += [aiohttp.ClientConnectionError, aiohttp.ClientPayloadError]
+        kinds += [aiohttp.http_exceptions.HttpProcessingError]  # an answer that is none; aiohttp calls it a 400
     except ImportError:
         pass
     return tuple(kinds)
@@ -221,6 +224,8 @@ async def _fetch_https(store: Any, url: str, most_bytes: int, patience: Patience
             if response.status in (404, 410):
                 raise FileNotFoundError(url)
             response.raise_for_status()
+            if response.url.scheme != "https":
+                raise UserError(f"{url}: redirects to {response.url.scheme}://, which anybody may change; name https")
             size = response.content_length or most_bytes
             _check_size(url, size, most_bytes)
             seconds = patience.stall_seconds + size / patience.bytes_per_second

@@ -118,17 +118,23 @@ def write(config: Config, choice: Choice, file: Path) -> None:
     load_config(file)
 
 
+def _seconds(choice: Choice, name: str) -> float:
+    """Of a stage."""
+    return next(one.seconds for one in choice.estimates if one.work.name == name)
+
+
 def remedies(one: Estimate, better: list[Choice]) -> list[str]:
     """What would help a stage in which GPUs wait for each other more than they compute. ``better``: what fits."""
     engine, cluster, name = one.work.engine, one.cluster, one.work.name
     found = []
     if one.work.section is None:
         return ["a larger score.tokens_per_batch", "fewer nodes"]
-    lowest = min((choice.engine.zero_stage for choice in better), default=3)
-    if lowest < engine.zero_stage:
-        found.append(f"engine.zero_stage: {lowest}, which fits")
-    if engine.zero_stage == 3 and cluster.num_nodes > 1 and hpz_size(engine) == 1 and lowest == 3:
-        found.append(f"engine.deepspeed.zero_optimization.{HPZ}: {cluster.gpus_per_node}")
+    # Of the layouts that fit, the cheapest in which this stage is faster than it is.
+    best = next((choice for choice in better if _seconds(choice, name) < one.seconds), None)
+    if best and best.engine.zero_stage < engine.zero_stage:
+        found.append(f"engine.zero_stage: {best.engine.zero_stage}, which fits")
+    if best and (size := hpz_size(best.engine)) > hpz_size(engine):
+        found.append(f"engine.deepspeed.zero_optimization.{HPZ}: {size}")
     if one.num_passes > 1 and engine.zero_stage >= 2:
         found.append(f"a larger {name}.tokens_per_micro_batch")
     if one.num_passes == 1:

@@ -91,10 +91,9 @@ class DryPasses:
 
     def try_largest(self, tokens: int) -> None:
         """Of the shapes that a micro-batch of so many tokens may have the longest, and one of more and shorter
-        examples: each brings candidates of its own."""
+        examples: each brings candidates of its own. Each rank has another example, and all take as many steps."""
         self.step(self.long, tokens)
-        if self.num_examples(self.short, tokens) > self.num_examples(self.long, tokens):
-            self.step(self.short, tokens)
+        self.step(self.short, tokens)
 
 
 def usual_rule(section: TrainConfig, settings: EngineConfig, world_size: int, device: str) -> CutRule:

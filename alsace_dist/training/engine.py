@@ -138,10 +138,12 @@ def inference_module(module: nn.Module, engine: EngineConfig, ranks: Ranks) -> n
 
 
 def _initialize(deepspeed: Any, **arguments: Any) -> Any:
+    from deepspeed.runtime.zero.utils import ZeRORuntimeException
+
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # some of DeepSpeed's optimizers print their memory use
             return deepspeed.initialize(**arguments)
-    except (ValueError, TypeError, AssertionError, KeyError) as error:
+    except (ValueError, TypeError, AssertionError, KeyError, NotImplementedError, ZeRORuntimeException) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(
             f"engine.deepspeed: DeepSpeed refuses these settings: {reason}; correct or remove them"

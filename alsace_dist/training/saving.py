@@ -126,7 +126,7 @@ class Saver:
         self.directory, self.engine, self.fingerprint, self.keep = directory, engine, fingerprint, keep
         self.watchdog, self.on_saved, self.max_bytes = watchdog, on_saved, max_bytes
         self._writer: _Writer | None = None
-        self._saved = 0, 0.0
+        self._saved, self._completed = (0, 0.0), 0
         self.best = Best()
 
     @property
@@ -136,11 +136,14 @@ class Saver:
 
     def begin(self, step: int) -> None:
         """Copy the state after ``step`` steps, and begin to write it; waits for a checkpoint that is being written.
+        One that is complete already stays as it is: it may be the only one.
 
         Raises ``UserError`` on every rank, before anything is written, if there is no room for it.
         """
         begin = time.monotonic()
         self.finish()
+        if step == self._completed:
+            return
         ranks, target = self.engine.ranks, checkpoint.path_of(self.directory, step)
         files = cut(self.engine, self.max_bytes)
         num_bytes = 4 * sum(file.numel for file in files) * (1 + len(self.engine.moments or ()))
@@ -176,6 +179,7 @@ class Saver:
         details |= {"skipped": writer.num_skipped} if writer.num_skipped else {}
         details |= {"best": asdict(writer.best)} if writer.best.step else {}
         ranks.main_first(lambda: self._complete(writer.target, details, parts or []))
+        self._completed = writer.step
         num_bytes, blocking_seconds = self._saved
         self.on_saved(writer.step, num_bytes, *ranks.most(blocking_seconds, writer.seconds))
 

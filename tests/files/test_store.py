@@ -403,9 +403,10 @@ def test_https(secure: Proxy, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> N
     aiohttp.connector._SSL_CONTEXT_VERIFIED.load_verify_locations(secure.certificate)
     assert capsys.readouterr().err == ""
     secure.faults = ["503", "cut", "", "stall", "cut", "", "alter", "", "500", "429", "503", ""]
+    secure.faults += ["garble", ""]
     dataset = open_dataset(url)
     assert read_all(dataset) == GROUPS
-    assert secure.faults == [] and len(secure.seen) == len(dataset.shards) + 1 + 8
+    assert secure.faults == [] and len(secure.seen) == len(dataset.shards) + 1 + 9
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"warning: {url}/manifest.json: HTTP 503: ") and "trying again" in line
 
@@ -422,6 +423,9 @@ def test_https(secure: Proxy, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> N
             read_shard(dataset, dataset.shards[0])
         assert time.monotonic() - begin < 12
     secure.always = ""
+    secure.faults = [f"http://localhost:{secure.upstream}/small/manifest.json"]
+    with pytest.raises(UserError, match=r"/small/manifest\.json: redirects to http://, which anybody may change"):
+        open_dataset(url)
     monkeypatch.setenv("NETRC", os.devnull)
     secure.seen.clear()
     with pytest.raises(UserError, match=r"manifest\.json: cannot be read \(HTTP 401: [^,]*Unauthorized"):

@@ -130,6 +130,12 @@ def test_where_gpus_wait_for_each_other_it_says_what_helps(xxl: Config) -> None:
     # 1,024 prompts on 512 GPUs: two each.
     assert "communicate" in line and "a larger distill.global_batch_size, of which a GPU has 2 prompts" in line
     assert "fewer nodes" in line
+    about, works = asked(xxl, FOUR_NODES)  # where a lower stage fits, too, but is slower
+    slow = next(one for one in (estimate(about, work) for work in works) if one.work.name == "distill")
+    found = search.choices(about, works, xxl.engine)
+    assert any(choice.engine.zero_stage == 2 for choice in found)
+    assert search.remedies(slow, found)[0] == "engine.deepspeed.zero_optimization.zero_hpz_partition_size: 8"
+    assert search.remedies(slow, [one for one in found if one.engine.zero_stage < 3])[0] != "engine.zero_stage: 2"
     alone, works = asked(xxl, replace(FOUR_NODES, num_nodes=1))
     best = search.choices(alone, works, xxl.engine)[0]
     assert not any("distill: GPUs communicate" in one for one in warnings(best.estimates, []))

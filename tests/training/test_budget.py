@@ -75,6 +75,27 @@ def test_dry_passes_leave_no_trace(world: Path, scorer: str, dtype: str, stage: 
         assert rows == min(5, 600 // longest) and last[0] == 5, "a rank's share of 10 examples is 5"
 
 
+def dry_with_unequal_examples(group: Ranks, world: str, settings: dict[str, Any]) -> float:
+    """Rank 0's first example is as long as any may be, that of rank 1 short; a sum over both after the dry passes."""
+    trained, model = test_engine.load(group, world, "mt5", settings)
+    tokens = Tokens(None, None, ["en"], model)  # type: ignore[arg-type]
+    given = TargetExamples(tokens, [], None, model, group.device)  # type: ignore[arg-type]
+    (example,) = test_engine.examples(model)[:1]
+    example = given.stretched(example) if group.is_main else example
+    most = given.length(given.stretched(example)) * 3 // 2  # one long example, or more short ones
+    section = DistillConfig(num_steps=3, global_batch_size=10, learning_rate=1e-2, tokens_per_micro_batch=most)
+    cut_rule("distill", section, EngineConfig(**settings), given, example, trained)
+    trained.load_initial(model)
+    trained.step([test_engine.loss_of(model, [example], group)], 1e-3)
+    return group.sum(1.0)[0]
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_ranks_with_examples_of_other_lengths_take_as_many_dry_passes(world: Path, stage: int) -> None:
+    settings = {"dtype": "fp32", "zero_stage": stage}
+    assert tiny.run_ranks(dry_with_unequal_examples, 2, world=str(world), settings=settings) == [2.0, 2.0]
+
+
 def test_a_pass_that_no_memory_holds_comes_before_the_first_step(world: Path, tmp_path: Path) -> None:
     """Examples of 4,000 tokens, of which attention holds the square; the texts themselves are short."""
     config = tiny.make_config(

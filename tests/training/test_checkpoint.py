@@ -56,6 +56,26 @@ def saver(trained: engine.TrainEngine, directory: str, group: Ranks, keep: int =
     return Saver(Path(directory), trained, FINGERPRINT, keep, watchdog, lambda *_: None, max_bytes=20_000)
 
 
+def saved_twice(group: Ranks, world: str, out: str) -> tuple[bool, list[str]]:
+    """Whether the files of a checkpoint stay as they are when it is asked for again; the checkpoints there are."""
+    trained, model = load(group, world, 1, "fp32")
+    trained.load_initial(model)
+    keeper = saver(trained, out, group, keep=1)
+    for step in (1, 2):
+        keeper.begin(step)
+    keeper.finish()
+    found = [{path.name: path.stat().st_ino for path in (Path(out) / "step-00000002").iterdir()}]
+    keeper.begin(2)
+    found.append({path.name: path.stat().st_ino for path in (Path(out) / "step-00000002").iterdir()})
+    keeper.finish()
+    return found[0] == found[1] and "manifest.json" in found[0], sorted(path.name for path in Path(out).glob("step-*"))
+
+
+def test_the_only_checkpoint_is_not_deleted_to_be_written_again(world: Path, tmp_path: Path) -> None:
+    found = tiny.run_ranks(saved_twice, 2, world=str(world), out=str(tmp_path))
+    assert found == [[True, ["step-00000002"]]] * 2
+
+
 def digest_of(trained: engine.TrainEngine) -> str:
     """Of all weights and moments, whole, and of the optimizer's own."""
     digest = hashlib.sha256()
