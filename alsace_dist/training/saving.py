@@ -126,7 +126,8 @@ class Saver:
         self.directory, self.engine, self.fingerprint, self.keep = directory, engine, fingerprint, keep
         self.watchdog, self.on_saved, self.max_bytes = watchdog, on_saved, max_bytes
         self._writer: _Writer | None = None
-        self._saved, self._completed = (0, 0.0), 0
+        self._saved = 0, 0.0
+        self._completed: int | None = None  # the step of the last checkpoint
         self.best = Best()
 
     @property
