@@ -18,7 +18,7 @@ from alsace_dist.comparison import compare
 from alsace_dist.config import Config
 from alsace_dist.config_file import config_text, load_config
 from alsace_dist.errors import NotReady, UserError
-from alsace_dist.files.costs import COSTS, Cost, read_costs
+from alsace_dist.files.costs import COSTS, Cost, Start, read_costs
 from alsace_dist.files.evaluation import read_evaluation, write_evaluation
 from alsace_dist.files.layout import DISTILL, Layout
 from alsace_dist.files.lines import append_line
@@ -205,6 +205,20 @@ def test_a_start_that_is_killed_is_among_the_costs(world: Path, tmp_path: Path) 
     assert not list((tmp_path / "run/.locks").glob("*.begun"))
 
 
+def test_a_file_in_the_place_of_the_mark_of_a_start_stays(tmp_path: Path) -> None:
+    mark, target = tmp_path / "finetune.begun", tmp_path / "target"
+    for make in (lambda: mark.write_text("mine"), lambda: mark.symlink_to(target), mark.mkdir):
+        make()
+        Start(tmp_path, "finetune", mark, [], 2, 1).end(True)
+        assert mark.is_symlink() or mark.is_dir() or mark.read_text() == "mine"
+        assert not target.exists() and len(read_costs(tmp_path)) == 1
+        (tmp_path / COSTS).unlink()
+        mark.rmdir() if mark.is_dir() else mark.unlink()
+    Start(tmp_path, "finetune", mark, [], 2, 1)  # killed at once
+    Start(tmp_path, "finetune", mark, [], 4, 1).end(True)
+    assert [(one.num_ranks, one.is_done) for one in read_costs(tmp_path)] == [(2, False), (4, True)]
+
+
 def test_status_shows_warnings_and_goes_on_showing_them(world: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()
@@ -220,8 +234,10 @@ def test_status_shows_warnings_and_goes_on_showing_them(world: Path, tmp_path: P
         assert process.stdout is not None
         try:
             seen = [process.stdout.readline() for _ in range(40)]  # more than it shows once
+            process.send_signal(signal.SIGINT)
+            assert process.wait(timeout=30) == 0  # Ctrl-C is how a watch ends
         finally:
-            process.terminate()
+            process.kill()
     times = [line for line in seen if re.fullmatch(r"\d\d:\d\d:\d\d\n", line)]
     assert len(times) >= 2 and len(set(times)) == len(times)
     refused = tiny.alsace("status", str(run), "--watch", "--every=0", check=False)

@@ -3,6 +3,7 @@
 A start that is killed adds none itself: it leaves a mark beside its stage's lock, from which the next start does.
 """
 
+import os
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -53,21 +54,26 @@ class Start:
         is."""
         self.run, self.stage, self.mark = run, stage, mark
         self.num_ranks, self.num_nodes, self._begin = num_ranks, num_nodes, time.monotonic()
-        with suppress(UserError, OSError):
+        self._is_marked = False
+        with suppress(UserError, OSError):  # a file of that name that no start has written stays
             self._add_killed(directories)
-        with suppress(OSError):
             write_json(mark, Begun(num_ranks=num_ranks, num_nodes=num_nodes).model_dump())
+            self._is_marked = True
 
     def end(self, is_done: bool) -> None:
-        """However it ends: keep what it has taken. ``is_done``: whether the stage is complete."""
+        """Keep what this start has taken, complete or not. ``is_done``: whether the stage is complete."""
         self._add(time.time(), time.monotonic() - self._begin, self.num_ranks, self.num_nodes, is_done)
-        with suppress(OSError):
-            self.mark.unlink(missing_ok=True)
+        if self._is_marked:
+            with suppress(OSError):
+                self.mark.unlink(missing_ok=True)
 
     def _add_killed(self, directories: Sequence[Path]) -> None:
-        """A start that was killed has taken until it last said how far it is, as far as anybody knows."""
-        if not self.mark.exists():
+        """A start that was killed has taken until it last said how far it is, as far as anybody knows. Raises
+        ``UserError`` for a mark that no start has written."""
+        if not os.path.lexists(self.mark):
             return
+        if self.mark.is_symlink():
+            raise UserError(f"{self.mark}: is a link")
         begun = validate(Begun, read_json(self.mark), f"{self.mark}: ")
         signs = [path for directory in directories if (path := directory / PROGRESS).exists()]
         begin = self.mark.stat().st_mtime

@@ -87,7 +87,7 @@ class BoardSink:
 
 
 class FurtherSink:
-    """A tracker, which keeps what it was told: steps that a killed start had told already are not told again."""
+    """Another sink, of a tracker that forgets nothing: steps that a killed start has logged there are left out."""
 
     def __init__(self, sink: Sink, last_step: int) -> None:
         self._sink, self._last_step = sink, last_step
@@ -113,7 +113,7 @@ class ScalarWriter:
         if is_main:
             path = places.directory / METRICS
             last_step = -1
-            with suppress(OSError):  # which is said below
+            with suppress(OSError):  # LinesSink meets the same error, which is said once
                 last_step = max((row["step"] for row in read_scalars(path)), default=-1)
             self._begin(path, lambda: LinesSink(path, first_step))
             self._begin(places.tensorboard, lambda: BoardSink(places.tensorboard, first_step))

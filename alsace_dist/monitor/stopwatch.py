@@ -45,7 +45,7 @@ class Stopwatch:
 
     def __init__(self, device: "torch.device") -> None:
         self._on_gpu = device.type == "cuda"
-        self._stream: Any = None  # that computes
+        self._stream: Any = None  # the GPU's stream that computes
         self._seconds: dict[str, float] = defaultdict(float)
         self._spans: list[tuple[str, str, Any, Any]] = []  # name, what it is no part of, begin, end
 
@@ -124,7 +124,7 @@ class Stopwatch:
 
         def timed(this: Any, *args: Any, **kwargs: Any) -> Any:
             if self._current_stream() != self._stream or (is_of_stream and this != self._stream):
-                return method(this, *args, **kwargs)  # it is hidden behind what is computed
+                return method(this, *args, **kwargs)  # a collective of another stream is hidden behind what is computed
             begin = self._now()
             found = method(this, *args, **kwargs)
             self._spans.append((COMMUNICATION, phase, begin, self._now()))

@@ -17,4 +17,4 @@ def test_the_share_outside_a_steps_parts_is_what_is_left(tmp_path: Path) -> None
     command = [sys.executable, str(ROOT / "benchmarks/monitor_cost.py"), str(tmp_path / "run")]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
     assert "| run/finetune | 900.0 | 10.0% |" in done.stdout.splitlines()
-    assert "observing 64 rows: " in done.stdout
+    assert "observing 64 rows: " in done.stdout and "timing a phase with 100 collectives: " in done.stdout

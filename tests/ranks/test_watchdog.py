@@ -67,7 +67,7 @@ def test_a_rank_that_is_done_may_wait_as_long_as_others_work(tmp_path: Path) -> 
 
 
 def in_a_step(group: Ranks) -> None:
-    """As DeepSpeed waits for what it has asked for earlier."""
+    """Wait for a collective that was begun before, as DeepSpeed does within a step."""
     handle = dist.all_reduce(torch.ones(1), group=group.control, async_op=True)
     with Stopwatch(group.device).phase("forward"):
         handle.wait()

@@ -14,10 +14,15 @@ from alsace_dist.ranks.group import Ranks
 
 FLAGS = ("contiguous_gradients", "reduce_scatter", "use_multi_rank_bucket_allreduce", "allgather_partitions")
 FLAGS += ("overlap_comm", "memory_efficient_linear", "log_trace_cache_warnings")
-SIZES = ("reduce_bucket_size", "sub_group_size", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold")
+SIZES = (
+    "allgather_bucket_size",
+    "reduce_bucket_size",
+    "sub_group_size",
+    "stage3_prefetch_bucket_size",
+    "stage3_param_persistence_threshold",
+)
 SIZES += ("stage3_model_persistence_threshold", "stage3_max_live_parameters", "stage3_max_reuse_distance")
-# A size of gathering in ZeRO-1 and 2 has to divide by the ranks; the others have tests or need a GPU.
-ELSEWHERE = {"allgather_bucket_size", "offload_param", "zero_hpz_partition_size"}
+ELSEWHERE = {"offload_param", "zero_hpz_partition_size"}  # presets, which test_presets trains
 
 
 def settings() -> list[dict[str, Any]]:
