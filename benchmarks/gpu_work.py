@@ -26,7 +26,7 @@ from alsace_dist.data.stream import micro_batches
 from alsace_dist.errors import UserError
 from alsace_dist.models.decoding import CandidateForm, Collator
 from alsace_dist.models.family import WHOLE, TrainableModel
-from alsace_dist.models.footprint import Activations, PassShape
+from alsace_dist.models.footprint import Activations, Kernels, PassShape
 from alsace_dist.models.lora import LoraModel
 from alsace_dist.models.mt5 import MT5, CandidateScorer, make_scorer
 from alsace_dist.ranks.group import Ranks
@@ -155,7 +155,7 @@ def activations(size: Size, lengths: Sequence[int], batches: list[list[int]]) ->
     shapes = [
         PassShape(len(batch), max(lengths[one] for one in batch), 1, 2, len(FORM.vocabulary)) for batch in batches
     ]
-    found = [MT5.activations(size.config, shape, 2, "fused") for shape in shapes]
+    found = [MT5.activations(size.config, shape, 2, Kernels()) for shape in shapes]
     return [one for one in found if one is not None]
 
 

@@ -19,7 +19,7 @@ from alsace_dist.data.rows import GAP, Answers, Candidates, EncodedRow, Part, Ro
 from alsace_dist.errors import UserError
 from alsace_dist.models import prompts
 from alsace_dist.models.batches import CandidateScore, Inputs
-from alsace_dist.models.footprint import Activations, Attention, PassShape
+from alsace_dist.models.footprint import Activations, Kernels, PassShape
 from alsace_dist.models.weights import SOUND, load_tokenizer, read_config
 from alsace_dist.reading import shorten
 
@@ -238,7 +238,7 @@ class Family(TrainableModel):
         """
 
     @staticmethod
-    def activations(config: Any, shape: PassShape, weight_bytes: int, kernel: Attention) -> Activations | None:
+    def activations(config: Any, shape: PassShape, weight_bytes: int, kernels: Kernels) -> Activations | None:
         """Bytes that a forward pass keeps for its backward pass; None: nobody has derived it for this family."""
         return None
 

@@ -4,9 +4,8 @@ Derivation: autograd keeps what the derivative of each operation reads, once for
 read it. In an encoder-decoder, per token and layer, with w bytes per number (bf16: 2, fp32: 4), width d, H heads with
 an inner width I in all, and feed-forward width f:
 
-- RMSNorm computes its variance in float32. In bf16 the square keeps a float32 copy (4 d), the product its input (2 d),
-  the scaling the normed values (2 d); in fp32 the copy is the input itself, so 4 d + 4 d. Both: 8 d, and the 4 bytes of
-  1 / rms.
+- RMSNorm computes in float32. On a GPU it is one kernel, which keeps its input (w d) and the 4 bytes of 1 / rms; its
+  operations one by one, as on CPUs, keep a float32 copy of the input and the normed values: 8 d.
 - A linear layer keeps its input: w d for queries, keys and values together, w d for the two gated matrices, w I for the
   attention's output, whose tensor a fused kernel keeps anyway.
 - A fused attention kernel keeps queries, keys, values and output (4 w I), the logarithm of the softmax's sum (4 H), and
@@ -14,7 +13,7 @@ an inner width I in all, and feed-forward width f:
   fallback ("math") keeps float32 queries, keys and values (12 I), the softmax (4 H L) and the output (w I).
 - The gated feed-forward keeps the input and output of its activation, the other factor and the product: 4 w f.
 
-So an encoder layer keeps 2 (8 d + 4) + 2 w d + attention + 4 w f a token. A decoder layer has another norm, another
+So an encoder layer keeps 2 norms + 2 w d + attention + 4 w f a token. A decoder layer has another norm, another
 input, and a cross-attention whose keys and values are as many as the prompt's tokens: 2 w I for each of these.
 
 An encoder with LayerNorm keeps, before or after its attention and feed-forward alike, the input and the output of each
@@ -32,8 +31,17 @@ from typing import Any, Literal
 
 from alsace_dist.models.vocabulary import CHUNK_ROWS
 
-# fused: PyTorch's memory-efficient kernel, as on GPUs; math: what it falls back to on CPUs where a bias is trained.
-Attention = Literal["fused", "math"]
+
+@dataclass(frozen=True)
+class Kernels:
+    """How PyTorch computes; what is not given, as on GPUs.
+
+    ``attention``: its memory-efficient kernel, or what it falls back to on CPUs where a bias is trained. ``norm``:
+    RMSNorm in one kernel, or its operations one by one, as on CPUs.
+    """
+
+    attention: Literal["fused", "math"] = "fused"
+    norm: Literal["fused", "composite"] = "fused"
 
 
 @dataclass(frozen=True)
@@ -96,29 +104,30 @@ class Activations:
         return self.kept(False) + max(self.working, self.head)
 
 
-def _attention(weight: int, inner: int, num_heads: int, num_keys: int, kernel: Attention, masked: int) -> int:
+def _attention(weight: int, inner: int, num_heads: int, num_keys: int, kernels: Kernels, masked: int) -> int:
     """Per query, in attention to as many keys: queries, keys, values, output, and what the kernel keeps.
 
     ``masked``: heads for which a mask is materialised.
     """
-    if kernel == "fused":
+    if kernels.attention == "fused":
         return 4 * weight * inner + 4 * num_heads + weight * masked * num_keys
     return (12 + weight) * inner + 4 * num_heads * num_keys
 
 
-def encoder_decoder(config: Any, shape: PassShape, weight_bytes: int, kernel: Attention) -> Activations:
+def encoder_decoder(config: Any, shape: PassShape, weight_bytes: int, kernels: Kernels) -> Activations:
     """Of T5's module (RMSNorm, gated feed-forward, a bias of positions); ``weight_bytes``: per number."""
     weight, d, inner, heads = weight_bytes, config.d_model, config.num_heads * config.d_kv, config.num_heads
-    norm, feed_forward = 8 * d + 4, weight * d + 4 * weight * config.d_ff
+    norm = (weight if kernels.norm == "fused" else 8) * d + 4
+    feed_forward = weight * d + 4 * weight * config.d_ff
     tokens, outputs = shape.num_tokens, shape.num_outputs
     read = tokens * shape.num_sequences  # prompts, repeated for every sequence of the decoder
 
     def self_attention(num_keys: int) -> int:
-        return norm + weight * d + _attention(weight, inner, heads, num_keys, kernel, heads)
+        return norm + weight * d + _attention(weight, inner, heads, num_keys, kernels, heads)
 
     # Queries and output are of the decoder, keys and values of the prompts.
-    keys_and_values = (2 * weight if kernel == "fused" else 8) * inner
-    both = _attention(weight, inner, heads, shape.length, kernel, heads)
+    keys_and_values = (2 * weight if kernels.attention == "fused" else 8) * inner
+    both = _attention(weight, inner, heads, shape.length, kernels, heads)
     cross = norm + weight * d + both - keys_and_values
     encoder = tokens * (self_attention(shape.length) + norm + feed_forward)
     decoder = outputs * (self_attention(shape.num_positions) + cross + norm + feed_forward) + read * keys_and_values
@@ -159,7 +168,7 @@ def _head(shape: PassShape, width: int, weight: int) -> int:
     return copy + shape.num_outputs * 4 * (width + shape.num_head_rows)
 
 
-def encoder(config: Any, shape: PassShape, weight_bytes: int, kernel: Attention) -> Activations:
+def encoder(config: Any, shape: PassShape, weight_bytes: int, kernels: Kernels) -> Activations:
     """Of an encoder with LayerNorm, before its attention and feed-forward or behind them."""
     weight, d, heads, num_layers = (
         weight_bytes,
@@ -168,7 +177,7 @@ def encoder(config: Any, shape: PassShape, weight_bytes: int, kernel: Attention)
         config.num_hidden_layers,
     )
     norms = 4 * weight * d + 16
-    attention = _attention(weight, d, heads, shape.length, kernel, masked=1)
+    attention = _attention(weight, d, heads, shape.length, kernels, masked=1)
     layer = shape.num_tokens * (norms + attention + 2 * weight * config.intermediate_size)
     return Activations(
         num_layers=num_layers,

@@ -44,7 +44,7 @@ class Forecast(NamedTuple):
 
     def activations(self, num_prompts: float, length: int, engine: EngineConfig) -> "Activations":
         """Of a pass over so many prompts of this length. Raises ``UserError`` if the family has no formula."""
-        from alsace_dist.models.footprint import PassShape
+        from alsace_dist.models.footprint import Kernels, PassShape
 
         rows = self.model.num_head_rows
         shape = PassShape(
@@ -54,7 +54,7 @@ class Forecast(NamedTuple):
             num_positions=self.num_positions,
             num_head_rows=self.model.config.vocab_size if rows is None else rows,
         )
-        found = self.model.family.activations(self.model.config, shape, WEIGHT_BYTES[engine.dtype], "fused")
+        found = self.model.family.activations(self.model.config, shape, WEIGHT_BYTES[engine.dtype], Kernels())
         if found is None:
             raise UserError(f"--nodes: no formula for activations of {self.model.family.name} is there; leave it out")
         return found

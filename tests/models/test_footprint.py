@@ -17,7 +17,7 @@ from transformers import MT5Config, XLMRobertaConfig, XLMRobertaXLConfig
 
 from alsace_dist.models.decoding import CandidateForm
 from alsace_dist.models.encoder import HeadScorer
-from alsace_dist.models.footprint import PassShape
+from alsace_dist.models.footprint import Kernels, PassShape
 from alsace_dist.models.mt5 import MT5, make_scorer
 from alsace_dist.models.xlmr import XLMR
 
@@ -74,6 +74,11 @@ def measure(module: Any, device: str, dtype: torch.dtype, *arguments: torch.Tens
     return kept, meter.peak
 
 
+def without_gpu(device: str) -> Kernels:
+    """What PyTorch computes with on this device."""
+    return Kernels("math" if device == "meta" else "fused", norm="composite")
+
+
 def mt5(geometry: dict[str, int], device: str, dtype: torch.dtype, batch: int, saving: bool, single: bool) -> Any:
     config = MT5Config(vocab_size=1000, **geometry)
     with torch.device("meta"):
@@ -85,8 +90,8 @@ def mt5(geometry: dict[str, int], device: str, dtype: torch.dtype, batch: int, s
         answer = torch.full((batch, 3, 4), 8)
         answers = [answer, answer, torch.arange(batch * 12)]
     shape = PassShape(batch, 64, 1, 2, 3) if single else PassShape(batch, 64, 3, 4, 1000)
-    kernel: Any = "math" if device == "meta" else "fused"
-    return measure(module, device, dtype, ids, mask, *answers), MT5.activations(config, shape, dtype.itemsize, kernel)
+    planned = MT5.activations(config, shape, dtype.itemsize, without_gpu(device))
+    return measure(module, device, dtype, ids, mask, *answers), planned
 
 
 @pytest.mark.parametrize("saving", [False, True])
@@ -120,8 +125,7 @@ def test_xlmr(kind: Any, device: str, dtype: torch.dtype, saving: bool) -> None:
         module = HeadScorer(config, 0.0, saving, 3, "first")
     ids = torch.full((8, 64), 9, device=device)
     kept, peak = measure(module, device, dtype, ids, torch.ones_like(ids))
-    kernel: Any = "math" if device == "meta" else "fused"
-    planned = XLMR.activations(config, PassShape(8, 64, 1, 1, 3), dtype.itemsize, kernel)
+    planned = XLMR.activations(config, PassShape(8, 64, 1, 1, 3), dtype.itemsize, without_gpu(device))
     assert planned is not None
     assert planned.kept(saving) == pytest.approx(kept, rel=0.05)
     assert planned.peak(saving) == pytest.approx(peak, rel=0.1)
@@ -139,7 +143,9 @@ def test_the_gradients_of_the_embedding_are_what_a_short_pass_takes(family: str)
             config = XLMRobertaConfig(vocab_size=250002, max_position_embeddings=66, type_vocab_size=1, **ENCODER)
             module = HeadScorer(config, 0.0, False, 3, "first")
     _, peak = measure(module, "meta", torch.bfloat16, ids, mask, *([two, two] if family == "mt5" else []))
-    activations = (MT5 if family == "mt5" else XLMR).activations(config, PassShape(1, 4, 1, 2, 2), 2, "math")
+    activations = (MT5 if family == "mt5" else XLMR).activations(
+        config, PassShape(1, 4, 1, 2, 2), 2, without_gpu("meta")
+    )
     assert activations is not None
     assert activations.most(False, freeze_vocabulary=False) == pytest.approx(peak, rel=0.02)
     assert activations.most(False, freeze_vocabulary=True) < 0.1 * peak

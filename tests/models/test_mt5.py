@@ -347,3 +347,23 @@ def test_the_activation_is_one_kernel_of_the_same_function() -> None:
     activation, x = body.encoder.block[0].layer[1].DenseReluDense.act, torch.linspace(-8, 8, 1001)
     assert type(activation) is not type(ACT2FN["gelu_new"])
     assert torch.allclose(activation(x), ACT2FN["gelu_new"](x), atol=1e-6)
+
+
+def test_norms_are_one_kernel_of_the_same_function() -> None:
+    from transformers import MT5Config
+    from transformers.models.mt5.modeling_mt5 import MT5LayerNorm
+
+    geometry = {"vocab_size": 50, "d_model": 16, "d_kv": 4, "d_ff": 24, "num_layers": 1, "num_heads": 2}
+    body = make_body(MT5Config(**geometry, layer_norm_epsilon=0.3), 0.0)
+    assert not any(isinstance(one, MT5LayerNorm) for one in body.modules())
+    norms = [one for one in body.modules() if isinstance(one, torch.nn.RMSNorm)]
+    assert len(norms) == 2 + 3 + 2  # of the encoder's layer, the decoder's, and behind both
+    theirs, x = MT5LayerNorm(16, eps=0.3), torch.randn(8, 16)
+    with torch.no_grad():
+        norms[0].weight.copy_(torch.randn(16))
+        theirs.weight.copy_(norms[0].weight)
+        exact = theirs(x)
+        assert torch.allclose(norms[0](x), exact, atol=1e-6)
+        rounded = norms[0].bfloat16()(x.bfloat16())
+    assert rounded.dtype == torch.bfloat16
+    assert torch.allclose(rounded.float(), exact, rtol=0.02, atol=1e-3)

@@ -136,7 +136,7 @@ def test_where_gpus_wait_for_each_other_it_says_what_helps(xxl: Config) -> None:
     assert any(choice.engine.zero_stage == 2 for choice in found)
     assert search.remedies(slow, found)[0] == "engine.deepspeed.zero_optimization.zero_hpz_partition_size: 8"
     assert search.remedies(slow, [one for one in found if one.engine.zero_stage < 3])[0] != "engine.zero_stage: 2"
-    alone, works = asked(xxl, replace(FOUR_NODES, num_nodes=1))
+    alone, works = asked(xxl, Cluster(1, 8, 141e9))  # room for passes that outlast their gathers
     best = search.choices(alone, works, xxl.engine)[0]
     assert not any("distill: GPUs communicate" in one for one in warnings(best.estimates, []))
     poor, works = asked(xxl, replace(FOUR_NODES, gpu_memory=10e9))
