@@ -36,17 +36,18 @@ def main() -> None:
     parser.add_argument("directory", nargs="?", type=Path, help="of the published sets")
     parser.add_argument("--tasks", default=",".join(TASKS), help="comma-separated tasks")
     parser.add_argument("--seeds", default="0,1,2", help="comma-separated seeds")
-    parser.add_argument("--variants", help="comma-separated names of benchmarks/real/variants.yaml; all of them")
+    parser.add_argument("--variants", help="comma-separated; all of benchmarks/real/variants.yaml and the task's")
     parser.add_argument("--only-targets", action="store_true", help="finetune, score, and tell what targets are worth")
     parser.add_argument("--only-print", action="store_true", help="print the tables of what is collected")
     flags = parser.parse_args()
     tasks = flags.tasks.split(",")
     if unknown := set(tasks) - set(TASKS):
         parser.error(f"--tasks: no {', '.join(sorted(unknown))}; there are {', '.join(TASKS)}")
-    known = yaml.safe_load((HERE / "real/variants.yaml").read_text())
-    wanted = flags.variants.split(",") if flags.variants else list(known)
-    if unknown := set(wanted) - set(known):
-        parser.error(f"--variants: no {', '.join(sorted(unknown))}; there are {', '.join(known)}")
+    known = {task: variants_of(task) for task in tasks}
+    names = list(dict.fromkeys(name for variants in known.values() for name in variants))
+    wanted = flags.variants.split(",") if flags.variants else names
+    if unknown := set(wanted) - set(names):
+        parser.error(f"--variants: no {', '.join(sorted(unknown))}; there are {', '.join(names)}")
     if not flags.only_print:
         if flags.directory is None:
             parser.error("give the directory of the published sets")
@@ -55,9 +56,21 @@ def main() -> None:
                 if flags.only_targets:
                     run_targets(flags.directory.resolve(), task, seed)
                 else:
-                    run(flags.directory.resolve(), task, seed, {name: known[name] for name in wanted})
+                    variants = {name: known[task][name] for name in wanted if name in known[task]}
+                    run(flags.directory.resolve(), task, seed, variants)
     for task in tasks:
         print_table(task)
+
+
+def read_yaml(name: str) -> dict[str, Any]:
+    """A file of benchmarks/real."""
+    value: dict[str, Any] = yaml.safe_load((HERE / "real" / name).read_text())
+    return value
+
+
+def variants_of(task: str) -> dict[str, Any]:
+    """Name -> what is laid over the default: those that all tasks have, and the task's own."""
+    return read_yaml("variants.yaml") | read_yaml(f"{task}.yaml").get("variants", {})
 
 
 def encoder() -> Path:
@@ -70,7 +83,7 @@ def encoder() -> Path:
 
 def config_of(sets: Path, task: str, seed: int, variants: dict[str, Any], model: Path) -> dict[str, Any]:
     """The config of one run."""
-    value: dict[str, Any] = yaml.safe_load((HERE / f"real/{task}.yaml").read_text())
+    value = read_yaml(f"{task}.yaml")
     for one in value["data"]["inputs"]:
         one["path"] = str(sets / one["path"])
         one["also"] = [str(sets / path) for path in one.get("also", [])]

@@ -58,7 +58,7 @@ def test_another_file_is_refused() -> None:
 
 @pytest.mark.parametrize("task", real.TASKS)
 def test_every_variant_is_valid_and_differs(task: str, tmp_path: Path) -> None:
-    shared, own = real.divided(yaml.safe_load((real.HERE / "real/variants.yaml").read_text()))
+    shared, own = real.divided(real.variants_of(task))
     value = real.config_of(tmp_path, task, 0, shared, tmp_path / "encoder")
     path = tmp_path / "config.yaml"
 
