@@ -176,6 +176,9 @@ def _obey_permissions() -> None:
 def _serve() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # DeepSpeed prints while it is imported
+    from alsace_dist.training import engine, loop  # noqa: F401
+
+    engine.import_deepspeed()
     import datasets  # noqa: F401
     import deepspeed.ops.adam
     import deepspeed.runtime.engine  # noqa: F401
@@ -190,9 +193,7 @@ def _serve() -> None:
     from alsace_dist.models import mt5  # noqa: F401
     from alsace_dist.plan import overview  # noqa: F401
     from alsace_dist.reporting import report  # noqa: F401
-    from alsace_dist.training import engine, loop  # noqa: F401
 
-    engine.import_deepspeed()
     gc.collect()
     gc.freeze()  # else each child's first full collection copies a gigabyte of pages that it shares with this process
     for line in sys.stdin:

@@ -252,6 +252,16 @@ def test_deepspeed_is_imported_without_the_compiler_of_torch() -> None:
     assert done.stdout.splitlines()[-1] == "False None"
 
 
+def test_deepspeed_is_imported_without_mlflow_which_may_be_imported_later() -> None:
+    """DeepSpeed's autotuner would load it with all it needs, as long as DeepSpeed itself takes."""
+    code = "import sys; from alsace_dist.training.engine import import_deepspeed; import_deepspeed(); "
+    code += "found = 'mlflow' in sys.modules; import mlflow; print(found, hasattr(mlflow, 'log_metric'))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=tiny.environment(), capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines()[-1] == "False True"
+
+
 def test_a_deepspeed_without_what_is_built_on_is_named_with_its_version() -> None:
     whole, partitioned, sharded = tiny.run_ranks(what_is_missing, 1)[0]
     form = f"DeepSpeed {re.escape(version('deepspeed'))}: Wrapped has no {{}}; install a version in the range of "
