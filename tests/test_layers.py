@@ -55,7 +55,7 @@ SIBLINGS = {
     "stages": {"base", "train"},
     "tasks": {"base"},
     "models": {"family", "weights", "batches", "nano", "encoder", "heads", "decoding", "footprint", "vocabulary"}
-    | {"t5gemma2_module"},
+    | {"t5gemma2_module", "attention"},
 }
 # Packages that may not meet although one stands below the other.
 STRANGERS = {("models", "tasks")}

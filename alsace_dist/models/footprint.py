@@ -8,16 +8,18 @@ an inner width I in all, and feed-forward width f:
   operations one by one, as on CPUs, keep a float32 copy of the input and the normed values: 8 d.
 - A linear layer keeps its input: w d for queries, keys and values together, w d for the two gated matrices, w I for the
   attention's output, whose tensor a fused kernel keeps anyway.
-- A fused attention kernel keeps queries, keys, values and output (4 w I), the logarithm of the softmax's sum (4 H), and
-  the bias of positions with the mask, which transformers materialises in every layer (w H L for L keys). PyTorch's
-  fallback ("math") keeps float32 queries, keys and values (12 I), the softmax (4 H L) and the output (w I).
+- A fused attention kernel keeps queries, keys, values and output (4 w I), and the logarithm of the softmax's sum (4 H).
+  PyTorch's fallback ("math") keeps float32 queries, keys and values (12 I), the softmax (4 H L for L keys) and the
+  output (w I).
+- The bias of positions with the mask over it (w H L) is kept once for all layers (models/attention.py).
 - The gated feed-forward keeps the input and output of its activation, the other factor and the product: 4 w f.
 
 So an encoder layer keeps 2 norms + 2 w d + attention + 4 w f a token. A decoder layer has another norm, another
 input, and a cross-attention whose keys and values are as many as the prompt's tokens: 2 w I for each of these.
 
 An encoder with LayerNorm keeps, before or after its attention and feed-forward alike, the input and the output of each
-norm (4 w d, and mean and deviation), the attention (4 w d + 4 H), and 2 w f: the activation's input and output.
+norm (4 w d, and mean and deviation), the attention (4 w d + 4 H, and a mask of w L), and 2 w f: the activation's input
+and output.
 
 The last gradient of a pass is that of the embedding, as large as the vocabulary, when all these are gone. Where encoder
 and decoder read the same embedding there are three at once: each one's, and their sum.
@@ -73,8 +75,8 @@ class PassShape:
 class Activations:
     """Bytes, of ``num_layers`` layers. ``layers``: kept within all of them; ``largest_layer``: within the largest one;
     ``working``: gradients of its feed-forward while it goes backward; ``between``: what goes from layer to layer;
-    ``ends``: embeddings, the last norms, the head; ``embedding``: gradients of the
-    embedding; ``head``: what the head takes while it goes backward."""
+    ``ends``: embeddings, biases of positions, the last norms, the head; ``embedding``: gradients of the embedding;
+    ``head``: what the head takes while it goes backward."""
 
     num_layers: int
     layers: int
@@ -104,13 +106,10 @@ class Activations:
         return self.kept(False) + max(self.working, self.head)
 
 
-def _attention(weight: int, inner: int, num_heads: int, num_keys: int, kernels: Kernels, masked: int) -> int:
-    """Per query, in attention to as many keys: queries, keys, values, output, and what the kernel keeps.
-
-    ``masked``: heads for which a mask is materialised.
-    """
+def _attention(weight: int, inner: int, num_heads: int, num_keys: int, kernels: Kernels) -> int:
+    """Per query, in attention to as many keys: queries, keys, values, output, and what the kernel keeps."""
     if kernels.attention == "fused":
-        return 4 * weight * inner + 4 * num_heads + weight * masked * num_keys
+        return 4 * weight * inner + 4 * num_heads
     return (12 + weight) * inner + 4 * num_heads * num_keys
 
 
@@ -123,29 +122,31 @@ def encoder_decoder(config: Any, shape: PassShape, weight_bytes: int, kernels: K
     read = tokens * shape.num_sequences  # prompts, repeated for every sequence of the decoder
 
     def self_attention(num_keys: int) -> int:
-        return norm + weight * d + _attention(weight, inner, heads, num_keys, kernels, heads)
+        return norm + weight * d + _attention(weight, inner, heads, num_keys, kernels)
 
     # Queries and output are of the decoder, keys and values of the prompts.
     keys_and_values = (2 * weight if kernels.attention == "fused" else 8) * inner
-    both = _attention(weight, inner, heads, shape.length, kernels, heads)
+    both = _attention(weight, inner, heads, shape.length, kernels)
     cross = norm + weight * d + both - keys_and_values
     encoder = tokens * (self_attention(shape.length) + norm + feed_forward)
     decoder = outputs * (self_attention(shape.num_positions) + cross + norm + feed_forward) + read * keys_and_values
+    ends = (tokens + outputs) * (norm + weight * d + 8) + _repeated(shape, weight * d) + _head(shape, d, weight)
+    bias = weight * heads * (tokens * shape.length + outputs * shape.num_positions)
     return Activations(
         num_layers=config.num_layers + config.num_decoder_layers,
         layers=config.num_layers * encoder + config.num_decoder_layers * decoder,
         largest_layer=max(encoder, decoder),
         working=2 * weight * config.d_ff * tokens,
         between=weight * d * (config.num_layers * tokens + config.num_decoder_layers * outputs),
-        ends=(tokens + outputs) * (norm + weight * d + 8) + _repeated(shape, weight * d) + _head(shape, d, weight),
+        ends=ends + bias,
         embedding=3 * weight * d * config.vocab_size,
         head=_head_backward(shape, d, weight),
     )
 
 
 def _repeated(shape: PassShape, width_bytes: int) -> int:
-    """Last hidden states of the encoder, of which every sequence of the decoder reads a copy if there are several."""
-    return shape.num_tokens * shape.num_sequences * width_bytes if shape.num_sequences > 1 else 0
+    """Copies of the encoder's last hidden states: each sequence of the decoder reads one, the first counts as them."""
+    return shape.num_tokens * (shape.num_sequences - 1) * width_bytes
 
 
 def _head_backward(shape: PassShape, width: int, weight: int) -> int:
@@ -163,7 +164,7 @@ def _head(shape: PassShape, width: int, weight: int) -> int:
     nothing is kept.
     """
     if shape.num_sequences > 1:
-        return shape.num_outputs * (4 + 4) * width
+        return shape.num_outputs * (8 if weight == 2 else 4) * width
     copy = 4 * shape.num_head_rows * width if weight == 2 else 0
     return copy + shape.num_outputs * 4 * (width + shape.num_head_rows)
 
@@ -177,7 +178,8 @@ def encoder(config: Any, shape: PassShape, weight_bytes: int, kernels: Kernels) 
         config.num_hidden_layers,
     )
     norms = 4 * weight * d + 16
-    attention = _attention(weight, d, heads, shape.length, kernels, masked=1)
+    attention = _attention(weight, d, heads, shape.length, kernels)
+    attention += weight * shape.length if kernels.attention == "fused" else 0
     layer = shape.num_tokens * (norms + attention + 2 * weight * config.intermediate_size)
     return Activations(
         num_layers=num_layers,

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from alsace_dist.config import Mode
 from alsace_dist.data.rows import Answers
 from alsace_dist.errors import UserError
+from alsace_dist.models import attention
 from alsace_dist.models.batches import SUM, CandidateScore, attention_over
 from alsace_dist.models.decoding import CandidateForm, DecoderFamily, score_sequences, score_single_tokens
 from alsace_dist.models.family import WHOLE, Parameters, linear_widths
@@ -110,8 +111,10 @@ def make_body(config: Any, dropout: float) -> Any:
     config.use_cache = False
     if config.dense_act_fn == "gelu_new":  # the same function in eight kernels, a quarter of a pass's memory traffic
         config.dense_act_fn = "gelu_pytorch_tanh"
+    config._attn_implementation = attention.register()
     body = MT5Model(config)
     body.set_input_embeddings(body.shared)
+    attention.share_bias(body)
     for name, module in list(body.named_modules()):
         if isinstance(module, MT5LayerNorm):  # the same function in six kernels, and twice the memory on a GPU
             norm = nn.RMSNorm(config.d_model, eps=config.layer_norm_epsilon)

@@ -12,12 +12,12 @@ PRODUCT_EFFICIENCY = 0.65
 # What kernels read and write of a device's memory, of 3.35e12 that an H100 is said to have [estimated].
 MEMORY_BANDWIDTH = 2.8e12
 # A forward pass reads and writes this many bytes beside the products for each byte that it keeps for the backward pass,
-# which moves twice as many: 1.6 and 3.5 in mT5-large, XL and XXL [counted, benchmarks/operations.py].
+# which moves twice as many: 1.5 and 3.6 in mT5-large, XL and XXL [counted, benchmarks/operations.py].
 TRAFFIC_PER_KEPT_BYTE = 1.7
 # Starting an operation from Python [estimated], and operations per layer, whatever the size of the batch [counted].
 LAUNCH_SECONDS = 5e-6
-FORWARD_OPERATIONS = 67
-BACKWARD_OPERATIONS = 115
+FORWARD_OPERATIONS = 60
+BACKWARD_OPERATIONS = 112
 # ZeRO-3 takes this many times as long to start them, for its hooks run before and after every module [estimated].
 ZERO_3_LAUNCHES = 2.0
 # Bytes of memory traffic for each parameter that Adam updates: weight, moments and gradient in float32 [derived].

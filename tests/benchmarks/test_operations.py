@@ -17,6 +17,6 @@ def test_the_plan_takes_for_granted_what_is_counted() -> None:
         forward, backward, kernels, _, moved, _, _, *moved_per_byte = map(float, row[2:])
         assert (forward, backward) == (assumptions.FORWARD_OPERATIONS, assumptions.BACKWARD_OPERATIONS)
         per_byte = assumptions.TRAFFIC_PER_KEPT_BYTE
-        assert abs(moved_per_byte[0] - per_byte) < 0.15 and abs(moved_per_byte[1] - 2 * per_byte) < 0.15
+        assert abs(moved_per_byte[0] - per_byte) < 0.25 and abs(moved_per_byte[1] - 2 * per_byte) < 0.25
         # Norms in one kernel take fewer kernels, and move half as much, as transformers' own.
         assert kernels < 0.7 * float(plain[4]) and moved < 0.6 * float(plain[6])

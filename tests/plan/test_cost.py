@@ -103,8 +103,8 @@ def test_a_pass_by_hand() -> None:
     adapters = SECTION.model_copy(update={"lora": LoraConfig()})
     assert (backward_share(SECTION), backward_share(adapters)) == (2, 1)
     assert pass_seconds(65e12, about, engine(1), SMALL, backward=1) == pytest.approx(2 * kernels)
-    assert pass_seconds(1e6, tiny, engine(1), SMALL) == pytest.approx(10 * (67 + 115) * 5e-6)
-    assert pass_seconds(1e6, tiny, engine(3), SMALL) == pytest.approx(2 * 10 * (67 + 115) * 5e-6)
+    assert pass_seconds(1e6, tiny, engine(1), SMALL) == pytest.approx(10 * (60 + 112) * 5e-6)
+    assert pass_seconds(1e6, tiny, engine(3), SMALL) == pytest.approx(2 * 10 * (60 + 112) * 5e-6)
 
 
 def test_an_update_by_hand() -> None:
