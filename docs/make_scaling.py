@@ -68,6 +68,11 @@ Activations are those of PyTorch's memory-efficient attention, which GPUs use; t
 `alsace_dist/plan/assumptions.py`. The sum per GPU is an upper bound: the states are largest when the optimizer steps,
 when activations are gone.
 
+Optimizer states in host memory are there whole (`engine.offload_optimizer`). Not offered: a part of them
+(`offload_optimizer.ratio`), for DeepSpeed 0.19 updates what stays on the GPU with an optimizer of its own, which the
+schedule of the learning rate does not reach; and NVMe, whose files no checkpoint here can be written from. XXL's states
+are 200 GB, which the hosts of GPU nodes have.
+
 ## Assumptions
 
 """

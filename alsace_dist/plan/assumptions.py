@@ -66,8 +66,8 @@ LINES = (
     f"a node have together; a hop takes {HOP_SECONDS * 1e6:g} us, between nodes {NETWORK_HOP_SECONDS * 1e6:g} us. "
     "ZeRO-3 overlaps them with computing, ZeRO-0 to 2 wait for them.",
     f"Memory: {CONTEXT_BYTES / 1e9:g} GB and {MEMORY_MARGIN:.0%} of a GPU are left free. Activations are those of "
-    "prompts of full length, with PyTorch's memory-efficient attention, or the gradients of a trained embedding where "
-    "these are larger.",
+    "prompts of full length, with PyTorch's memory-efficient attention and RMSNorm in one kernel, or the gradients of "
+    "a trained embedding where these are larger.",
     f"Disk: {NODE_DISK_BANDWIDTH / 1e9:g} GB/s a node, {DISK_BANDWIDTH / 1e9:g} GB/s in all. Starting, reading the "
     "model and exporting it are left out.",
 )
