@@ -32,6 +32,7 @@ from alsace_dist.files import shards as shard_files
 from alsace_dist.files.manifest import FileEntry, file_entry, load_manifest, write_manifest
 from alsace_dist.files.scores import Scores, write_scores
 from alsace_dist.files.shards import open_dataset
+from alsace_dist.files.written import Written, take_over
 from alsace_dist.stages.select import make_selection
 
 LABELS = ["no", "maybe", "yes"]
@@ -94,6 +95,7 @@ def generate(world: Path, num_shards: int, groups_per_shard: int, num_languages:
             write_scores(path, rows, {"fingerprint": FINGERPRINT, "shard": f"{number:064x}", TEXTS: texts})
         entries[path.name] = file_entry(path)
     details = {"num_examples": num_shards * sum(num_examples.values()), TEXTS: {key: {} for key in languages}}
+    take_over(world / "scores", entries)  # as if the scores were not complete
     write_manifest(world / "scores", score_files.KIND, {}, [], details, entries)
 
 
@@ -121,7 +123,7 @@ def config_of(world: Path) -> Config:
 
 def results_of(world: Path) -> Results:
     """The score files, which say that they are of some model."""
-    return Results(world / "scores", {"fingerprint": FINGERPRINT})
+    return Results(world / "scores", {"fingerprint": FINGERPRINT}, Written(world / "scores", 0))
 
 
 # --- steps -----------------------------------------------------------------------------------------------------------
@@ -193,7 +195,7 @@ def looking(world: Path, num_ranks: int) -> Callable[[], object]:
 def checking(world: Path, num_ranks: int) -> Callable[[], object]:
     """Check the files of one rank's share at the end of scoring."""
     shards = open_dataset(world / "data").shards[::num_ranks]
-    return lambda: results_of(world).finish(shards)
+    return lambda: results_of(world).finish(shards, {})
 
 
 def completing(world: Path, num_ranks: int) -> Callable[[], object]:

@@ -19,6 +19,8 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
+from alsace_dist.files import manifest
+from alsace_dist.files.written import take_over
 from alsace_dist.models.mt5 import make_body
 from alsace_dist.models.nano import LanguageModel, initialise, train_tokenizer
 
@@ -284,6 +286,14 @@ class Ranks:
 
 
 _GROUPS: dict[int, Ranks] = {}
+
+
+def unfinish(directory: Path, kind: str) -> None:
+    """Make of a complete output what a killed run leaves right before it writes the manifest."""
+    found = manifest.load_manifest(directory, kind)
+    take_over(directory, found.files)
+    manifest.begin(directory, kind, found.fingerprint)
+    (directory / manifest.MANIFEST).unlink()
 
 
 def gathered(parameter: torch.nn.Parameter) -> AbstractContextManager[Any]:

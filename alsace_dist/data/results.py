@@ -1,6 +1,6 @@
 """The files of a scoring pass: which parts of a dataset have scores already, and, in the end, whether all are whole."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,16 +8,19 @@ from alsace_dist.data.dealing import Part
 from alsace_dist.data.texts import TextCounts, read_texts, total
 from alsace_dist.files import manifest
 from alsace_dist.files.manifest import FileEntry
-from alsace_dist.files.scores import check_rows, parts_of, put_together, read_metadata
+from alsace_dist.files.scores import check_rows, is_part, parts_of, put_together, read_metadata
 from alsace_dist.files.shards import ShardInfo
+from alsace_dist.files.written import Written
 
 
 @dataclass(frozen=True)
 class Results:
-    """Score files in a directory. ``metadata``: what all of them say; each says beside that of which shard it is."""
+    """Score files in a directory. ``metadata``: what all of them say; each says beside that of which shard it is.
+    ``written``: what this rank has written of them, or found whole."""
 
     directory: Path
     metadata: dict[str, str]
+    written: Written
 
     def path(self, part: Part) -> Path:
         """The file of a part."""
@@ -28,15 +31,21 @@ class Results:
         return self.metadata | {"shard": part.shard.sha256}
 
     def is_done(self, part: Part) -> bool:
-        """Whether a part has scores of this model and these data."""
+        """Whether a part has scores of this model and these data, as they were written."""
         found, wanted = read_metadata(self.path(part)) or {}, self.metadata_of(part)
-        return {name: found.get(name) for name in wanted} == wanted
+        return {name: found.get(name) for name in wanted} == wanted and self.written.is_whole(self.path(part))
 
-    def finish(self, shards: Sequence[ShardInfo]) -> tuple[dict[str, FileEntry], dict[str, TextCounts]]:
+    def parts_written(self) -> dict[str, FileEntry]:
+        """The files of parts that this rank has written or found whole."""
+        return {name: entry for name, entry in self.written.entries.items() if is_part(name)}
+
+    def finish(
+        self, shards: Sequence[ShardInfo], written: Mapping[str, FileEntry]
+    ) -> tuple[dict[str, FileEntry], dict[str, TextCounts]]:
         """Make whole files of files of parts, and check that every (group, language) of these shards is there once.
 
-        Returns the files as a manifest lists them, and what the tokenizer has made of their texts. Raises ``UserError``
-        if a file is broken or lacks rows.
+        ``written``: the files of parts, as the ranks have written them. Returns the files as a manifest lists them, and
+        what the tokenizer has made of their texts. Raises ``UserError`` if a file is broken or lacks rows.
         """
         parts = parts_of(self.directory)
         entries: dict[str, FileEntry] = {}
@@ -44,7 +53,9 @@ class Results:
         for whole in map(Part, shards):
             path, files = self.path(whole), parts.get(whole.shard.stem, [])
             if files and not self.is_done(whole):
-                put_together(path, files, self.metadata_of(whole))
+                as_written = [file for file in files if written.get(file.name) == manifest.file_entry(file)]
+                put_together(path, as_written, self.metadata_of(whole))
+                self.written.add(path)
             for file in files:
                 file.unlink()
             check_rows(path, whole.shard.num_examples)

@@ -102,6 +102,11 @@ def parts_of(directory: Path) -> dict[str, list[Path]]:
     return found
 
 
+def is_part(name: str) -> bool:
+    """Whether a file of this name is one of a part of a shard."""
+    return _PART_FILE.fullmatch(name) is not None
+
+
 def put_together(path: Path, parts: Sequence[Path], metadata: dict[str, str]) -> None:
     """Write a shard's scores from files of parts of it, as if nobody had divided it; parts whose metadata says anything
     else than ``metadata`` are those of another model and left out. Raises ``UserError`` as ``read_score_file``."""

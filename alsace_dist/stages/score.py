@@ -23,13 +23,14 @@ from alsace_dist.data.results import Results
 from alsace_dist.data.rows import EncodedRow, comparable_groups, rows_of
 from alsace_dist.data.stream import ahead, score_batches
 from alsace_dist.data.texts import TEXTS, TextCounts, check_texts, count, lines, total
-from alsace_dist.errors import PeerFailed, Stopped, warn
+from alsace_dist.errors import PeerFailed, Stopped, UserError, warn
 from alsace_dist.files import manifest
 from alsace_dist.files.layout import data_url
 from alsace_dist.files.manifest import FileEntry
 from alsace_dist.files.progress import clear_progress
 from alsace_dist.files.scores import KIND, write_scores
 from alsace_dist.files.shards import Dataset, ShardInfo, open_dataset, open_split, read_shard
+from alsace_dist.files.written import Written, drop, merged
 from alsace_dist.method.block import block_of
 from alsace_dist.monitor.health import LeadCheck
 from alsace_dist.monitor.progress import Advance, progress
@@ -141,7 +142,6 @@ class ScoringPass:
         """``places``: where scores go, and scalars."""
         self.config, self.dataset, self.places, self.directory = config, dataset, places, places.directory
         self.fingerprint = fingerprint
-        self.results = Results(self.directory, {"fingerprint": manifest.digest_json(fingerprint)})
         self.num_done = 0
         self._tokenised: tuple[ShardInfo, list[EncodedRow], list[list[int]]] | None = None
         self.check_lead = LeadCheck()
@@ -165,6 +165,8 @@ class ScoringPass:
         """Score what has no result yet; whether a stop was asked for. ``stack``: closes the monitor."""
         ranks, directory = self.ranks, self.directory
         ranks.main_first(lambda: manifest.begin(directory, KIND, self.fingerprint))
+        metadata = {"fingerprint": manifest.digest_json(self.fingerprint)}
+        self.results = Results(directory, metadata, Written(directory, ranks.rank))
         shards = self._without_result([Part(shard) for shard in self.dataset.shards])
         parts = self._deal([part.shard for part in shards])
         todo = self._without_result(parts)
@@ -215,6 +217,7 @@ class ScoringPass:
         metadata = self.results.metadata_of(work.part) | {TEXTS: json.dumps(texts, ensure_ascii=False)}
         rows = sorted(work.results) if work.part.num_parts > 1 else None
         write_scores(self.results.path(work.part), work.scores(), metadata, rows)
+        self.results.written.add(self.results.path(work.part))
 
     def _see(self, work: Work) -> None:
         """Count what a part's rows answer, but for those whose candidates are no other language's."""
@@ -352,14 +355,20 @@ class ScoringPass:
         """Assert that every (group, language) is there once, complete the directory, and say what was seen."""
         ranks = self.ranks
         own: list[tuple[dict[str, FileEntry], dict[str, TextCounts]]] = []
-        ranks.each(lambda: own.append(self.results.finish(self.dataset.shards[ranks.rank :: ranks.world_size])))
+        mine = self.dataset.shards[ranks.rank :: ranks.world_size]
+        # Few: there are parts only where a rank has few shards. By message: the disk may show a file later.
+        parts = merged(ranks.gather(self.results.parts_written()))
+        ranks.each(lambda: own.append(self.results.finish(mine, parts)))
         gathered = ranks.gather(self.counts)
-        found = ranks.to_main(own[0])
-        ranks.main_first(lambda: self._complete(found or []))
+        found, written = ranks.to_main(own[0]), ranks.to_main(self.results.written.entries)
+        ranks.main_first(lambda: self._complete(found or [], merged(written or [])))
         self.monitor.finish(gathered)
 
-    def _complete(self, found: list[tuple[dict[str, FileEntry], dict[str, TextCounts]]]) -> None:
-        """Write the manifest over the files that the ranks have checked, and say what was seen."""
+    def _complete(
+        self, found: list[tuple[dict[str, FileEntry], dict[str, TextCounts]]], written: dict[str, FileEntry]
+    ) -> None:
+        """Write the manifest over the files that the ranks have checked, and say what was seen. ``written``: as they
+        were written. Raises ``UserError`` if one has changed since."""
         texts = total(own for _, own in found)
         details = {
             "num_examples": sum(sum(shard.num_examples.values()) for shard in self.dataset.shards),
@@ -367,6 +376,12 @@ class ScoringPass:
         }
         for line in lines(texts):
             warn(line)
-        entries = {name: entry for own, _ in found for name, entry in own.items()}
+        entries = merged(own for own, _ in found)
+        if changed := [name for name, entry in entries.items() if written.get(name) != entry]:
+            path = self.directory / changed[0]
+            raise UserError(
+                f"{path}: has changed since it was written; run the same command again, which scores it anew"
+            )
         manifest.write_manifest(self.directory, KIND, self.fingerprint, [], details, entries)
+        drop(self.directory)
         clear_progress(self.directory)  # rank 0 may have drawn its last part long before another rank drew the last

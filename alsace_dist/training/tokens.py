@@ -10,9 +10,10 @@ from alsace_dist.config import TaskConfig
 from alsace_dist.data.rows import Candidates, EncodedRow, rows_of
 from alsace_dist.data.tokens import TokenRows, read_metadata, write_tokens
 from alsace_dist.errors import Stopped, UserError
-from alsace_dist.files import manifest
+from alsace_dist.files import manifest, written
 from alsace_dist.files.manifest import FileEntry, Manifest
 from alsace_dist.files.shards import Dataset, read_shard
+from alsace_dist.files.written import Written
 from alsace_dist.models.family import Family
 from alsace_dist.monitor.progress import progress
 from alsace_dist.ranks.job import note_position
@@ -73,14 +74,16 @@ class Tokens:
     def _made(self, wanted: dict[str, str], names: set[str]) -> Manifest | None:
         """The directory's manifest, if it is complete; else it is begun. Raises ``UserError`` as ``manifest.claim``."""
         manifest.claim(self._directory)
+        found: Manifest | None = None
         try:
             found = manifest.load_manifest(self._directory, KIND)
             if found.fingerprint == wanted and names <= found.files.keys():
                 manifest.verify_files(self._directory, found, hashes=False)
                 return found
-        except UserError:  # a file is gone, or cut off: all can be made again
+        except UserError:  # a file is gone, or cut off: it can be made again
             pass
         manifest.begin(self._directory, KIND, wanted)
+        written.take_over(self._directory, found.files if found else {})
         (self._directory / manifest.MANIFEST).unlink(missing_ok=True)
         return None
 
@@ -88,8 +91,9 @@ class Tokens:
         """Write what is missing; rank 0's manifest of it."""
         ranks = watchdog.ranks
         own = shards[ranks.rank :: ranks.world_size]
+        there = Written(self._directory, ranks.rank)
         entries: dict[str, FileEntry] = {}
-        written: list[Manifest] = []
+        completed: list[Manifest] = []
         counts = [self.dataset.shards[shard].num_examples for shard in own]
         num_rows = sum(count.get(language, 0) for count in counts for language in self.languages)
 
@@ -104,9 +108,10 @@ class Tokens:
                         break
                     path = self._directory / self._name(shard)
                     about = wanted | {"shard": self.dataset.shards[shard].sha256}
-                    if read_metadata(path) != about:
+                    if read_metadata(path) != about or not there.is_whole(path):
                         write_tokens(path, self._encoded(shard), bool(self.model.answers.fixed), about)
-                    entries[path.name] = manifest.file_entry(path)
+                        there.add(path)
+                    entries[path.name] = there.entries[path.name]
                     advance()
             stack.enter_context(watchdog.waiting_for_others())
 
@@ -117,12 +122,14 @@ class Tokens:
             if ranks.is_main:
                 note_position(f"{num_done:.0f} shards tokenised")
             raise Stopped(f"stopped while tokenising; {self._directory} keeps what is done")
-        found = ranks.to_main(entries)
-        together = {name: entry for part in found or [] for name, entry in part.items()}
-        ranks.main_first(
-            lambda: written.append(manifest.write_manifest(self._directory, KIND, wanted, [], {}, together))
-        )
-        return written[0] if written else None
+        together = written.merged(ranks.to_main(entries) or [])
+
+        def complete() -> None:
+            completed.append(manifest.write_manifest(self._directory, KIND, wanted, [], {}, together))
+            written.drop(self._directory)
+
+        ranks.main_first(complete)
+        return completed[0] if completed else None
 
     def _encoded(self, shard: int) -> list[EncodedRow]:
         groups = read_shard(self.dataset, self.dataset.shards[shard])
@@ -139,4 +146,4 @@ def drop(directory: Path) -> None:
         return
     for name in listed.files:
         (directory / name).unlink(missing_ok=True)
-    manifest.remove_own(directory)
+    manifest.remove_own(directory, written.NAMES)

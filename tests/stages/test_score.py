@@ -22,10 +22,10 @@ import tiny
 from alsace_dist.data.dealing import deal
 from alsace_dist.errors import EXIT_STOPPED
 from alsace_dist.files import store
-from alsace_dist.files.manifest import begin
 from alsace_dist.files.scores import read_metadata, read_score_file, read_scores, write_scores
 from alsace_dist.files.shards import open_dataset, read_shard, write_dataset
 from alsace_dist.files.store import Patience
+from alsace_dist.files.written import Written
 from alsace_dist.ranks.group import Ranks
 
 REPOSITORY = Path(__file__).parents[2]
@@ -118,16 +118,15 @@ def test_two_ranks_make_of_a_store_that_fails_what_they_make_of_a_disk(
 
 
 def test_what_a_killed_run_has_done_of_a_shard_is_kept(world: Path, tmp_path: Path, one_rank: Path) -> None:
-    """Parts of a shard that several ranks were scoring; but not those of another model, nor of another division."""
+    """Parts of a shard that several ranks were scoring; but not those of another model, nor of another division, nor
+    one that is not as it was written."""
     path = make_run(world, tmp_path / "x")
     shutil.copytree(one_rank / "run/scores", tmp_path / "x/run/scores")
     directory = tmp_path / "x/run/scores/unlabeled"
     file = directory / "000001.parquet"
     scores, metadata = read_score_file(file), read_metadata(file) or {}
     file.unlink()
-    manifest = json.loads((directory / "manifest.json").read_text())
-    begin(directory, manifest["kind"], manifest["fingerprint"])
-    (directory / "manifest.json").unlink()
+    tiny.unfinish(directory, "scores")
     (shard,) = [one for one in open_dataset(world / "run/data/unlabeled").shards if one.stem == "000001"]
     dealt = deal([shard], 2, lambda shard: 100)
     assert len(dealt) == 8
@@ -138,6 +137,10 @@ def test_what_a_killed_run_has_done_of_a_shard_is_kept(world: Path, tmp_path: Pa
         rows = [np.log(probabilities).astype(np.float32)] * len(every)  # as no model says, and of all rows
         path_of_part = directory / f"{part.name}.parquet"
         write_scores(path_of_part, replace(scores, log_probs=rows), wanted, every)
+        Written(directory, 7).add(path_of_part)
+    broken = directory / f"{dealt[1].name}.parquet"
+    rows = [np.log([0.5, 0.25, 0.25]).astype(np.float32)] * len(every)
+    write_scores(broken, replace(scores, log_probs=rows), metadata, every)  # as if bits had flipped since
     persons = directory / "000001.part-of-mine.parquet"
     persons.write_text("a copy")
     tiny.do("score", path)
@@ -146,6 +149,7 @@ def test_what_a_killed_run_has_done_of_a_shard_is_kept(world: Path, tmp_path: Pa
     kept = [np.allclose(row, np.log(1 / 3)) for row in found.log_probs]
     assert 0 < sum(kept) < len(kept)  # that part's rows; where it says more, those who have scored the others are right
     assert all(np.array_equal(found.log_probs[row], scores.log_probs[row]) for row in every if not kept[row])
+    assert not list(directory.glob("written-*"))
     assert list(directory.glob("*.part-*")) == [persons] and persons.read_text() == "a copy"
 
 
@@ -271,17 +275,24 @@ def test_one_rank_that_is_asked_to_stop_stops_all_and_nothing_is_lost(world: Pat
     assert score_bytes(tmp_path / "x") == score_bytes(tmp_path / "y")
 
 
-def test_finished_shards_are_not_scored_again(world: Path, tmp_path: Path, one_rank: Path) -> None:
-    config = make_run(world, tmp_path / "x", engine={"num_processes": 1})
-    tiny.do("score", config)
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_finished_shards_are_scored_again_only_if_they_are_not_as_they_were_written(
+    world: Path, tmp_path: Path, one_rank: Path, num_ranks: int
+) -> None:
+    config = make_run(world, tmp_path / "x", engine={"num_processes": num_ranks})
+    shutil.copytree(one_rank / "run/scores", tmp_path / "x/run/scores")
     directory = tmp_path / "x/run/scores/unlabeled"
-    (directory / "manifest.json").rename(directory / "started.json")
+    tiny.unfinish(directory, "scores")
     (directory / "000001.parquet").unlink()
-    times = {path.name: path.stat().st_mtime_ns for path in directory.glob("*.parquet")}
+    file = directory / "000002.parquet"
+    scores, metadata = read_score_file(file), read_metadata(file) or {}
+    write_scores(file, replace(scores, log_probs=scores.log_probs[::-1]), metadata)
+    changed = file.read_bytes()
+    times = {path.name: path.stat().st_mtime_ns for path in directory.glob("*.parquet") if path != file}
     tiny.do("score", config)
     again = {path.name: path.stat().st_mtime_ns for path in directory.glob("*.parquet")}
-    assert times.items() <= again.items()
-    assert score_bytes(tmp_path / "x") == score_bytes(one_rank)
+    assert times and times.items() <= again.items()
+    assert file.read_bytes() != changed and score_bytes(tmp_path / "x") == score_bytes(one_rank)
 
 
 def test_another_dataset_under_the_same_scores_is_refused(world: Path, tmp_path: Path) -> None:

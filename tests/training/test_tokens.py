@@ -85,11 +85,24 @@ def test_what_is_damaged_is_made_again_or_named(world: Path, tmp_path: Path) -> 
     os.truncate(tmp_path / "000002.arrow", 100)
     (again,) = tiny.run_ranks(made, 1, **arguments)
     assert isinstance(again, dict) and again["000002.arrow"] != first["000002.arrow"]
-    data = bytearray((tmp_path / "000000.arrow").read_bytes())
-    data[len(data) // 2] ^= 1
-    (tmp_path / "000000.arrow").write_bytes(data)
+    whole = (tmp_path / "000000.arrow").read_bytes()
+    for remains in ("manifest.json", "started.json"):  # what else is damaged then is not taken for whole
+        flip(tmp_path / "000000.arrow")
+        if remains == "manifest.json":
+            (tmp_path / "000001.arrow").unlink()
+        else:
+            tiny.unfinish(tmp_path, "tokens")
+        assert isinstance(tiny.run_ranks(made, 1, **arguments)[0], dict)
+        assert (tmp_path / "000000.arrow").read_bytes() == whole and not list(tmp_path.glob("written-*"))
+    flip(tmp_path / "000000.arrow")
     (said,) = tiny.run_ranks(made, 1, **arguments)
     assert "000000.arrow: content differs from the sha256" in said and f"delete {tmp_path}" in said
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
 
 
 def test_what_a_person_keeps_there_is_not_touched(world: Path, tmp_path: Path) -> None:
