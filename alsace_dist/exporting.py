@@ -1,6 +1,5 @@
 """A finished model for other people: the ``transformers`` directory with a model card, apart from its run."""
 
-import shutil
 import tempfile
 from pathlib import Path
 
@@ -24,6 +23,7 @@ def export(config: Config, into: Path, variant: str = "") -> None:
     Raises ``NotReady`` if the run has not been evaluated, ``UserError`` if its files are not what it wrote, or there is
     something where the copy would go.
     """
+    from alsace_dist.models.heads import POOLING_KEY
     from alsace_dist.reporting.model_card import model_card
 
     config = variant_of(config, variant) if variant else config
@@ -43,7 +43,8 @@ def export(config: Config, into: Path, variant: str = "") -> None:
     fingerprints = {"model": found.digest} | {
         f"data, split {split}": open_dataset(data_url(config, split)).digest for split in sorted(splits)
     }
-    card = model_card(config, variant, read_evaluation(evaluated.directory), fingerprints)
+    pooling = manifest.read_json(model.directory / MODEL / "config.json").get(POOLING_KEY)
+    card = model_card(config, variant, read_evaluation(evaluated.directory), fingerprints, pooling)
     into = into.resolve()  # a link to an empty directory stays one
     into.parent.mkdir(parents=True, exist_ok=True)
     # Under a name of its own until it is whole, so that nobody takes half a model for one.
@@ -51,7 +52,6 @@ def export(config: Config, into: Path, variant: str = "") -> None:
         whole = Path(directory) / MODEL
         for name in found.files:
             if name.startswith(f"{MODEL}/"):
-                with manifest.atomic_path(whole / name.removeprefix(f"{MODEL}/")) as temporary:
-                    shutil.copyfile(model.directory / name, temporary)
+                manifest.copy_file(model.directory / name, whole / name.removeprefix(f"{MODEL}/"))
         manifest.write_text(whole / CARD, card)
         whole.rename(into)

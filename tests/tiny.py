@@ -4,6 +4,7 @@ import inspect
 import json
 import os
 import random
+import resource
 import signal
 import socket
 import subprocess
@@ -286,6 +287,17 @@ class Ranks:
 
 
 _GROUPS: dict[int, Ranks] = {}
+
+
+@contextmanager
+def no_room(num_bytes: int) -> Iterator[None]:
+    """Files cannot grow beyond so many bytes: what a full disk says, but for the number of the error."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def unfinish(directory: Path, kind: str) -> None:

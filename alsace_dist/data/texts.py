@@ -20,6 +20,7 @@ from alsace_dist.reading import parse_json
 TEXTS = "texts"  # where the counts stand, in a score file's metadata and in the manifest of the scores
 NOTABLE = 0.01  # share from which people are warned
 MIN_ROWS = 20  # of fewer rows a share says little
+MOST_GROUPS = 1000  # that are looked at for languages of which there is little
 
 
 class TextCounts(Section):
@@ -68,16 +69,19 @@ def total(parts: Iterable[Mapping[str, TextCounts]]) -> dict[str, TextCounts]:
 def check_texts(
     encode: Callable[[Sequence[Row]], list[EncodedRow]], dataset: Dataset, languages: Iterable[str], config: Config
 ) -> None:
-    """Look at the first shard of a dataset before hours of work. ``encode``: of the model's family.
+    """Look at the first shards of a dataset before hours of work, until there are some rows of each language.
+    ``encode``: of the model's family.
 
     Raises ``UserError`` if more of a language is unknown to the model, or more of its prompts are cut, than the limits
     allow.
     """
-    first = next((shard for shard in dataset.shards if shard.num_groups), None)
-    if first is None:
-        return
-    rows = rows_of(config.task, read_shard(dataset, first), languages)
-    for language, counts in count(encode(rows)).items():
+    names, found, num_groups = list(languages), dict[str, TextCounts](), 0
+    for shard in dataset.shards:
+        if num_groups >= MOST_GROUPS or all(name in found and found[name].num_rows >= MIN_ROWS for name in names):
+            break
+        found = total([found, count(encode(rows_of(config.task, read_shard(dataset, shard), names)))])
+        num_groups += shard.num_groups
+    for language, counts in found.items():
         if counts.num_rows < MIN_ROWS:
             continue
         where = f"{dataset.url}: {language}"

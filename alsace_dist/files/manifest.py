@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -63,6 +64,12 @@ def sync_file(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def copy_file(source: Path, path: Path) -> None:
+    """Copy a file atomically. (``shutil.copyfile`` says of a full disk that the source has no room.)"""
+    with atomic_path(path) as temporary, source.open("rb") as original, temporary.open("wb") as copy:
+        shutil.copyfileobj(original, copy)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -12,6 +12,7 @@ _BYTES = {"": 1e9, "b": 1.0, "mb": 1e6, "gb": 1e9, "tb": 1e12, "mib": 2.0**20, "
 _RATES = {"": 1e9, "gb": 1e9, "gb/s": 1e9, "gib/s": 2.0**30, "tb/s": 1e12, "gbit/s": 1e9 / 8, "gb/sec": 1e9}
 _FLOPS = {"": 1e12, "tflops": 1e12, "tflop/s": 1e12, "pflops": 1e15, "pflop/s": 1e15}
 MOST_RANKS = 1 << 20
+LEAST, MOST = 1e6, 1e21  # of bytes, or operations, and of either a second
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,6 @@ def read_cluster(nodes: int, gpus_per_node: int, gpu_memory: str, bandwidth: str
 def _amount(flag: str, text: str, units: dict[str, float], example: str) -> float:
     match = _AMOUNT.fullmatch(text)
     factor = units.get(match["unit"].lower()) if match else None
-    if match is None or factor is None or not float(match["number"]):
+    if match is None or factor is None or not LEAST <= float(match["number"]) * factor <= MOST:
         raise UserError(f"--{flag}={shorten(text)}: give an amount such as {example}")
     return float(match["number"]) * factor

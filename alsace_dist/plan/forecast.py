@@ -14,7 +14,7 @@ from alsace_dist.plan.model import planned_model
 from alsace_dist.plan.output import amount, gigabytes, print_notes, print_table
 from alsace_dist.plan.search import Choice
 from alsace_dist.plan.wish import Wish
-from alsace_dist.plan.work import Work, work_of
+from alsace_dist.plan.work import Counts, Work, work_of
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -143,10 +143,16 @@ def _assumptions(about: Forecast, works: list[Work], wish: Wish) -> Iterator[str
     if not all(work.is_counted for work in works):
         counts = wish.counts
         yield (
-            f"- What is not prepared has {counts.num_groups:,} groups in {counts.num_languages} languages in each "
-            "split (--groups, --languages)."
+            f"- Splits that are not prepared have {_groups(counts)} in {counts.num_languages} languages (--groups, "
+            "--languages)."
         )
     yield from (f"- {line}" for line in assumptions.LINES)
+
+
+def _groups(counts: Counts) -> str:
+    """How many groups the splits have."""
+    told = [f"{number:,} {split}" for split, number in counts.splits.items()]
+    return f"{', '.join(told)} and otherwise {counts.num_groups:,} groups" if told else f"{counts.num_groups:,} groups"
 
 
 def _duration(seconds: float) -> str:

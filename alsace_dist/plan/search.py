@@ -10,6 +10,7 @@ import yaml
 from alsace_dist.config import Config, EngineConfig
 from alsace_dist.config_file import load_config, validate
 from alsace_dist.errors import UserError
+from alsace_dist.files.manifest import write_text
 from alsace_dist.plan.cost import hpz_size
 from alsace_dist.plan.estimate import Estimate, Forecast, estimate, training_that_fits
 from alsace_dist.plan.work import Work
@@ -108,13 +109,16 @@ def write(config: Config, choice: Choice, file: Path) -> None:
     text = f"# Written by alsace plan for {cluster.num_nodes} nodes of {cluster.gpus_per_node} GPUs: predicted, not "
     text += f"measured, {choice.node_hours:.3g} node-hours.\n"
     text += yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=120)
+    if file.exists() or file.is_symlink():
+        raise UserError(f"--write={file}: is there already; give another name")
+    if not file.parent.is_dir():
+        raise UserError(f"--write={file}: there is no directory {file.parent}; make it, or give another name")
     try:
-        with file.open("x", encoding="utf-8") as opened:
-            opened.write(text)
-    except FileExistsError:
-        raise UserError(f"--write={file}: is there already; give another name") from None
+        write_text(file, text)
     except OSError as error:
-        raise UserError(f"--write={file}: cannot be written ({error.strerror}); give another name") from None
+        raise UserError(
+            f"--write={file}: cannot be written ({error.strerror}); give another name, or see to that"
+        ) from None
     load_config(file)
 
 

@@ -12,6 +12,7 @@ from alsace_dist.plan.work import Counts
 
 GPUS_PER_NODE = 8
 MOST_GROUPS = 10**10
+MOST_LANGUAGES = 10**4
 
 
 class Wish(NamedTuple):
@@ -44,7 +45,10 @@ def read_wish(nodes: int, flags: Mapping[str, int | str], config: Config) -> Wis
     if flags["choice"] and not flags["write"]:
         raise UserError(f"--choice={flags['choice']}: says what to write; give --write=FILE as well")
     languages = _number(flags, "languages") or len(config.data.languages or ()) or given.NUM_LANGUAGES
-    counts = Counts(_number(flags, "groups") or given.NUM_GROUPS, languages)
+    groups = _number(flags, "groups")
+    # Shares of what is not there yet say nothing.
+    splits = {} if groups else {split: int(size) for split, size in config.data.splits.items() if size >= 1}
+    counts = Counts(groups or given.NUM_GROUPS, languages, splits)
     file = Path(str(flags["write"])) if flags["write"] else None
     return Wish(cluster, counts, _number(flags, "average-length") or None, file, _number(flags, "choice") or 1)
 
@@ -53,6 +57,7 @@ def _number(flags: Mapping[str, int | str], name: str) -> int:
     """A flag that counts; 0: not given. Raises ``UserError`` if it is out of bounds."""
     value = flags[name]
     assert isinstance(value, int)
-    if not 0 <= value <= MOST_GROUPS:
-        raise UserError(f"--{name}={value}: must be from 1 to {MOST_GROUPS:,}")
+    most = MOST_LANGUAGES if name == "languages" else MOST_GROUPS
+    if not 0 <= value <= most:
+        raise UserError(f"--{name}={value}: must be from 1 to {most:,}")
     return value

@@ -1,7 +1,8 @@
 """The work of a run: what its stages go through, as the prepared data tells it or as it is assumed."""
 
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from alsace_dist import pipeline
 from alsace_dist.config import Config, DistillConfig, EngineConfig, FinetuneConfig, Mode, Split, TrainConfig
@@ -51,10 +52,15 @@ def num_rows(data: Dataset) -> int:
 
 @dataclass(frozen=True)
 class Counts:
-    """Groups of a split that is not prepared yet, and its languages."""
+    """Groups of a split that is not prepared yet, and its languages. ``splits``: of these, what the config says."""
 
     num_groups: int = given.NUM_GROUPS
     num_languages: int = given.NUM_LANGUAGES
+    splits: Mapping[Split, int] = field(default_factory=dict)
+
+    def of(self, split: Split) -> int:
+        """Groups of a split."""
+        return self.splits.get(split, self.num_groups)
 
 
 @dataclass(frozen=True)
@@ -99,7 +105,7 @@ def work_of(config: Config, mode: Mode, counts: Counts) -> list[Work]:
     splits: tuple[Split, ...] = ("unlabeled", "test")
     for split in splits:
         data = dataset_of(config, split)
-        examples = num_rows(data) if data else counts.num_groups * counts.num_languages
+        examples = num_rows(data) if data else counts.of(split) * counts.num_languages
         about = (None, config.engine, examples, num_prompts, passes[split], data is not None)
         found.append(Work(f"score {split}", *about))
     return found
@@ -108,7 +114,7 @@ def work_of(config: Config, mode: Mode, counts: Counts) -> list[Work]:
 def _assumed(config: Config, section: TrainConfig, counts: Counts) -> int:
     """Examples of a training whose data is not prepared."""
     if isinstance(section, DistillConfig):
-        groups = min(counts.num_groups, config.select.num_groups or counts.num_groups)
+        groups = min(counts.of("unlabeled"), config.select.num_groups or counts.of("unlabeled"))
         if section.teachers == "live":
             return groups
         if section.languages == "source":
@@ -117,4 +123,4 @@ def _assumed(config: Config, section: TrainConfig, counts: Counts) -> int:
     limit = None
     if isinstance(section, FinetuneConfig):
         limit = section.num_examples or (section.shots or 0) * len(config.task.labels)
-    return min(counts.num_groups, limit or counts.num_groups)
+    return min(counts.of("labeled"), limit or counts.of("labeled"))

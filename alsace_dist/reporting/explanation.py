@@ -41,7 +41,7 @@ class Stability:
 
 
 def explanation(config: Config, selection: Selection, scores: Scores) -> list[tuple[str, Table]]:
-    """Tables with their titles: languages, agreement between languages and, where all groups have labels, what the
+    """Tables with their titles: languages, agreement between languages and, of the groups that have labels, what the
     targets are worth.
 
     ``scores``: those that the selection was made of, or some of them.
@@ -50,8 +50,9 @@ def explanation(config: Config, selection: Selection, scores: Scores) -> list[tu
     names = sorted(selection.scores, key=lambda name: (-selection.scores[name], name))
     names = [name for name in names if any(name in group for group in calibrated)]
     known = list(scores.golds().values())
-    labels = known if all(known) else None
-    rates = accuracies(calibrated, labels) if labels else {}
+    labelled = [group for group, right in zip(calibrated, known, strict=True) if right]
+    labels = [right for right in known if right]
+    rates = accuracies(labelled, labels) if labels else {}
     stable = stability(config, calibrated, names, known)
     agreement = agreements(calibrated, names)
     as_vote = language_scores(calibrated, _yardstick(config, agreement=True))
@@ -62,7 +63,7 @@ def explanation(config: Config, selection: Selection, scores: Scores) -> list[tu
         cells = [printable(name), "teacher" if is_teacher else "student", f"{selection.scores[name]:.3f}"]
         cells += [f"{low} to {high}", f"{stable[name].teaches:.0%}", _share(as_vote.get(name, float("nan")))]
         cells.append(f"{selection.weights[name]:.3f}" if is_teacher else UNDEFINED)
-        cells += [percent(rates[name])] if labels else []
+        cells += [percent(rates.get(name))] if labels else []
         rows.append(Row(cells, "strong" if is_teacher else ""))
     header = ["Language", "Role", "Score", "Rank (95 %)", "Teaches", "Agrees with the vote", "Weight"]
     found = [(_title(selection), Table(header + ["Accuracy"] * bool(labels), rows, frozenset({0, 1})))]
@@ -74,7 +75,9 @@ def explanation(config: Config, selection: Selection, scores: Scores) -> list[tu
         title, correlation = "What labels say", _spearman(selection, rates)
         if not np.isnan(correlation):  # one language, or equal scores, have no order
             title += f" (rank correlation of score and accuracy: {correlation:.2f})"
-        found.append((title, _worth_table(config, selection, calibrated, labels)))
+        if len(labels) < len(known):
+            title += f", of the {len(labels):,} of {len(known):,} groups that have one"
+        found.append((title, _worth_table(config, selection, labelled, labels)))
     return found
 
 

@@ -23,6 +23,7 @@ from alsace_dist.reporting.tables import (
     variant_table,
 )
 from alsace_dist.reporting.verdict import (
+    AN_ANALYSIS,
     UNDEFINED,
     conditions,
     headline,
@@ -39,7 +40,6 @@ if TYPE_CHECKING:
     from rich.table import Table as RichTable
 
 LEVELS = EvaluateConfig()  # alpha and margin are looked at
-USES_LABELS = "This run looked at labels of the unlabeled groups: it is an analysis, not the method."
 PRECISION_NOTE = (
     "Where several answers are right: the share of the right answers that are among as many best ones, by category. "
     "Accuracy, above, asks whether the best answer is a right one."
@@ -61,7 +61,7 @@ def summary_lines(evaluation: Evaluation, levels: EvaluateConfig = LEVELS) -> li
         ends = f"{percent(part.before)} → {percent(part.after)}"
         lines.append(f"{name}: {ends}, {change_of(part)} points (95 % interval {interval(part.ci95)})")
     if evaluation.uses_labels:
-        lines.append(USES_LABELS)
+        lines.append(AN_ANALYSIS)
     return [*lines, ruled_out(evaluation, levels.margin), verdict(evaluation, levels.alpha)]
 
 
@@ -155,7 +155,7 @@ def _notes(evaluation: Evaluation, alpha: float) -> list[str]:
         "95 % intervals are of the change, by percentile bootstrap over parallel groups with all their languages.",
         "A smaller gap counts only with a higher average and no language significantly worse: "
         "it also closes when the source language falls.",
-        *[USES_LABELS] * evaluation.uses_labels,
+        *[AN_ANALYSIS] * evaluation.uses_labels,
     ]
 
 

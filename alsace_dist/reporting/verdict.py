@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from alsace_dist.files.evaluation import AverageChange, Evaluation, GapChange, LanguageChange
+from alsace_dist.reporting.statistics import most_lost
 
 Outcome = Literal["better", "worse", "same"]
 
@@ -19,6 +20,7 @@ OUTCOMES: dict[Outcome, str] = {
     "same": "no significant change",
 }
 UNDEFINED = "–"
+AN_ANALYSIS = "This run looked at labels of the unlabeled groups: it is an analysis, not the method."
 
 
 @dataclass(frozen=True)
@@ -110,13 +112,17 @@ def ruled_out(evaluation: Evaluation, margin: float) -> str:
     """In which languages a loss of a margin or more can be ruled out (non-inferiority): "nobody is significantly worse"
     also holds where a test set is too small to see a loss."""
     loss = f"a loss of {percent(margin)} points or more"
-    open_ones = {name: row for name, row in sorted(evaluation.languages.items()) if row.ci95[0] <= -margin}
+    losses = {
+        name: most_lost(row.num_gained, row.num_lost, row.num_examples)
+        for name, row in sorted(evaluation.languages.items())
+    }
+    open_ones = {name: most for name, most in losses.items() if most >= margin}
     if not open_ones:
-        return f"In every language {loss} can be ruled out (95 % interval)."
+        return f"In every language {loss} can be ruled out (95 % score interval)."
     number = f"{len(evaluation.languages) - len(open_ones)} of {len(evaluation.languages)} languages"
-    shown = ", ".join(f"{printable(name)} ({interval(row.ci95)})" for name, row in list(open_ones.items())[:5])
+    shown = ", ".join(f"{printable(name)} (up to {percent(most)})" for name, most in list(open_ones.items())[:5])
     more = f", and {len(open_ones) - 5} more" if len(open_ones) > 5 else ""
-    return f"In {number} {loss} can be ruled out (95 % interval), not in {shown}{more}."
+    return f"In {number} {loss} can be ruled out (95 % score interval), not in {shown}{more}."
 
 
 def headline(found: Sequence[Condition]) -> str:

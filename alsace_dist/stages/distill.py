@@ -5,6 +5,7 @@ live teachers from the weights as they are.
 """
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,13 +17,13 @@ from alsace_dist.data.held_out import watched_languages
 from alsace_dist.data.rows import EncodedRow, Example, one_hot_example
 from alsace_dist.data.stream import Lazily
 from alsace_dist.data.tokens import TokenRows
-from alsace_dist.errors import UserError
+from alsace_dist.errors import UserError, warn
 from alsace_dist.files import scores as score_files
 from alsace_dist.files.layout import DISTILL, data_url
 from alsace_dist.files.manifest import load_manifest
 from alsace_dist.files.selection import KIND as SELECTION
 from alsace_dist.files.selection import Selection, read_selection
-from alsace_dist.files.shards import Dataset, open_dataset, open_split
+from alsace_dist.files.shards import Dataset, golds, open_dataset, open_split
 from alsace_dist.method.calibration import calibrate
 from alsace_dist.method.targets import Target, learners, targets
 from alsace_dist.ranks.group import Ranks
@@ -113,7 +114,12 @@ def _train_frozen(
     # The mean over all pairs, not over a batch's pairs: so a batch needs to know nothing of other batches. And over all
     # languages that have teachers, whichever of them learn: so leaving one out changes no other's weight.
     taught = learners(dataset.languages, selection.ranked_weights, mode)
-    mean_weight = selection.num_pairs[mode] / max(1, sum(example_counts(dataset, taught, selection.num_groups)))
+    num_pairs = selection.num_pairs[mode]
+    if mode == "labels":
+        found: list[int] = []
+        ranks.main_first(lambda: found.append(_num_labels(config, scores, dataset, selection)))
+        num_pairs = ranks.from_main(found[0] if found else 0)
+    mean_weight = num_pairs / max(1, sum(example_counts(dataset, taught, selection.num_groups)))
     log_pool_mass = (section.pool_mass or 1.0) if section.pool == "logarithmic" else None
 
     def give_targets(shard: int, rows: TokenRows) -> Sequence[Example]:
@@ -121,7 +127,7 @@ def _train_frozen(
         groups = score_files.read_verified(scores, listed, name).groups()
         check_scores(rows.places(), groups, biases, scores / name)
         if mode == "labels":
-            return Lazily(len(rows), lambda index: one_hot_example(rows[index], dataset.url))
+            return Lazily(len(rows), lambda index: labelled_example(rows[index], dataset.url, mean_weight))
 
         @cache
         def of_group(key: str) -> dict[str, Target]:
@@ -137,6 +143,26 @@ def _train_frozen(
     tokens = Tokens(dataset, config.task, languages, model)
     examples = TargetExamples(tokens, counts, give_targets, model, ranks.device)
     train(stage, config.distill, model, examples, ranks)
+
+
+def _num_labels(config: Config, scores: Path, dataset: Dataset, selection: Selection) -> int:
+    """Rows that learn their label: they have one, and their candidates correspond to those of other languages.
+
+    Raises ``UserError`` if there is none.
+    """
+    num_rows = num_labels = num_groups = 0
+    for rows in score_files.read_batches(scores, selection.num_groups, config.task.num_candidates):
+        has_label = rows.golds[~rows.apart, 0] >= 0 if rows.golds.shape[1] else np.zeros(int((~rows.apart).sum()), bool)
+        num_rows, num_labels = num_rows + len(has_label), num_labels + int(has_label.sum())
+        num_groups += len(np.unique(rows.group[~rows.apart][~has_label]))
+    if not num_labels:
+        raise UserError(
+            f"{dataset.url}: no group has a label, and distill.targets: labels learns nothing else; prepare the data "
+            "again with labels in this split (data.withhold_labels)"
+        )
+    if num_groups:
+        warn(f"distill: {num_groups:,} groups without a label are not learnt from (targets: labels)")
+    return num_labels
 
 
 def _train_live(stage: Stage, dataset: Dataset, selection: Selection, model: "Family", ranks: Ranks) -> None:
@@ -242,9 +268,21 @@ def check_scores(
             raise UserError(f"{file}: group {key!r}: languages have different numbers of candidates; score again")
 
 
+def labelled_example(row: EncodedRow, place: str, mean_weight: float) -> Example:
+    """A row that learns its label; one that has none, or stands apart, stays and counts nothing."""
+    if row.is_apart or not golds(row.label):
+        return _unlearnt(row)
+    return replace(one_hot_example(row, place), weight=1 / mean_weight)
+
+
+def _unlearnt(row: EncodedRow) -> Example:
+    """An example that stays, so that positions are known, and counts nothing."""
+    return Example(row, np.zeros(1, dtype=np.float32), 0.0, 0.0)
+
+
 def example_of(row: EncodedRow, found: dict[str, Target], mean_weight: float) -> Example:
     """A row with its target; ``found``: of its group, language -> target."""
     target = found.get(row.language)
-    if target is None:  # no teacher has this group: the example stays, so that positions are known, and counts nothing
-        return Example(row, np.zeros(1, dtype=np.float32), 0.0, 0.0)
+    if target is None:  # no teacher has this group
+        return _unlearnt(row)
     return Example(row, target.probabilities.astype(np.float32), target.weight / mean_weight, target.entropy)

@@ -159,5 +159,6 @@ def _blocks(config: Config, scores: Path) -> Iterator[tuple[Block, np.ndarray]]:
         golds[group] = rows.golds[together]  # the same of all rows of a group
         present, language = np.unique(rows.language[together], return_inverse=True)
         languages = tuple(rows.languages[number] for number in present)
-        log_probs, sizes = rows.padded()[together], rows.sizes[together]
+        sizes = rows.sizes[together]  # rows that stand apart may have more candidates
+        log_probs = rows.padded()[together, : sizes.max(initial=0)]
         yield Block(languages, len(numbers), group, language, log_probs, sizes), golds

@@ -1,7 +1,6 @@
 """Models for people: trained weights as a ``transformers`` directory, in files that the ranks write together."""
 
 import re
-import shutil
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from alsace_dist.config import ExportType
-from alsace_dist.files.manifest import MANIFEST, STARTED, FileEntry, atomic_path, read_json, write_json
+from alsace_dist.files.manifest import MANIFEST, STARTED, FileEntry, copy_file, read_json, write_json
 from alsace_dist.models.family import TrainableModel, Unit
 from alsace_dist.training.engine import TrainEngine
 from alsace_dist.training.state import WEIGHT, shape_of
@@ -97,8 +96,7 @@ def export(
         entries.update(_name_for_transformers(directory, writer))
         for file in model.directory.iterdir():
             if file.suffix in COPIED and file.name not in NOT_COPIED and "index" not in file.name:
-                with atomic_path(directory / file.name) as temporary:
-                    shutil.copyfile(file, temporary)
+                copy_file(file, directory / file.name)
         _change_config(directory / "config.json", model.config_changes, dtype)
 
     ranks.main_first(finish)

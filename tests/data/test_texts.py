@@ -49,6 +49,15 @@ def dataset(directory: Path, texts: dict[str, str]) -> Dataset:
     return write_dataset(directory, groups, tuple(tiny.LABELS), 25, {})
 
 
+def test_shards_are_looked_at_until_there_are_rows_enough(world: Path, tmp_path: Path, model: Family) -> None:
+    groups = [ParallelGroup(f"g{i}", None, {"en": {"text": "red"}, "zgh": {"text": "ⴰⵣⵓⵍ"}}) for i in range(25)]
+    data = write_dataset(tmp_path / "d", groups, tuple(tiny.LABELS), 8, {})
+    strict = load_config(tiny.write_config(tmp_path / "c.yaml", tiny.make_config(world)))
+    model.answers = answers_of(strict.task, ["en", "zgh"])
+    with pytest.raises(UserError, match=r"zgh: .*data\.max_unknown"):
+        check_texts(model.encode, data, ["en", "zgh"], strict)
+
+
 @pytest.mark.parametrize(
     ("texts", "limit", "said"),
     [

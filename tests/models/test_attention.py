@@ -49,6 +49,19 @@ def test_values_and_gradients_are_those_of_transformers(length: int, saving: boo
         assert torch.allclose(own[name], gradient, atol=2e-5, rtol=1e-4), name
 
 
+def test_over_a_single_position_queries_and_keys_have_a_gradient_of_exactly_0() -> None:
+    """Also where the bias is frozen, as beside adapters: PyTorch's kernels leave rounding there."""
+    model = make_body(MT5Config(**GEOMETRY), 0.0)
+    for name, one in model.named_parameters():
+        nn.init.normal_(one, std=0.5)
+        one.requires_grad_("relative_attention_bias" not in name)
+    ids, mask, decoder_ids = inputs(1)
+    _, found = gradients(model, attention_over(mask), ids, decoder_ids)
+    attention = {name: one for name, one in found.items() if name.startswith("decoder") and "SelfAttention" in name}
+    assert len(attention) == 3 * 4
+    assert all((one == 0).all() == name.endswith(("q.weight", "k.weight")) for name, one in attention.items())
+
+
 @pytest.mark.parametrize("length", [5, 8])
 def test_all_layers_read_one_bias_in_rows_that_a_kernel_need_not_copy(
     monkeypatch: pytest.MonkeyPatch, length: int

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import yaml
 
 from alsace_dist.config import Config
@@ -99,8 +100,22 @@ def test_what_is_written_runs(xxl: Config, tmp_path: Path) -> None:
         )
     with pytest.raises(UserError, match=r"0\.yaml: is there already"):
         search.write(config, choice, tmp_path / "0.yaml")
-    with pytest.raises(UserError, match="cannot be written"):
+    with pytest.raises(UserError, match=r"full\.yaml: cannot be written \(File too large\)"), tiny.no_room(10):
+        search.write(config, choice, tmp_path / "full.yaml")
+    assert not (tmp_path / "full.yaml").exists()
+    with pytest.raises(UserError, match=r"there is no directory .*; make it"):
         search.write(config, choice, tmp_path / "nowhere" / "a.yaml")
+
+
+def test_what_the_config_says_of_splits_that_are_not_prepared_is_taken(xxl: Config) -> None:
+    config = xxl.model_copy(
+        update={"data": xxl.data.model_copy(update={"splits": {"labeled": 64.0, "unlabeled": 500.0, "test": 0.5}})}
+    )
+    found = read_wish(2, FLAGS | {"gpu-memory": "80GB", "languages": 15}, config)
+    assert found.counts == Counts(1000, 15, {"labeled": 64, "unlabeled": 500})
+    works = {one.name: one.num_examples for one in work_of(config, "auto", found.counts)}
+    assert works == {"finetune": 64, "distill": 500 * 15, "score unlabeled": 500 * 15, "score test": 1000 * 15}
+    assert read_wish(2, FLAGS | {"gpu-memory": "80GB", "groups": 70}, config).counts.of("unlabeled") == 70
 
 
 def test_variants_and_raw_settings_survive(tmp_path: Path) -> None:
@@ -186,6 +201,9 @@ def test_amounts_with_units(xxl: Config, text: str, memory: float) -> None:
         (4, {"gpu-memory": "0"}, "--gpu-memory=0: "),
         (4, {"gpu-memory": "-80GB"}, "--gpu-memory=-80GB: "),
         (4, {"gpu-memory": "1GB"}, "--gpu-memory=1GB: 2 GB are taken"),
+        (4, {"gpu-memory": "9" * 400}, "...: give an amount such as 80GB"),
+        (4, {"gpu-memory": "80GB", "bandwidth": "0.0000000001"}, "--bandwidth=0.0000000001: give an amount such as 50"),
+        (4, {"gpu-memory": "80GB", "languages": 10**10}, "--languages=10000000000: must be from 1 to 10,000"),
         (4, {"gpu-memory": "80GB", "gpus-per-node": -8}, "--gpus-per-node=-8: must be"),
         (4, {"gpu-memory": "80GB", "bandwidth": "fast"}, "--bandwidth=fast: give an amount such as 50"),
         (4, {"gpu-memory": "80GB", "flops": "1e9x"}, "--flops=1e9x: "),

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from alsace_dist.reporting import statistics
-from alsace_dist.reporting.statistics import holm, mcnemar_exact, paired_bootstrap, summary
+from alsace_dist.reporting.statistics import holm, mcnemar_exact, most_lost, paired_bootstrap, summary
 
 
 def paired(gained: int, lost: int, same: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -49,6 +49,30 @@ def test_mcnemar_of_overwhelming_evidence_does_not_overflow() -> None:
 def test_mcnemar_refuses_unpaired_outcomes() -> None:
     with pytest.raises(ValueError, match="one length"):
         mcnemar_exact(np.ones(3, bool), np.ones(4, bool))
+
+
+@pytest.mark.parametrize(("gained", "lost", "total"), [(0, 0, 2), (0, 0, 30), (0, 0, 2000)])
+def test_where_nothing_has_changed_the_number_of_examples_bounds_the_loss(gained: int, lost: int, total: int) -> None:
+    """Then the score interval has a closed form; 30 examples rule out 11.4 points (an exact binomial bound: 11.6)."""
+    assert most_lost(gained, lost, total) == pytest.approx(1.959964**2 / (total + 1.959964**2))
+
+
+@pytest.mark.parametrize(("gained", "lost", "total"), [(3, 7, 40), (0, 5, 20), (7, 5, 204), (20, 30, 500), (1, 1, 9)])
+def test_the_largest_loss_is_where_the_score_statistic_is_that_of_the_level(gained: int, lost: int, total: int) -> None:
+    """With the most likely share of losses under the hypothesis found by looking at all of them."""
+    change = -most_lost(gained, lost, total)
+    shares = np.linspace(-change, (1 - change) / 2, 400_002)[1:-1]  # of losses; that of gains is larger by the change
+    others = total - gained - lost
+    likelihood = lost * np.log(shares) + others * np.log(1 - change - 2 * shares)
+    likelihood += gained * np.log(shares + change) if gained else 0.0
+    share = shares[likelihood.argmax()]
+    statistic = (gained - lost - total * change) / np.sqrt(total * (2 * share + change - change**2))
+    assert change < 0 and statistic == pytest.approx(1.959964, abs=0.005)
+
+
+def test_a_loss_that_gains_exceed_by_far_is_none() -> None:
+    assert most_lost(100, 0, 200) == 0.0
+    assert most_lost(0, 200, 200) == pytest.approx(1.0)
 
 
 def test_holm_by_hand() -> None:

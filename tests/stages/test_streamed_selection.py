@@ -106,9 +106,15 @@ def by_definition(config: Config, directory: Path) -> dict[str, Any]:
 
 
 def write_shards(
-    directory: Path, sizes: tuple[int, ...], candidates: Callable[[int], int], labels: bool = True, seed: int = 0
+    directory: Path,
+    sizes: tuple[int, ...],
+    candidates: Callable[[int], int],
+    labels: bool = True,
+    seed: int = 0,
+    most_apart: int = 0,
 ) -> Path:
-    """Files of so many groups with holes, rows that stand apart, and probabilities so coarse that votes often tie."""
+    """Files of so many groups with holes, rows that stand apart, and probabilities so coarse that votes often tie.
+    ``most_apart``: how many candidates rows have that stand apart; 0: as many as the others."""
     rng, paths, number = np.random.default_rng(seed), [], 0
     for shard, size in enumerate(sizes):
         rows: list[tuple[str, str, np.ndarray, Label, bool]] = []
@@ -121,6 +127,8 @@ def write_shards(
                 shares = rng.integers(1, 4, most) + (language == "aa") * np.eye(most)[0]
                 log_probs = np.log(shares / shares.sum()).astype(np.float32)
                 is_apart = place > 0 and rng.random() < 0.1
+                if is_apart and most_apart:
+                    log_probs = np.full(most_apart, -np.log(most_apart), np.float32)
                 rows.append((f"g{number}", language, log_probs, label if labels else None, is_apart))
         keys, languages, log_probs_of, labels_of, apart = (list(column) for column in zip(*rows, strict=True))
         path = directory / f"{shard:06d}.parquet"
@@ -185,6 +193,16 @@ def test_of_the_first_groups_whole_shards_are_taken(tmp_path: Path, shards: Path
 def test_groups_with_candidates_of_their_own(tmp_path: Path, way: dict[str, Any]) -> None:
     directory = write_shards(tmp_path / "scores", (20, 25), lambda number: 2 + number % 4, seed=1)
     compare(make_config(tmp_path, **OWN, select=way | {"rule": "all"}), directory)
+
+
+@pytest.mark.parametrize("way", WAYS[::4], ids=str)
+def test_rows_that_stand_apart_may_have_other_numbers_of_candidates(tmp_path: Path, way: dict[str, Any]) -> None:
+    """They have no part in anything, so that it is as if they had as many as the others."""
+    found = []
+    for most in (3, 5):
+        directory = write_shards(tmp_path / str(most), (20, 25), lambda number: 3, most_apart=most)
+        found.append(make_selection(make_config(tmp_path, **OWN, select=way | {"rule": "all"}), directory))
+    assert found[0] == found[1]
 
 
 def test_memory_is_that_of_one_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,7 @@ from alsace_dist.files.shards import ParallelGroup, read_shard, write_dataset
 from alsace_dist.models.family import open_model
 from alsace_dist.reporting.facts import Facts
 from alsace_dist.reporting.report import write_report
-from alsace_dist.stages.distill import check_scores
+from alsace_dist.stages.distill import check_scores, labelled_example
 from alsace_dist.stages.evaluate import Outcome, Outcomes, precision
 from alsace_dist.stages.prepare import prepare
 from alsace_dist.tasks.base import candidates
@@ -192,6 +192,31 @@ def test_own_candidates_from_the_data_to_the_report(world: Path, tmp_path: Path,
     write_report(tmp_path, {"main": read_evaluation(run / "evaluation")}, Facts())
     assert "## Precision" in (tmp_path / "report.md").read_text()
     assert "<h2>Precision</h2>" in (tmp_path / "report.html").read_text()
+
+
+def test_of_true_labels_only_rows_learn_that_have_one_and_correspond(world: Path, tmp_path: Path) -> None:
+    path = own_config(world, tmp_path, distill={"targets": "labels"})
+    value = tiny.yaml.safe_load(path.read_text(encoding="utf-8"))
+    value["data"] |= {"withhold_labels": [], "on_bad": "skip", "max_skipped": 0.5}
+    value["data"]["splits"] = {"labeled": 0.3, "unlabeled": 0.4, "test": 0.3}
+    tiny.write_config(path, value)
+    data = tmp_path / "data.jsonl"
+    records = [json.loads(line) for line in data.read_text(encoding="utf-8").splitlines()]
+    lacking = [record for record in records if "apart" not in record][:15]
+    for record in lacking:
+        record["label"] = None
+    data.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    tiny.run_all(path)
+    scores = read_scores(tmp_path / "run/scores/unlabeled")
+    unknown = {key for key, label in zip(scores.keys, scores.labels, strict=True) if label is None}
+    assert 0 < len(unknown) <= len(lacking)
+    said = (tmp_path / "run/warnings.jsonl").read_text()
+    assert f"{len(unknown)} groups without a label are not learnt from (targets: labels)" in said
+    row = EncodedRow("g", "en", (0, 2), [1], Candidates(((1,), (2,), (3,))), 0, False)
+    learnt = labelled_example(row, "data", 0.5)
+    assert (learnt.target.tolist(), learnt.weight) == ([0.5, 0.0, 0.5], 2.0)
+    for still in (replace(row, is_apart=True), replace(row, label=None), replace(row, label=())):
+        assert labelled_example(still, "data", 0.5).weight == 0.0
 
 
 def test_biases_of_places_where_groups_have_different_numbers_are_refused_at_once(world: Path, tmp_path: Path) -> None:
