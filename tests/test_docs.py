@@ -150,7 +150,7 @@ def test_yaml_snippets_are_valid(snippet: str, tmp_path: Path) -> None:
 
 
 def test_the_first_example_can_be_prepared_as_it_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert len(SNIPPETS) == 13
+    assert len(SNIPPETS) == 14
     monkeypatch.chdir(tmp_path)
     Path("reviews.jsonl").write_text(blocks("data.md", "json")[0], encoding="utf-8")
     Path("run.yaml").write_text(yaml.safe_dump(BASE) + SNIPPETS[0], encoding="utf-8")

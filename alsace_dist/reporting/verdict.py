@@ -20,6 +20,7 @@ OUTCOMES: dict[Outcome, str] = {
     "same": "no significant change",
 }
 UNDEFINED = "–"
+FEW = 30  # examples, below which a percentile bootstrap knows too few results: its intervals are too narrow
 AN_ANALYSIS = "This run looked at labels of the unlabeled groups: it is an analysis, not the method."
 
 
@@ -117,12 +118,14 @@ def ruled_out(evaluation: Evaluation, margin: float) -> str:
         for name, row in sorted(evaluation.languages.items())
     }
     open_ones = {name: most for name, most in losses.items() if most >= margin}
+    most_examples = max(row.num_examples for row in evaluation.languages.values())
+    few = f" With {most_examples} examples the intervals of average and gap are too narrow." * (most_examples < FEW)
     if not open_ones:
-        return f"In every language {loss} can be ruled out (95 % score interval)."
+        return f"In every language {loss} can be ruled out (95 % score interval).{few}"
     number = f"{len(evaluation.languages) - len(open_ones)} of {len(evaluation.languages)} languages"
     shown = ", ".join(f"{printable(name)} (up to {percent(most)})" for name, most in list(open_ones.items())[:5])
     more = f", and {len(open_ones) - 5} more" if len(open_ones) > 5 else ""
-    return f"In {number} {loss} can be ruled out (95 % score interval), not in {shown}{more}."
+    return f"In {number} {loss} can be ruled out (95 % score interval), not in {shown}{more}.{few}"
 
 
 def headline(found: Sequence[Condition]) -> str:

@@ -1,5 +1,6 @@
 """Why these teachers: by hand on a few groups, and how it is printed."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,19 @@ def test_a_language_that_some_of_the_groups_lack_altogether_is_left_out(tmp_path
     assert [row.cells[0] for row in languages.rows] == ["en"]
     assert said == "What labels say"
     assert all("nan" not in cell for row in worth.rows for cell in row.cells)
+
+
+def test_of_groups_that_have_a_label_it_is_said_how_many_they_are(tmp_path: Path) -> None:
+    config, scores = config_of(), scores_of(tmp_path, True)
+    selection = make_selection(config, tmp_path)
+    few = replace(
+        scores,
+        labels=[
+            None if key == scores.keys[0] else label for key, label in zip(scores.keys, scores.labels, strict=True)
+        ],
+    )
+    (_, languages), *_, (said, worth) = explanation(config, selection, few)
+    assert said.endswith(", of the 3 of 4 groups that have one") and "Accuracy" in languages.header and worth.rows
 
 
 @pytest.mark.parametrize("with_labels", [True, False])

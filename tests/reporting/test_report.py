@@ -319,6 +319,9 @@ def test_losses_that_a_small_test_set_cannot_see_are_said() -> None:
     assert ruled_out(small, 0.05) == f"{one}, not in de (up to 11.4)."
     every = "In every language a loss of 20.0 points or more can be ruled out (95 % score interval)."
     assert ruled_out(small, 0.2) == every
+    tiny_set = {name: row.model_copy(update=few | {"num_examples": 20}) for name, row in small.languages.items()}
+    said = ruled_out(small.model_copy(update={"languages": tiny_set}), 0.2)
+    assert said == f"{every} With 20 examples the intervals of average and gap are too narrow."
 
 
 def test_every_rounds_teachers_and_missing_translations_are_shown(tmp_path: Path, success: Evaluation) -> None:
