@@ -144,7 +144,7 @@ def memory(stage: int, num_ranks: int, dtype: str = "bf16", offload: bool = Fals
         # weights, gradients, optimizer, buffers, host
         (memory(0, 4), (2000, 6000, 12000, 0, 0)),
         (memory(0, 4, "fp32"), (4000, 4000, 8000, 0, 0)),
-        (memory(1, 4), (2000, 6000, 3000, 0, 0)),
+        (memory(1, 4), (2000, 4000, 3000, 0, 0)),
         (memory(1, 4, "fp32"), (4000, 5000, 3000, 28, 0)),
         (memory(2, 4), (2000, 1000, 3000, 14, 0)),
         (memory(2, 4, "fp32"), (4000, 2000, 3000, 28, 0)),

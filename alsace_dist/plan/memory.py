@@ -41,8 +41,8 @@ def training_memory(parameters: "Parameters", section: TrainConfig, engine: Engi
       fp32 has no copy. Adafactor's factored moments are left out: they are as small as rows and columns;
     - gradients: the paper counts 2 P. Here they are summed over micro-batches and ranks in float32 from ZeRO-1 on
       (``grad_accum_dtype``), and a flattened copy of a rank's part is handed to Adam in places:
-      ZeRO-0 (2 + 4) P in bf16, 4 P in fp32; ZeRO-1 (2 + 4) P in bf16, 4 P + 4 P / N in fp32; ZeRO-2 4 P / N in bf16,
-      8 P / N in fp32; ZeRO-3 8 P / N.
+      ZeRO-0 (2 + 4) P in bf16, 4 P in fp32; ZeRO-1 4 P in bf16, where each gradient goes into its sum at once, 4 P +
+      4 P / N in fp32; ZeRO-2 4 P / N in bf16, 8 P / N in fp32; ZeRO-3 8 P / N.
 
     With the optimizer offloaded, its states and its gradients (4 P / N) are in host memory, with a staging area for
     the new weights (ZeRO-1 and 2: w P / N; fp32 in ZeRO-2 another 4 P / N) or the flat sums (ZeRO-3: 4 P / N); on the
@@ -67,7 +67,7 @@ def training_memory(parameters: "Parameters", section: TrainConfig, engine: Engi
         return Memory(weights, gradients, 0, buffers, host)
     gradients = {
         0: (6 if is_bf16 else 4) * trained,
-        1: 6 * trained if is_bf16 else 4 * trained + 4 * own,
+        1: 4 * trained + (0 if is_bf16 else 4 * own),
         2: (4 if is_bf16 else 8) * own,
         3: 8 * own,
     }[stage]

@@ -62,6 +62,10 @@ def deepspeed_settings(engine: EngineConfig, train: TrainConfig | None, ranks: R
         value["gradient_clipping"] = train.max_gradient_norm
         if engine.dtype == "bf16" and stage > 0:
             value["data_types"] = {"grad_accum_dtype": "fp32"}
+        if engine.dtype == "bf16" and stage == 1:
+            # Each gradient is added to its float32 sum as soon as it is there, and gone. Else all of them wait for the
+            # end of the backward pass, and are then set to zero, to which the next pass adds.
+            value["bf16"]["immediate_grad_update"] = True
         if engine.offload_optimizer:
             value["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": on_gpu}
             # DeepSpeed compiles its CPU Adam at first use; on machines without GPUs torch's Adam does as well.
