@@ -49,19 +49,19 @@ def _attend(
     reads_the_prompt = module.is_decoder and not module.is_causal
     mask = attention_mask if reads_the_prompt else position_bias
     if key.shape[2] == 1 and not reads_the_prompt:
-        return _over_one(query, key, value, mask), None
+        return _over_one(query, key, value, mask, given.get("dropout", 0.0)), None
     found: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, mask, **given)
     return found
 
 
-def _over_one(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
+def _over_one(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, dropout: float) -> Tensor:
     """Attention to a single position, which has all of it whatever queries and keys are: their gradient is exactly 0.
 
     PyTorch's kernels leave rounding errors instead where no bias is trained, which Adam makes whole steps of.
     """
     scores = query @ key.transpose(2, 3)
     shares = torch.softmax(scores if bias is None else scores + bias, dim=-1)
-    return (shares @ value).transpose(1, 2)
+    return (nn.functional.dropout(shares, dropout) @ value).transpose(1, 2)
 
 
 def _masking(attention: Any) -> Any:

@@ -91,13 +91,13 @@ class Tokens:
         """Write what is missing; rank 0's manifest of it."""
         ranks = watchdog.ranks
         own = shards[ranks.rank :: ranks.world_size]
-        there = Written(self._directory, ranks.rank)
         entries: dict[str, FileEntry] = {}
         completed: list[Manifest] = []
         counts = [self.dataset.shards[shard].num_examples for shard in own]
         num_rows = sum(count.get(language, 0) for count in counts for language in self.languages)
 
         def make_own() -> None:
+            there = Written(self._directory, ranks.rank)
             self.dataset.expect(own)
             is_shown = ranks.is_main and num_rows >= MANY_ROWS
             # In the stage's own directory, where people look how far it is.
