@@ -42,7 +42,8 @@ def test_a_rank_that_stands_still_is_named_and_all_end(world: Path, tmp_path: Pa
         lines = process.stderr.read().strip().splitlines()
     assert "hang: no progress for 4 s before " in lines[-1] and "no answer from rank 1" in lines[-1], lines
     (stacks,) = (tmp_path / "run").glob("*/**/hang/rank00000.stacks")
-    assert "distributed_c10d.py" in stacks.read_text()
+    # Within a collective, or where what was begun earlier is waited for: by the moment at which rank 1 was stopped.
+    assert any(place in stacks.read_text() for place in ("distributed_c10d.py", "ranks/group.py"))
 
 
 def beat_while_another_waits(group: Ranks, directory: str) -> str:
