@@ -16,7 +16,7 @@ ALIGNMENT = 8
 
 
 def register() -> str:
-    """Make it known to transformers. Returns what an ``MT5Config`` calls it, as ``_attn_implementation``."""
+    """Make this attention known to transformers. Returns its name in an ``MT5Config``, ``_attn_implementation``."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 

@@ -150,10 +150,10 @@ def _num_labels(config: Config, scores: Path, dataset: Dataset, selection: Selec
 
     Raises ``UserError`` if there is none.
     """
-    num_rows = num_labels = num_groups = 0
+    num_labels = num_groups = 0
     for rows in score_files.read_batches(scores, selection.num_groups, config.task.num_candidates):
         has_label = rows.golds[~rows.apart, 0] >= 0 if rows.golds.shape[1] else np.zeros(int((~rows.apart).sum()), bool)
-        num_rows, num_labels = num_rows + len(has_label), num_labels + int(has_label.sum())
+        num_labels += int(has_label.sum())
         num_groups += len(np.unique(rows.group[~rows.apart][~has_label]))
     if not num_labels:
         raise UserError(

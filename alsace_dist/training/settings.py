@@ -63,8 +63,8 @@ def deepspeed_settings(engine: EngineConfig, train: TrainConfig | None, ranks: R
         if engine.dtype == "bf16" and stage > 0:
             value["data_types"] = {"grad_accum_dtype": "fp32"}
         if engine.dtype == "bf16" and stage == 1:
-            # Each gradient is added to its float32 sum as soon as it is there, and gone. Else all of them wait for the
-            # end of the backward pass, and are then set to zero, to which the next pass adds.
+            # A gradient is added to its float32 sum, and freed, as soon as it is computed. By default DeepSpeed keeps
+            # all gradients until the backward pass ends, then sets these to zero, and the next pass adds to the zeros.
             value["bf16"]["immediate_grad_update"] = True
         if engine.offload_optimizer:
             value["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": on_gpu}

@@ -197,7 +197,7 @@ def test_groups_with_candidates_of_their_own(tmp_path: Path, way: dict[str, Any]
 
 @pytest.mark.parametrize("way", WAYS[::4], ids=str)
 def test_rows_that_stand_apart_may_have_other_numbers_of_candidates(tmp_path: Path, way: dict[str, Any]) -> None:
-    """They have no part in anything, so that it is as if they had as many as the others."""
+    """Rows that stand apart have no part in a selection, which is the same whatever their number of candidates."""
     found = []
     for most in (3, 5):
         directory = write_shards(tmp_path / str(most), (20, 25), lambda number: 3, most_apart=most)
